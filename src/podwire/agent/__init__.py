@@ -1,0 +1,1 @@
+"""The node: observe → plan → diff → apply, pod set-up, registration and heartbeat."""

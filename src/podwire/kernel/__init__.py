@@ -1,0 +1,1 @@
+"""The only place that touches the kernel: netlink sockets, setns, /proc/sys, subprocesses."""
