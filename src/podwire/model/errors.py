@@ -1,13 +1,13 @@
 """The root of the exception tree. Each boundary derives its own branch; nobody parses messages.
 
-    PodwireError
-    ├── InvalidInput          something a user wrote is wrong; says what, where and what to do
-    ├── Unsupported           this kernel or machine lacks a feature; `feature` names it
-    ├── KernelError           a system call or netlink request failed      (podwire.kernel)
-    ├── StoreError            conflict, compacted, …                       (podwire.store)
-    ├── ApiError              an API server's metav1.Status                (podwire.client)
-    ├── RuntimeFailure        a sandbox or container could not be run      (podwire.runtime)
-    └── LabError              a lab could not be brought up or found       (podwire.lab)
+PodwireError
+├── InvalidInput          something a user wrote is wrong; says what, where and what to do
+├── Unsupported           this kernel or machine lacks a feature; `feature` names it
+├── KernelError           a system call or netlink request failed      (podwire.kernel)
+├── StoreError            conflict, compacted, …                       (podwire.store)
+├── ApiError              an API server's metav1.Status                (podwire.client)
+├── RuntimeFailure        a sandbox or container could not be run      (podwire.runtime)
+└── LabError              a lab could not be brought up or found       (podwire.lab)
 """
 
 
