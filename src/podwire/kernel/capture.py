@@ -1,0 +1,102 @@
+"""Capturing frames in several network namespaces at once, without libpcap, tcpdump or root.
+
+One AF_PACKET socket a namespace, opened by a thread that has entered it, sees every device there. The kernel's receive
+time stamps put the frames of all namespaces in order: it is one kernel, hence one clock.
+"""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+from podwire.kernel.netns import in_netns
+
+_ETH_P_ALL = 3
+_SO_TIMESTAMPNS = 35
+_PACKET_OUTGOING = 4
+_TIMESPEC = struct.Struct("@qq")
+_SNAPLEN = 65536
+_RECEIVE_BUFFER = 4 << 20
+_BATCH = 256
+"""Frames read from one socket before the event loop gets its turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """One frame on one device. `at` is in nanoseconds of the kernel's clock; `outgoing` as the device sees it."""
+
+    at: int
+    place: str
+    device: str
+    outgoing: bool
+    data: bytes = field(repr=False)
+
+
+class Capture:
+    """An open capture. Frames for which `wanted` is true collect in `frames`, in the order in which they were read."""
+
+    def __init__(self, wanted: Callable[[bytes], bool]) -> None:
+        self.frames: list[Captured] = []
+        self._wanted = wanted
+        self._sockets: list[tuple[str, socket.socket]] = []
+
+    async def open(self, places: Mapping[str, int]) -> Self:
+        """Start capturing in every namespace of `places` (a name for reports → descriptor). Raises OSError."""
+        try:
+            for place, fd in places.items():
+                sock = await in_netns(fd, _packet_socket)
+                self._sockets.append((place, sock))
+                asyncio.get_running_loop().add_reader(sock, self._drain, place, sock)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def collect(self) -> list[Captured]:
+        """Everything captured so far, by time. Reads what the sockets still hold, so nothing sent before is missing."""
+        for place, sock in self._sockets:
+            self._drain(place, sock, limit=1 << 20)
+        return sorted(self.frames, key=lambda frame: frame.at)
+
+    def close(self) -> None:
+        for _, sock in self._sockets:
+            asyncio.get_running_loop().remove_reader(sock)
+            sock.close()
+        self._sockets.clear()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def _drain(self, place: str, sock: socket.socket, limit: int = _BATCH) -> None:
+        for _ in range(limit):
+            try:
+                data, ancillary, _, address = sock.recvmsg(_SNAPLEN, 64)
+            except BlockingIOError:
+                return
+            except OSError:  # ENETDOWN: a device went away under the capture; the others go on
+                continue
+            if self._wanted(data):
+                device, _, packet_type = address[:3]
+                self.frames.append(Captured(_stamp(ancillary), place, device, packet_type == _PACKET_OUTGOING, data))
+
+
+def _packet_socket() -> socket.socket:
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+    sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+    sock.setblocking(False)
+    return sock
+
+
+def _stamp(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """The SCM_TIMESTAMPNS control message as nanoseconds; 0 where the kernel gave none."""
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
+            seconds, nanoseconds = _TIMESPEC.unpack_from(data)
+            return int(seconds) * 1_000_000_000 + int(nanoseconds)
+    return 0
