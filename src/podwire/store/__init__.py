@@ -1,1 +1,1 @@
-"""The revisioned object store: one contract (`port.Store`), several drivers. Values are bytes; only the API server knows what is in them."""
+"""The revisioned object store: one contract (`port.Store`), several drivers. Values are opaque bytes to it."""
