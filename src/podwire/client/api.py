@@ -1,0 +1,354 @@
+"""One client for any API server: requests in, JSON documents and typed errors out. Knows no kind beyond its `Resource`."""
+
+import asyncio
+import enum
+import ssl as ssl_module
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import msgspec
+
+from podwire.client.errors import Gone, TooManyRequests, Unavailable, error_from_status
+from podwire.model.meta import Json
+from podwire.model.resources import Resource
+
+PAGE_SIZE = 500
+REQUEST_TIMEOUT = 30.0
+WATCH_SLACK = 30.0
+"""Seconds beyond a watch's own time-out after which a silent connection counts as dead."""
+
+
+class PatchKind(enum.Enum):
+    """How a PATCH body is meant; `.value` is its media type."""
+
+    JSON = "application/json-patch+json"
+    MERGE = "application/merge-patch+json"
+    STRATEGIC = "application/strategic-merge-patch+json"
+    APPLY = "application/apply-patch+yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectList:
+    """All objects of a list request, pages joined, and the revision to watch from."""
+
+    items: list[Json]
+    resource_version: str
+
+
+class WatchEvent(msgspec.Struct, frozen=True):
+    """One event of a watch. `type` is ADDED, MODIFIED, DELETED or BOOKMARK (ERROR is raised).
+
+    `object` stays encoded until asked for.
+    """
+
+    type: str
+    object: msgspec.Raw
+
+    def json(self) -> Json:
+        document: Json = msgspec.json.decode(self.object)
+        return document
+
+
+class ListMeta(msgspec.Struct, frozen=True, rename="camel"):
+    resource_version: str = ""
+    continue_: str = msgspec.field(name="continue", default="")
+
+
+RawItems = list[msgspec.Raw]
+
+
+class RawList(msgspec.Struct, frozen=True):
+    """A list response whose items are still encoded."""
+
+    metadata: ListMeta = ListMeta()
+    items: RawItems | None = None
+
+
+_event_decoder = msgspec.json.Decoder(WatchEvent)
+_list_decoder = msgspec.json.Decoder(RawList)
+
+
+class ApiClient:
+    """A connection pool to one API server. `async with ApiClient(…) as client:`, or `close()` at the end.
+
+    `base_url` is `https://host:port` (or `http://…`); with `unix_socket` (a path, or an abstract name starting with NUL) its
+    host is only a name. All methods raise `ApiError` and its branches.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        token: str | None = None,
+        ssl: ssl_module.SSLContext | None = None,
+        unix_socket: str | None = None,
+        user_agent: str = "podwire",
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._headers = {"Accept": "application/json", "User-Agent": user_agent}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
+        self._ssl = ssl
+        self._unix_socket = unix_socket
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        body: object = None,
+        content_type: str = "application/json",
+        accept: str = "application/json",
+    ) -> bytes:
+        """One request; returns the response body. `body` is bytes as they are, or a document to encode as JSON.
+
+        A 429 with Retry-After is waited out (a few times) before it is raised.
+        """
+        data = None if body is None else body if isinstance(body, bytes) else msgspec.json.encode(body)
+        for _ in range(4):
+            try:
+                return await self._once(method, path, params or {}, data, {"Content-Type": content_type, "Accept": accept})
+            except TooManyRequests as busy:
+                if not busy.retry_after:
+                    raise
+                await asyncio.sleep(min(busy.retry_after, 10.0))
+        return await self._once(method, path, params or {}, data, {"Content-Type": content_type, "Accept": accept})
+
+    async def get(self, resource: Resource, name: str, namespace: str | None = None) -> Json:
+        return _document(await self.request("GET", resource.path(namespace, name)))
+
+    async def list(
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        *,
+        label_selector: str = "",
+        field_selector: str = "",
+        limit: int = PAGE_SIZE,
+    ) -> ObjectList:
+        """All matching objects, `limit` at a time on the wire (0: in one piece). Items carry apiVersion and kind."""
+        raw = await self.list_raw(
+            resource, namespace, label_selector=label_selector, field_selector=field_selector, limit=limit
+        )
+        head = {"apiVersion": resource.api_version, "kind": resource.kind}
+        items = [head | _document(item) for item in raw.items or ()]
+        return ObjectList(items, raw.metadata.resource_version)
+
+    async def list_raw(
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        *,
+        label_selector: str = "",
+        field_selector: str = "",
+        limit: int = PAGE_SIZE,
+    ) -> RawList:
+        """As `list`, items still encoded. A continue token that expired on the way starts the list again in one piece."""
+        params = _selectors(label_selector, field_selector)
+        if limit:
+            params["limit"] = str(limit)
+        path = resource.path(namespace)
+        items: RawItems = []
+        while True:
+            try:
+                page = _list_decoder.decode(await self.request("GET", path, params=params))
+            except Gone:
+                if "continue" not in params:
+                    raise
+                params.pop("continue"), params.pop("limit")
+                items = []
+                continue
+            items.extend(page.items or ())
+            if not page.metadata.continue_:
+                return RawList(page.metadata, items)
+            params["continue"] = page.metadata.continue_
+
+    async def create(
+        self, resource: Resource, obj: Mapping[str, Any], namespace: str | None = None, *, subresource: str = ""
+    ) -> Json:
+        """POST to the collection, or (with `subresource`: binding, eviction, …) to that part of the object named in `obj`."""
+        meta = obj.get("metadata", {})
+        path = resource.path(namespace or meta.get("namespace"), meta.get("name") if subresource else None, subresource)
+        return _document(await self.request("POST", path, body=obj))
+
+    async def replace(self, resource: Resource, obj: Mapping[str, Any], *, subresource: str = "") -> Json:
+        """PUT the whole document; its metadata says where. A resourceVersion in it makes the write conditional."""
+        meta = obj["metadata"]
+        path = resource.path(meta.get("namespace"), meta["name"], subresource)
+        return _document(await self.request("PUT", path, body=obj))
+
+    async def patch(
+        self,
+        resource: Resource,
+        name: str,
+        patch: object,
+        namespace: str | None = None,
+        *,
+        subresource: str = "",
+        kind: PatchKind = PatchKind.MERGE,
+        field_manager: str = "",
+        force: bool = False,
+    ) -> Json:
+        """`field_manager` and `force` matter to PatchKind.APPLY (server-side apply) only."""
+        params = {"fieldManager": field_manager} if field_manager else {}
+        if force:
+            params["force"] = "true"
+        path = resource.path(namespace, name, subresource)
+        return _document(await self.request("PATCH", path, params=params, body=patch, content_type=kind.value))
+
+    async def delete(
+        self,
+        resource: Resource,
+        name: str,
+        namespace: str | None = None,
+        *,
+        grace_period_seconds: int | None = None,
+        uid: str | None = None,
+        propagation: str | None = None,
+    ) -> Json:
+        """`propagation` is Background, Foreground or Orphan. With `uid`, another object of the same name is a Conflict."""
+        options: Json = {"apiVersion": "v1", "kind": "DeleteOptions"}
+        if grace_period_seconds is not None:
+            options["gracePeriodSeconds"] = grace_period_seconds
+        if uid is not None:
+            options["preconditions"] = {"uid": uid}
+        if propagation is not None:
+            options["propagationPolicy"] = propagation
+        return _document(await self.request("DELETE", resource.path(namespace, name), body=options))
+
+    # --- streams --------------------------------------------------------------------------------------------------
+
+    async def watch(
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        *,
+        resource_version: str = "",
+        label_selector: str = "",
+        field_selector: str = "",
+        allow_bookmarks: bool = True,
+        timeout_seconds: int = 300,
+    ) -> AsyncGenerator[WatchEvent, None]:
+        """Events after `resource_version`, until the server ends the watch. Close the iterator (`contextlib.aclosing`).
+
+        Raises Gone where the revision is too old, Unavailable where the connection breaks.
+        """
+        params = _selectors(label_selector, field_selector)
+        params |= {"watch": "true", "timeoutSeconds": str(timeout_seconds)}
+        if resource_version:
+            params["resourceVersion"] = resource_version
+        if allow_bookmarks:
+            params["allowWatchBookmarks"] = "true"
+        path, rest = resource.path(namespace), b""
+        async with aclosing(self.stream("GET", path, params=params, silence=timeout_seconds + WATCH_SLACK)) as chunks:
+            async for chunk in chunks:
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    event = _event_decoder.decode(line)
+                    if event.type == "ERROR":
+                        raise error_from_status(bytes(event.object), 500, f"WATCH {path}")
+                    yield event
+
+    async def stream(
+        self, method: str, path: str, *, params: Mapping[str, str] | None = None, silence: float | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """A response body as it comes. More than `silence` seconds without a byte count as a broken connection."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT, sock_read=silence)
+        try:
+            async with self._open().request(
+                method, self.base_url + path, params=params, headers=self._headers, timeout=timeout
+            ) as response:
+                if response.status >= 400:
+                    raise error_from_status(await response.read(), response.status, f"{method} {path}")
+                async for chunk in response.content.iter_any():
+                    yield chunk
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise self._unavailable(error) from error
+
+    async def websocket(
+        self, path: str, *, params: Sequence[tuple[str, str]], protocols: tuple[str, ...]
+    ) -> aiohttp.ClientWebSocketResponse:
+        """An open WebSocket to e.g. `/api/v1/namespaces/n/pods/p/exec`; the caller closes it."""
+        try:
+            return await self._open().ws_connect(
+                self.base_url + path, params=params, protocols=protocols, headers=self._headers, max_msg_size=0
+            )
+        except aiohttp.WSServerHandshakeError as error:
+            raise error_from_status(error.message.encode(), error.status, f"GET {path}") from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise self._unavailable(error) from error
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _open(self) -> aiohttp.ClientSession:
+        """The session, made on first use: aiohttp wants a running loop for it."""
+        if self._session is None:
+            connector: aiohttp.BaseConnector
+            if self._unix_socket is not None:
+                connector = aiohttp.UnixConnector(path=self._unix_socket, limit=0)
+            else:
+                # A watch holds its connection for minutes, so the pool must not be bounded.
+                connector = aiohttp.TCPConnector(limit=0, ssl=self._ssl if self._ssl is not None else True)
+            self._session = aiohttp.ClientSession(connector=connector, auto_decompress=True)
+        return self._session
+
+    async def _once(
+        self, method: str, path: str, params: Mapping[str, str], data: bytes | None, headers: dict[str, str]
+    ) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)
+        headers = self._headers | headers
+        if data is None:
+            headers.pop("Content-Type")
+        try:
+            async with self._open().request(
+                method, self.base_url + path, params=params, data=data, headers=headers, timeout=timeout
+            ) as response:
+                body = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise self._unavailable(error) from error
+        if response.status < 400:
+            return body
+        failure = error_from_status(body, response.status, f"{method} {path}")
+        retry_after = response.headers.get("Retry-After", "")
+        if retry_after.isdigit() and not failure.retry_after:
+            failure.details = {**failure.details, "retryAfterSeconds": int(retry_after)}
+        raise failure
+
+    def _unavailable(self, error: Exception) -> Unavailable:
+        where = f"Unix socket {self._unix_socket!r}" if self._unix_socket is not None else self.base_url
+        return Unavailable(f"the API server at {where} did not answer ({str(error) or type(error).__name__})")
+
+
+def _document(data: bytes | msgspec.Raw) -> Json:
+    document: Json = msgspec.json.decode(data)
+    return document
+
+
+def _selectors(label_selector: str, field_selector: str) -> dict[str, str]:
+    params = {}
+    if label_selector:
+        params["labelSelector"] = label_selector
+    if field_selector:
+        params["fieldSelector"] = field_selector
+    return params

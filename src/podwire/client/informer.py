@@ -1,0 +1,208 @@
+"""A local copy of one kind, kept true by list and watch, with a callback for every change."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from random import Random
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from podwire.client.api import ApiClient, WatchEvent
+from podwire.client.backoff import Backoff
+from podwire.client.errors import ApiError, Gone
+from podwire.model.ids import ObjectKey
+from podwire.model.objects import ApiObject
+from podwire.model.resources import Resource
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=ApiObject)
+
+
+@dataclass(frozen=True, slots=True)
+class Change(Generic[T]):
+    """What happened to one object: `old` is None when it appeared, `new` when it went. An object that was replaced by another
+    of the same name (another uid) comes as two changes."""
+
+    key: ObjectKey
+    old: T | None
+    new: T | None
+
+    @property
+    def object(self) -> T:
+        """The newest state there is."""
+        found = self.new if self.new is not None else self.old
+        assert found is not None
+        return found
+
+
+class _Bookmark(msgspec.Struct):
+    metadata: "_BookmarkMeta"
+
+
+class _BookmarkMeta(msgspec.Struct, rename="camel"):
+    resource_version: str = ""
+
+
+_bookmark_decoder = msgspec.json.Decoder(_Bookmark)
+
+
+class Informer(Generic[T]):
+    """All objects of `resource` (in `namespace`, matching the selectors) as values of `type`, current while `run()` runs.
+
+    Callbacks are synchronous and called in the order of events; the copy is already changed when they are. `rng` spreads
+    reconnects of many informers in time.
+    """
+
+    def __init__(
+        self,
+        client: ApiClient,
+        resource: Resource,
+        type: type[T],
+        *,
+        namespace: str | None = None,
+        label_selector: str = "",
+        field_selector: str = "",
+        rng: Random | None = None,
+    ) -> None:
+        self.resource = resource
+        self.resource_version = ""
+        self._client = client
+        self._namespace = namespace
+        self._labels, self._fields = label_selector, field_selector
+        self._decoder: msgspec.json.Decoder[T] = msgspec.json.Decoder(type)
+        self._rng = rng or Random()
+        self._objects: dict[ObjectKey, T] = {}
+        self._callbacks: list[Callable[[Change[T]], None]] = []
+        self._synced = asyncio.Event()
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def get(self, key: ObjectKey) -> T | None:
+        return self._objects.get(key)
+
+    def items(self) -> Mapping[ObjectKey, T]:
+        """A live, read-only view of all objects."""
+        return MappingProxyType(self._objects)
+
+    @property
+    def has_synced(self) -> bool:
+        return self._synced.is_set()
+
+    async def synced(self) -> None:
+        """Returns once the first list is in (and its callbacks have been called)."""
+        await self._synced.wait()
+
+    def subscribe(self, callback: Callable[[Change[T]], None]) -> Callable[[], None]:
+        """Calls `callback` for what exists already and then for every change. Returns what ends the subscription."""
+        for key, obj in list(self._objects.items()):
+            callback(Change(key, None, obj))
+        self._callbacks.append(callback)
+        return lambda: self._callbacks.remove(callback)
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """List and watch until cancelled; every failure is logged, waited out and retried."""
+        backoff = Backoff(self._rng)
+        while True:
+            try:
+                if not self.resource_version:
+                    await self._list()
+                await self._watch(backoff)
+            except Gone:
+                log.info("%s: history is gone, listing again", self.resource.plural)
+                self.resource_version = ""
+            except ApiError as error:
+                delay = backoff.next()
+                log.warning("%s: %s; next attempt in %.2f s", self.resource.plural, error, delay)
+                await asyncio.sleep(delay)
+
+    async def _list(self) -> None:
+        raw = await self._client.list_raw(
+            self.resource, self._namespace, label_selector=self._labels, field_selector=self._fields
+        )
+        fresh = {obj.key: obj for item in raw.items or () if (obj := self._decode(item)) is not None}
+        for key in [key for key in self._objects if key not in fresh]:
+            self._change(key, None)
+        for key, obj in fresh.items():
+            self._change(key, obj)
+        self.resource_version = raw.metadata.resource_version
+        self._synced.set()
+
+    async def _watch(self, backoff: Backoff) -> None:
+        events = self._client.watch(
+            self.resource,
+            self._namespace,
+            resource_version=self.resource_version,
+            timeout_seconds=300 + self._rng.randrange(300),
+            label_selector=self._labels,
+            field_selector=self._fields,
+        )
+        got = False
+        async with aclosing(events):
+            async for event in events:
+                got = True
+                backoff.reset()
+                self._event(event)
+        if not got:
+            # A server that ends watches at once must not be asked in a tight loop.
+            await asyncio.sleep(backoff.next())
+
+    def _event(self, event: WatchEvent) -> None:
+        if event.type == "BOOKMARK":
+            self.resource_version = _bookmark_decoder.decode(event.object).metadata.resource_version
+            return
+        obj = self._decode(event.object)
+        if obj is None:
+            return
+        self.resource_version = obj.metadata.resource_version
+        self._change(obj.key, None if event.type == "DELETED" else obj)
+
+    def _change(self, key: ObjectKey, new: T | None) -> None:
+        old = self._objects.get(key)
+        if new is None:
+            if old is not None:
+                del self._objects[key]
+                self._tell(Change(key, old, None))
+            return
+        if old is not None and old.metadata.uid != new.metadata.uid:
+            del self._objects[key]
+            self._tell(Change(key, old, None))
+            old = None
+        if old is not None and old.metadata.resource_version == new.metadata.resource_version:
+            return
+        self._objects[key] = new
+        self._tell(Change(key, old, new))
+
+    def _tell(self, change: Change[T]) -> None:
+        for callback in tuple(self._callbacks):
+            callback(change)
+
+    def _decode(self, raw: msgspec.Raw) -> T | None:
+        try:
+            return self._decoder.decode(raw)
+        except msgspec.ValidationError:
+            pass
+        # Go encodes some absent lists and maps as null (EndpointSlice.endpoints), which the views do not expect.
+        document = _without_nulls(msgspec.json.decode(raw))
+        try:
+            return self._decoder.decode(msgspec.json.encode(document))
+        except msgspec.ValidationError as error:
+            name = document.get("metadata", {}).get("name")
+            log.warning("%s %s is left out: it is not as the API defines it (%s)", self.resource.plural, name, error)
+            return None
+
+
+def _without_nulls(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        case list():
+            return [_without_nulls(item) for item in value]
+        case _:
+            return value
