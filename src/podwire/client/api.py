@@ -92,7 +92,7 @@ class ApiClient:
         self._headers = {"Accept": "application/json", "User-Agent": user_agent}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
-        self._ssl = ssl
+        self.tls = ssl
         self._unix_socket = unix_socket
         self._session: aiohttp.ClientSession | None = None
 
@@ -309,7 +309,7 @@ class ApiClient:
                 connector = aiohttp.UnixConnector(path=self._unix_socket, limit=0)
             else:
                 # A watch holds its connection for minutes, so the pool must not be bounded.
-                connector = aiohttp.TCPConnector(limit=0, ssl=self._ssl if self._ssl is not None else True)
+                connector = aiohttp.TCPConnector(limit=0, ssl=self.tls if self.tls is not None else True)
             self._session = aiohttp.ClientSession(connector=connector, auto_decompress=True)
         return self._session
 

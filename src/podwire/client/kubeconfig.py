@@ -1,0 +1,97 @@
+"""kubeconfig files → clients: contexts, clusters (server, CA), users (token, token file, client certificate)."""
+
+import base64
+import os
+import ssl
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from podwire.client.api import ApiClient
+from podwire.model.errors import InvalidInput
+
+
+def client_from_kubeconfig(path: Path, context: str | None = None, *, user_agent: str = "podwire") -> ApiClient:
+    """The client that kubectl with `--kubeconfig path --context context` would be. Raises InvalidInput."""
+    document = _load(path)
+    context = context or str(document.get("current-context") or "")
+    chosen = _named(document, "contexts", "context", context, path)
+    cluster = _named(document, "clusters", "cluster", str(chosen.get("cluster", "")), path)
+    user = _named(document, "users", "user", str(chosen["user"]), path) if chosen.get("user") else {}
+    server = str(cluster.get("server", ""))
+    if not server.startswith(("http://", "https://")):
+        raise InvalidInput(f"{path}: cluster {chosen.get('cluster')!r} has no server URL; set clusters[].cluster.server")
+    return ApiClient(
+        server,
+        token=_token(user, path.parent),
+        ssl=_tls(cluster, user, path.parent) if server.startswith("https://") else None,
+        user_agent=user_agent,
+    )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read ({error.strerror}); give the path of a kubeconfig file") from error
+    except yaml.YAMLError as error:
+        raise InvalidInput(f"{path}: is not YAML ({error})") from error
+    if not isinstance(document, dict):
+        raise InvalidInput(f"{path}: is not a kubeconfig file; it must be a YAML mapping with clusters, users and contexts")
+    return document
+
+
+def _named(document: dict[str, Any], section: str, field: str, name: str, path: Path) -> dict[str, Any]:
+    for entry in document.get(section) or ():
+        if entry.get("name") == name:
+            return dict(entry.get(field) or {})
+    known = ", ".join(str(entry.get("name")) for entry in document.get(section) or ()) or "none"
+    raise InvalidInput(f"{path}: {section} has no entry named {name!r}; it has: {known}")
+
+
+def _token(user: dict[str, Any], base: Path) -> str | None:
+    if user.get("token"):
+        return str(user["token"])
+    if user.get("tokenFile"):
+        return (base / str(user["tokenFile"])).read_text().strip()
+    return None
+
+
+def _tls(cluster: dict[str, Any], user: dict[str, Any], base: Path) -> ssl.SSLContext:
+    authority = _bytes(cluster, "certificate-authority", base)
+    try:
+        context = ssl.create_default_context(cadata=authority.decode() if authority else None)
+    except ssl.SSLError as error:
+        raise InvalidInput(
+            "the kubeconfig's certificate-authority-data is no PEM certificate; take it from the cluster again"
+        ) from error
+    if cluster.get("insecure-skip-tls-verify"):
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    certificate, key = _bytes(user, "client-certificate", base), _bytes(user, "client-key", base)
+    if certificate and key:
+        _load_pair(context, certificate, key)
+    return context
+
+
+def _bytes(section: dict[str, Any], field: str, base: Path) -> bytes | None:
+    """`<field>-data` (base64) or the content of the file `<field>`, relative to the kubeconfig's directory."""
+    if section.get(f"{field}-data"):
+        return base64.b64decode(section[f"{field}-data"])
+    if section.get(field):
+        return (base / str(section[field])).read_bytes()
+    return None
+
+
+def _load_pair(context: ssl.SSLContext, certificate: bytes, key: bytes) -> None:
+    """OpenSSL takes a key from a file only: a private one that lives as long as the call."""
+    with tempfile.NamedTemporaryFile() as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(certificate + b"\n" + key)
+        file.flush()
+        try:
+            context.load_cert_chain(file.name)
+        except ssl.SSLError as error:
+            raise InvalidInput("the kubeconfig's client certificate and key do not fit together") from error

@@ -1,0 +1,121 @@
+"""Keys to work on: coalesced while they wait, never worked on twice at once, with back-off for those that failed."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Hashable
+from random import Random
+from typing import Generic, TypeVar
+
+from podwire.client.backoff import Backoff
+
+log = logging.getLogger(__name__)
+
+K = TypeVar("K", bound=Hashable)
+
+
+class WorkQueue(Generic[K]):
+    """A set of dirty keys in order of arrival.
+
+    `add` is free for a key that waits already; a key added while it is worked on is worked on once more afterwards.
+    Delayed keys wait in the event loop's timers, not in a poll; `rng` spreads the back-off.
+    """
+
+    def __init__(self, rng: Random | None = None, *, initial_delay: float = 0.01, maximum_delay: float = 30.0) -> None:
+        self._rng = rng or Random()
+        self._delays = (initial_delay, maximum_delay)
+        self._waiting: dict[K, None] = {}
+        self._active: set[K] = set()
+        self._again: set[K] = set()
+        self._timers: dict[K, asyncio.TimerHandle] = {}
+        self._backoffs: dict[K, Backoff] = {}
+        self._wake = asyncio.Event()
+
+    def __len__(self) -> int:
+        """Keys that wait or are worked on now (not those whose delay still runs)."""
+        return len(self._waiting) + len(self._active)
+
+    def add(self, key: K) -> None:
+        timer = self._timers.pop(key, None)
+        if timer is not None:
+            timer.cancel()
+        if key in self._active:
+            self._again.add(key)
+            return
+        self._waiting[key] = None
+        self._wake.set()
+
+    def add_after(self, key: K, seconds: float) -> None:
+        """`add`, later; an earlier `add` or `add_after` of the same key wins."""
+        if seconds <= 0:
+            self.add(key)
+            return
+        if key in self._waiting:
+            return
+        loop = asyncio.get_running_loop()
+        timer = self._timers.get(key)
+        if timer is not None:
+            if timer.when() <= loop.time() + seconds:
+                return
+            timer.cancel()
+        self._timers[key] = loop.call_later(seconds, self.add, key)
+
+    async def get(self) -> K:
+        """The next key; the caller must end with `done` or `failed`."""
+        while not self._waiting:
+            self._wake.clear()
+            await self._wake.wait()
+        key = next(iter(self._waiting))
+        del self._waiting[key]
+        self._active.add(key)
+        return key
+
+    def done(self, key: K) -> None:
+        self._backoffs.pop(key, None)
+        self._release(key)
+
+    def failed(self, key: K) -> float:
+        """Puts `key` back after its back-off; returns that delay in seconds."""
+        backoff = self._backoffs.get(key)
+        if backoff is None:
+            initial, maximum = self._delays
+            backoff = self._backoffs[key] = Backoff(self._rng, initial=initial, maximum=maximum)
+        delay = backoff.next()
+        again = key in self._again
+        self._release(key)
+        if not again:
+            self.add_after(key, delay)
+        return delay
+
+    def _release(self, key: K) -> None:
+        self._active.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            self.add(key)
+
+    async def run(
+        self, work: Callable[[K], Awaitable[None]], *, expected: tuple[type[Exception], ...], workers: int = 1
+    ) -> None:
+        """Work on keys until cancelled. Errors of the `expected` kinds are retried with back-off; others end the run."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(self._worker(work, expected))
+
+    async def _worker(self, work: Callable[[K], Awaitable[None]], expected: tuple[type[Exception], ...]) -> None:
+        while True:
+            key = await self.get()
+            try:
+                await work(key)
+            except expected as error:
+                delay = self.failed(key)
+                log.log(logging.INFO if delay < 1 else logging.WARNING, "%s: %s; again in %.2f s", key, error, delay)
+            except BaseException:
+                self._release(key)
+                raise
+            else:
+                self.done(key)
+
+    def close(self) -> None:
+        """Cancel the timers of delayed keys."""
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()

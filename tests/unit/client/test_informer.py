@@ -1,0 +1,138 @@
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any
+
+from scripted_server import ScriptedServer
+
+from podwire.client.informer import Change, Informer
+from podwire.model.ids import ObjectKey
+from podwire.model.objects import EndpointSlice, Pod
+from podwire.model.resources import ENDPOINTSLICES, PODS
+
+PATH = "/api/v1/pods"
+
+
+def pod(name: str, version: int, uid: str = "", node: str = "") -> dict[str, Any]:
+    meta = {"name": name, "namespace": "shop", "resourceVersion": str(version), "uid": uid or f"uid-{name}"}
+    return {"metadata": meta, "spec": {"nodeName": node}}
+
+
+def listing(version: int, *items: object) -> dict[str, Any]:
+    return {"metadata": {"resourceVersion": str(version)}, "items": list(items)}
+
+
+class Story:
+    """What a subscriber was told, as +name, ~name, -name."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._changed = asyncio.Event()
+
+    def __call__(self, change: Change[Pod]) -> None:
+        sign = "+" if change.old is None else "-" if change.new is None else "~"
+        self.lines.append(sign + change.key.name)
+        self._changed.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+
+@asynccontextmanager
+async def running(informer: Informer[Any]) -> AsyncIterator[None]:
+    task = asyncio.create_task(informer.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_list_then_watch() -> None:
+    server = ScriptedServer()
+    server.answer("GET", PATH, listing(5, pod("a", 1), pod("b", 2)))
+    server.watch(
+        PATH,
+        ("MODIFIED", pod("a", 6, node="n1")),
+        ("DELETED", pod("b", 7)),
+        ("ADDED", pod("c", 8)),
+        hold=True,
+    )
+    async with server.serve() as client:
+        story, informer = Story(), Informer(client, PODS, Pod, rng=Random(1))
+        informer.subscribe(story)
+        async with running(informer):
+            await informer.synced()
+            assert {key.name for key in informer.items()} >= {"a"}
+            await story.until(lambda: "+c" in story.lines)
+            late = Story()
+            stop = informer.subscribe(late)
+            stop()
+        assert story.lines == ["+a", "+b", "~a", "-b", "+c"]
+        assert late.lines == ["+a", "+c"]
+        found = informer.get(ObjectKey("shop", "a"))
+        assert found is not None
+        assert found.spec.node_name == "n1"
+        assert informer.resource_version == "8"
+    assert server.requests[1][2]["resourceVersion"] == "5"
+
+
+async def test_a_watch_that_ends_or_breaks_is_resumed_where_it_was() -> None:
+    server = ScriptedServer()
+    server.answer("GET", PATH, listing(5))
+    server.watch(PATH, ("ADDED", pod("a", 6)))
+    server.watch(PATH, ("BOOKMARK", {"metadata": {"resourceVersion": "20"}}), break_off=True)
+    server.watch(PATH, ("ADDED", pod("b", 21)), hold=True)
+    async with server.serve() as client:
+        story, informer = Story(), Informer(client, PODS, Pod, rng=Random(1))
+        informer.subscribe(story)
+        async with running(informer):
+            await story.until(lambda: "+b" in story.lines)
+    resumed = [query["resourceVersion"] for method, _, query, _ in server.requests if method == "WATCH"]
+    assert resumed == ["5", "6", "20"]
+
+
+async def test_a_revision_that_is_gone_means_a_new_list_and_only_what_differs_is_told() -> None:
+    server = ScriptedServer()
+    server.answer("GET", PATH, listing(5, pod("same", 1), pod("gone", 2), pod("changed", 3), pod("replaced", 4)))
+    server.watch(PATH, ("ERROR", {"code": 410, "reason": "Expired"}))
+    server.answer(
+        "GET", PATH, listing(30, pod("same", 1), pod("changed", 11), pod("replaced", 12, uid="other"), pod("new", 13))
+    )
+    async with server.serve() as client:
+        story, informer = Story(), Informer(client, PODS, Pod, rng=Random(1))
+        informer.subscribe(story)
+        async with running(informer):
+            await story.until(lambda: "+new" in story.lines)
+    assert story.lines[4:] == ["-gone", "~changed", "-replaced", "+replaced", "+new"]
+
+
+async def test_a_server_that_is_away_is_tried_again() -> None:
+    server = ScriptedServer()
+    server.answer("GET", PATH, {"code": 503}, 503)
+    server.answer("GET", PATH, listing(5, pod("a", 1)))
+    async with server.serve() as client:
+        informer = Informer(client, PODS, Pod, rng=Random(1))
+        async with running(informer), asyncio.timeout(5):
+            await informer.synced()
+    assert len(informer.items()) == 1
+
+
+async def test_nulls_of_go_encoders_and_odd_objects_do_no_harm() -> None:
+    server = ScriptedServer()
+    slice_meta = {"name": "s", "namespace": "shop", "uid": "u", "labels": None}
+    odd = {"metadata": {"name": "odd", "uid": "v"}, "endpoints": 7}
+    server.answer(
+        "GET",
+        "/apis/discovery.k8s.io/v1/endpointslices",
+        listing(5, {"metadata": slice_meta, "endpoints": None, "ports": None}, odd),
+    )
+    async with server.serve() as client:
+        informer = Informer(client, ENDPOINTSLICES, EndpointSlice, rng=Random(1))
+        async with running(informer), asyncio.timeout(5):
+            await informer.synced()
+    assert [key.name for key in informer.items()] == ["s"]

@@ -1,0 +1,65 @@
+import base64
+import ssl
+from pathlib import Path
+
+import pytest
+import yaml
+
+from podwire.client.kubeconfig import client_from_kubeconfig
+from podwire.model.errors import InvalidInput
+
+
+def write(path: Path, **changes: object) -> Path:
+    document: dict[str, object] = {
+        "current-context": "lab",
+        "contexts": [{"name": "lab", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
+        "users": [{"name": "u", "user": {"token": "t"}}],
+    }
+    file = path / "kubeconfig"
+    file.write_text(yaml.safe_dump(document | changes))
+    return file
+
+
+def test_the_current_context_is_used(tmp_path: Path) -> None:
+    assert client_from_kubeconfig(write(tmp_path)).base_url == "http://127.0.0.1:1"
+
+
+def test_tls_verifies_unless_told_otherwise(tmp_path: Path) -> None:
+    cluster = {"server": "https://127.0.0.1:1", "insecure-skip-tls-verify": True}
+    assert client_from_kubeconfig(write(tmp_path, clusters=[{"name": "c", "cluster": cluster}])).tls is not None
+    client = client_from_kubeconfig(write(tmp_path, clusters=[{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}]))
+    assert client.tls is not None
+    assert client.tls.verify_mode is ssl.CERT_REQUIRED
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"current-context": "other"}, "contexts has no entry named 'other'; it has: lab"),
+        ({"clusters": []}, "clusters has no entry named 'c'; it has: none"),
+        ({"clusters": [{"name": "c", "cluster": {}}]}, "has no server URL"),
+        (
+            {
+                "clusters": [
+                    {
+                        "name": "c",
+                        "cluster": {"server": "https://x", "certificate-authority-data": base64.b64encode(b"no").decode()},
+                    }
+                ]
+            },
+            "no PEM certificate",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        client_from_kubeconfig(write(tmp_path, **changes))
+
+
+def test_a_file_that_is_not_there_or_no_kubeconfig(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        client_from_kubeconfig(tmp_path / "nothing")
+    (tmp_path / "list").write_text("[1, 2]")
+    with pytest.raises(InvalidInput, match="is not a kubeconfig"):
+        client_from_kubeconfig(tmp_path / "list")
