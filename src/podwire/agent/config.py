@@ -1,0 +1,39 @@
+"""What an agent is told when it is made; everything else it learns from the API and the kernel."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from podwire.model.addr import IPAddress, IPNetwork
+from podwire.plan.overlay import DEFAULT_PORT, DEFAULT_VNI
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentConfig:
+    """One node's agent.
+
+    node_ips: the node's addresses on the underlay, at most one of each family, the preferred first.
+    state_dir: holds the record of address reservations; belongs to this node alone and must survive agent restarts.
+    nameservers: what pods get as resolvers (the cluster DNS Service's addresses); empty: the node's own.
+    service_route: see `plan.node.NodeNetwork`; wanted where the node has no default route.
+    """
+
+    node_name: str
+    node_ips: tuple[IPAddress, ...]
+    cluster_cidrs: tuple[IPNetwork, ...]
+    service_cidrs: tuple[IPNetwork, ...]
+    state_dir: Path
+    uplink: str = "eth0"
+    underlay_mtu: int = 1500
+    vni: int = DEFAULT_VNI
+    vxlan_port: int = DEFAULT_PORT
+    service_route: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+    nameservers: tuple[IPAddress, ...] = ()
+    cluster_domain: str = "cluster.local"
+    kubelet_port: int = 10250
+    max_pods: int = 110
+    cpus: int = 2
+    memory_bytes: int = 4 << 30
+    heartbeat_seconds: float = 10.0
+    lease_seconds: int = 40

@@ -1,0 +1,162 @@
+"""A node's desired state, in independent units: the base (bridge, tunnels, forwarding), one per peer, one per pod."""
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from podwire.model.addr import Family, IPAddress, IPInterface, IPNetwork, family_of, mac_for
+from podwire.model.ids import HOST, NetnsName
+from podwire.model.kernelstate import OWNER_ALIAS, Address, Bridge, FdbEntry, Link, Neighbour, NetState, Route
+from podwire.plan.ipam import gateway
+from podwire.plan.naming import BRIDGE, vtep_mac
+from podwire.plan.overlay import DEFAULT_PORT, DEFAULT_VNI, Peer, Tunnel, overhead, plan_peer, plan_tunnel
+from podwire.plan.podlinks import PodAttachment, plan_pod
+
+Unit = Mapping[NetnsName, NetState]
+"""A piece of desired state that changes as a whole, by namespace."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeNetwork:
+    """What is fixed about a node's network once it has its subnets. `node_ips` and `pod_cidrs`: at most one of each family.
+
+    `service_route`: add a route to the Service ranges through the bridge. Needed on a node without a default route, where
+    the node's own processes would get "network unreachable" before NAT can act."""
+
+    name: str
+    node_ips: tuple[IPAddress, ...]
+    pod_cidrs: tuple[IPNetwork, ...]
+    service_cidrs: tuple[IPNetwork, ...] = ()
+    uplink: str = "eth0"
+    underlay_mtu: int = 1500
+    vni: int = DEFAULT_VNI
+    port: int = DEFAULT_PORT
+    service_route: bool = False
+
+    @property
+    def tunnels(self) -> tuple[Tunnel, ...]:
+        """One for each family that has a subnet and an underlay address."""
+        locals_ = {family_of(ip): ip for ip in self.node_ips}
+        return tuple(
+            Tunnel(
+                subnet=cidr,
+                local=locals_[family_of(cidr)],
+                mac=vtep_mac(self.name, family_of(cidr)),
+                underlay=self.uplink,
+                underlay_mtu=self.underlay_mtu,
+                vni=self.vni,
+                port=self.port,
+            )
+            for cidr in self.pod_cidrs
+            if family_of(cidr) in locals_
+        )
+
+    @property
+    def pod_mtu(self) -> int:
+        """What fits through every tunnel that a pod's packet may take."""
+        return self.underlay_mtu - max((overhead(family_of(cidr)) for cidr in self.pod_cidrs), default=50)
+
+    @property
+    def gateways(self) -> tuple[IPAddress, ...]:
+        return tuple(gateway(cidr) for cidr in self.pod_cidrs)
+
+    @property
+    def bridge_mac(self) -> str:
+        return mac_for(self.gateways[0])
+
+    def attachment(self, uid: str, namespace: str, name: str, ips: Iterable[IPAddress]) -> PodAttachment:
+        """A pod with these addresses on this node. Raises ValueError for an address outside the node's subnets."""
+        pairs = [(ip, self._subnet(ip)) for ip in ips]
+        return PodAttachment(
+            uid=uid,
+            namespace=namespace,
+            name=name,
+            ips=tuple(_interface(ip, cidr) for ip, cidr in pairs),
+            gateways=tuple(gateway(cidr) for _, cidr in pairs),
+            gateway_mac=self.bridge_mac,
+            mtu=self.pod_mtu,
+        )
+
+    def _subnet(self, ip: IPAddress) -> IPNetwork:
+        for cidr in self.pod_cidrs:
+            if ip in cidr:
+                return cidr
+        raise ValueError(f"{ip} is in none of node {self.name}'s subnets {', '.join(map(str, self.pod_cidrs))}")
+
+
+def plan_base(network: NodeNetwork) -> NetState:
+    """The node before it has peers or pods."""
+    base = _bridge(network)
+    return union([base, *(plan_tunnel(tunnel) for tunnel in network.tunnels)])
+
+
+def plan_node(network: NodeNetwork, peers: Iterable[Peer], pods: Iterable[PodAttachment]) -> Unit:
+    """Everything, by namespace: the union of all units."""
+    units: list[Unit] = [{HOST: plan_base(network)}, *({HOST: plan_peer(peer)} for peer in peers), *map(plan_pod, pods)]
+    return union_units(units)
+
+
+def union(states: Iterable[NetState]) -> NetState:
+    """States of one namespace put together. Units have no key in common (or agree on it: `lo`)."""
+    links: dict[str, Link] = {}
+    sysctls: dict[str, str] = {}
+    addresses: set[Address] = set()
+    routes: set[Route] = set()
+    neighbours: set[Neighbour] = set()
+    fdb: set[FdbEntry] = set()
+    for state in states:
+        links.update(state.links)
+        sysctls.update(state.sysctls)
+        addresses |= state.addresses
+        routes |= state.routes
+        neighbours |= state.neighbours
+        fdb |= state.fdb
+    return NetState(links, frozenset(addresses), frozenset(routes), frozenset(neighbours), frozenset(fdb), sysctls)
+
+
+def union_units(units: Iterable[Unit]) -> Unit:
+    by_ns: dict[NetnsName, list[NetState]] = {}
+    for unit in units:
+        for ns, state in unit.items():
+            by_ns.setdefault(ns, []).append(state)
+    return {ns: states[0] if len(states) == 1 else union(states) for ns, states in by_ns.items()}
+
+
+def _bridge(network: NodeNetwork) -> NetState:
+    link = Link(BRIDGE, Bridge(), mtu=network.pod_mtu, mac=network.bridge_mac, alias=OWNER_ALIAS)
+    addresses = {Address(BRIDGE, _interface(gateway(cidr), cidr)) for cidr in network.pod_cidrs}
+    routed = network.service_cidrs if network.service_route else ()
+    families = {family_of(cidr) for cidr in network.pod_cidrs}
+    routes = {Route(cidr, dev=BRIDGE) for cidr in routed if family_of(cidr) in families}
+    return NetState(links={BRIDGE: link}, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=_sysctls(families))
+
+
+def _sysctls(families: set[Family]) -> dict[str, str]:
+    """Forwarding and what must hold so that no packet is lost to a default.
+
+    * bridge-nf-call: an answer between two pods of one bridge must meet conntrack, or a Service's DNAT is not undone.
+    * rp_filter 2 (the larger of `all` and the device's counts): with one direction tunnelled and the other direct, strict
+      filtering drops.
+    * no ICMP redirects: a pod would learn a wrong way to a Service's address from them.
+    * accept_dad 0: duplicate address detection costs 1-2 s and the addresses are ours."""
+    wanted: dict[str, str] = {}
+    if Family.IPV4 in families:
+        wanted |= {
+            "net/ipv4/ip_forward": "1",
+            "net/ipv4/conf/all/rp_filter": "2",
+            "net/ipv4/conf/all/send_redirects": "0",
+            "net/ipv4/conf/default/send_redirects": "0",
+            "net/bridge/bridge-nf-call-iptables": "1",
+        }
+    if Family.IPV6 in families:
+        wanted |= {
+            "net/ipv6/conf/all/forwarding": "1",
+            "net/ipv6/conf/default/accept_dad": "0",
+            "net/ipv6/conf/default/accept_ra": "0",
+            "net/bridge/bridge-nf-call-ip6tables": "1",
+        }
+    return wanted
+
+
+def _interface(ip: IPAddress, cidr: IPNetwork) -> IPInterface:
+    return ipaddress.ip_interface(f"{ip}/{cidr.prefixlen}")

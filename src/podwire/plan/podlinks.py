@@ -1,0 +1,73 @@
+"""A pod's piece of the network: a veth pair, the node's end a port of the bridge, the pod's end with addresses and the
+default route through the bridge's address.
+
+All MACs follow from addresses, so both sides get permanent neighbour entries: a pod's first packet waits for no ARP or ND,
+and the kernel's neighbour table, whose limit (gc_thresh3, 1024 by default) is one for all namespaces of a machine, does not
+count permanent entries.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from podwire.model.addr import IPAddress, IPInterface, family_of, mac_for
+from podwire.model.ids import HOST, NetnsName, pod_netns
+from podwire.model.kernelstate import Address, Device, Link, Neighbour, NetState, Route, Veth
+from podwire.plan.naming import BRIDGE, POD_DEVICE, host_veth, pod_alias
+
+
+@dataclass(frozen=True, slots=True)
+class PodAttachment:
+    """What is to be known of a pod to plumb it. `ips` have the node's subnet as their prefix, `gateways` are the bridge's
+    addresses, one for each of `ips` in the same order; `gateway_mac` is the bridge's."""
+
+    uid: str
+    namespace: str
+    name: str
+    ips: tuple[IPInterface, ...]
+    gateways: tuple[IPAddress, ...]
+    gateway_mac: str
+    mtu: int
+
+    @property
+    def mac(self) -> str:
+        return mac_for(self.ips[0].ip)
+
+
+def plan_pod(pod: PodAttachment) -> Mapping[NetnsName, NetState]:
+    """The pod's unit of desired state: its part of the node's namespace, and its own namespace whole."""
+    return {HOST: _node_side(pod), pod_netns(pod.uid): _pod_side(pod)}
+
+
+def fresh_pod_namespace() -> NetState:
+    """What a network namespace holds when it has just been made."""
+    return NetState(links={"lo": Link("lo", Device(), up=False)})
+
+
+def _node_side(pod: PodAttachment) -> NetState:
+    name = host_veth(pod.uid)
+    link = Link(
+        name,
+        Veth(peer=POD_DEVICE, peer_ns=pod_netns(pod.uid)),
+        mtu=pod.mtu,
+        master=BRIDGE,
+        hairpin=True,
+        alias=pod_alias(pod.namespace, pod.name),
+    )
+    neighbours = frozenset(Neighbour(BRIDGE, ip.ip, pod.mac) for ip in pod.ips)
+    return NetState(links={name: link}, neighbours=neighbours)
+
+
+def _pod_side(pod: PodAttachment) -> NetState:
+    end = Link(
+        POD_DEVICE,
+        Veth(peer=host_veth(pod.uid), peer_ns=HOST),
+        mtu=pod.mtu,
+        mac=pod.mac,
+        alias=pod_alias(pod.namespace, pod.name),
+    )
+    return NetState(
+        links={"lo": Link("lo", Device()), POD_DEVICE: end},
+        addresses=frozenset(Address(POD_DEVICE, ip) for ip in pod.ips),
+        routes=frozenset(Route(family_of(via).any, dev=POD_DEVICE, via=via) for via in pod.gateways),
+        neighbours=frozenset(Neighbour(POD_DEVICE, via, pod.gateway_mac) for via in pod.gateways),
+    )
