@@ -1,0 +1,77 @@
+"""What a Service asks of a node, as a value: frontends, each with the pools of backends that its traffic may go to.
+
+Every back end (nftables, later iptables and IPVS) programs the same `ServiceTable`.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from podwire.model.addr import IPAddress, IPNetwork
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What planning Services on a node needs to know about it.
+
+    `node_ips`: the addresses that node ports and host ports listen on. `pod_cidrs`: this node's own. `cluster_cidrs`: all
+    pods of the cluster. `service_cidrs`: where ClusterIPs come from. `zone`: topology.kubernetes.io/zone."""
+
+    name: str
+    node_ips: tuple[IPAddress, ...]
+    pod_cidrs: tuple[IPNetwork, ...] = ()
+    cluster_cidrs: tuple[IPNetwork, ...] = ()
+    service_cidrs: tuple[IPNetwork, ...] = ()
+    zone: str = ""
+
+
+class Backend(NamedTuple):
+    """One endpoint: its packed address (4 or 16 bytes) and port."""
+
+    address: bytes
+    port: int
+
+
+class FrontendKind(enum.Enum):
+    CLUSTER_IP = "ClusterIP"
+    NODE_PORT = "NodePort"
+    LOAD_BALANCER = "LoadBalancer"
+    EXTERNAL_IP = "ExternalIP"
+    HOST_PORT = "HostPort"
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Backends in a stable order. Where there are none, traffic is refused, or (`drop`) silently dropped, since another
+    node has some: a balancer's health check shall move on, not tell the client that nobody is there."""
+
+    backends: tuple[Backend, ...] = ()
+    drop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Frontend:
+    """An address and port that clients connect to.
+
+    `address` is packed, `protocol` the IP protocol number. `inside`: for traffic of this node's pods and processes;
+    `outside`: for all other, None where it is the same. `masquerade`: the source is rewritten for everyone.
+    `affinity_s`: clients stay with their backend for so long after the last connection; 0: they do not.
+    `source_ranges`: (first, last) packed addresses of those who may come in; None: anyone."""
+
+    address: bytes
+    protocol: int
+    port: int
+    kind: FrontendKind
+    inside: Pool
+    outside: Pool | None = None
+    masquerade: bool = False
+    affinity_s: int = 0
+    source_ranges: tuple[tuple[bytes, bytes], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceTable:
+    """All frontends of one Service (or of one Pod's host ports), and which backends run on this node."""
+
+    frontends: tuple[Frontend, ...] = ()
+    local_addresses: frozenset[bytes] = frozenset()
