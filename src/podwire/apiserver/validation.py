@@ -248,13 +248,3 @@ def one_of(path: Path, value: Any, supported: Iterable[str]) -> list[FieldError]
 
 def immutable(path: Path, new: Any, old: Any) -> list[FieldError]:
     return [] if new == old else [invalid(path, new, "field is immutable")]
-
-
-_MEMORY = re.compile(r"([+-]?(?:\d+(?:\.\d*)?|\.\d+))((?:[KMGTPE]i)|[numkMGTPE]|[eE][+-]?\d+)?")
-
-
-def quantity(value: Any) -> list[str]:
-    """Why `value` is no resource.Quantity ("100m", "64Mi", 2)."""
-    if isinstance(value, (int, float)) or (isinstance(value, str) and _MEMORY.fullmatch(value)):
-        return []
-    return ["quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'"]
