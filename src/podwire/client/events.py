@@ -12,6 +12,7 @@ from podwire.client.api import ApiClient
 from podwire.client.errors import AlreadyExists, ApiError, NotFound
 from podwire.model.meta import Json, ObjectMeta
 from podwire.model.resources import EVENTS, Resource
+from podwire.model.timestamps import format_time
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class EventRecorder:
         if key not in self._pending and len(self._pending) >= MAX_PENDING:
             log.warning("event dropped, too many wait: %s %s/%s: %s", reason, meta.namespace, meta.name, message)
             return
-        time = self._now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        time = format_time(self._now())
         seen = self._seen.pop(key, _Seen(0, time))
         self._seen[key] = replace(seen, count=seen.count + 1)
         while len(self._seen) > MAX_KNOWN:
@@ -93,7 +94,7 @@ class EventRecorder:
         if seen is None:
             return
         namespace = key.namespace or "default"
-        time = self._now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        time = format_time(self._now())
         self._seen[key] = replace(seen, written=seen.count)
         if seen.written:
             try:

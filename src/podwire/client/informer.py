@@ -15,6 +15,7 @@ from podwire.client.api import ApiClient, WatchEvent
 from podwire.client.backoff import Backoff
 from podwire.client.errors import ApiError, Gone
 from podwire.model.ids import ObjectKey
+from podwire.model.meta import Json
 from podwire.model.objects import ApiObject
 from podwire.model.resources import Resource
 
@@ -79,6 +80,7 @@ class Informer(Generic[T]):
         self._objects: dict[ObjectKey, T] = {}
         self._callbacks: list[Callable[[Change[T]], None]] = []
         self._synced = asyncio.Event()
+        self._waiters: list[tuple[int, asyncio.Future[None]]] = []
 
     # --- reading --------------------------------------------------------------------------------------------------
 
@@ -96,6 +98,27 @@ class Informer(Generic[T]):
     async def synced(self) -> None:
         """Returns once the first list is in (and its callbacks have been called)."""
         await self._synced.wait()
+
+    async def caught_up(self, written: Json, timeout_seconds: float = 5.0) -> bool:
+        """Waits until the copy reflects a write, given the document that the write returned: read your own writes.
+
+        False if that did not happen in time (or the write lies outside this informer's selection and nothing else happened).
+        """
+        version = _number(str(written.get("metadata", {}).get("resourceVersion", "")))
+        if version <= _number(self.resource_version):
+            return True
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter = (version, future)
+        self._waiters.append(waiter)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await future
+        except TimeoutError:
+            return False
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+        return True
 
     def subscribe(self, callback: Callable[[Change[T]], None]) -> Callable[[], None]:
         """Calls `callback` for what exists already and then for every change. Returns what ends the subscription."""
@@ -131,7 +154,7 @@ class Informer(Generic[T]):
             self._change(key, None)
         for key, obj in fresh.items():
             self._change(key, obj)
-        self.resource_version = raw.metadata.resource_version
+        self._reached(raw.metadata.resource_version)
         self._synced.set()
 
     async def _watch(self, backoff: Backoff) -> None:
@@ -155,13 +178,23 @@ class Informer(Generic[T]):
 
     def _event(self, event: WatchEvent) -> None:
         if event.type == "BOOKMARK":
-            self.resource_version = _bookmark_decoder.decode(event.object).metadata.resource_version
+            self._reached(_bookmark_decoder.decode(event.object).metadata.resource_version)
             return
         obj = self._decode(event.object)
         if obj is None:
             return
-        self.resource_version = obj.metadata.resource_version
         self._change(obj.key, None if event.type == "DELETED" else obj)
+        self._reached(obj.metadata.resource_version)
+
+    def _reached(self, resource_version: str) -> None:
+        self.resource_version = resource_version
+        if not self._waiters:
+            return
+        reached = _number(resource_version)
+        for version, future in [waiter for waiter in self._waiters if waiter[0] <= reached]:
+            self._waiters.remove((version, future))
+            if not future.done():
+                future.set_result(None)
 
     def _change(self, key: ObjectKey, new: T | None) -> None:
         old = self._objects.get(key)
@@ -196,6 +229,11 @@ class Informer(Generic[T]):
             name = document.get("metadata", {}).get("name")
             log.warning("%s %s is left out: it is not as the API defines it (%s)", self.resource.plural, name, error)
             return None
+
+
+def _number(resource_version: str) -> int:
+    """Revisions of one server are numbers that grow (KEP-5504); anything else cannot be waited for and counts as reached."""
+    return int(resource_version) if resource_version.isdecimal() else 0
 
 
 def _without_nulls(value: Any) -> Any:

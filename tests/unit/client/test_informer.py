@@ -136,3 +136,16 @@ async def test_nulls_of_go_encoders_and_odd_objects_do_no_harm() -> None:
         async with running(informer), asyncio.timeout(5):
             await informer.synced()
     assert [key.name for key in informer.items()] == ["s"]
+
+
+async def test_a_writer_can_wait_until_the_copy_shows_its_write() -> None:
+    server = ScriptedServer()
+    server.answer("GET", PATH, listing(5))
+    server.watch(PATH, ("ADDED", pod("a", 6)), ("ADDED", pod("b", 9)), hold=True)
+    async with server.serve() as client:
+        informer = Informer(client, PODS, Pod, rng=Random(1))
+        async with running(informer):
+            assert await informer.caught_up(pod("a", 6))
+            assert await informer.caught_up(pod("x", 8))
+            assert await informer.caught_up(pod("x", 3))
+            assert not await informer.caught_up(pod("x", 99), timeout_seconds=0.01)
