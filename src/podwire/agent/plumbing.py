@@ -1,0 +1,274 @@
+"""What the node's namespace shall hold, unit by unit, and the one place that makes the kernel hold it.
+
+A change costs its unit: the unit's old value stands in for the observed one. Whatever fails is looked at for real
+(observe, diff, apply) once more before it counts as failed; `check` compares everything with the kernel.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from podwire.kernel.port import Kernel
+from podwire.model.errors import PodwireError
+from podwire.model.ids import HOST, NetnsName, pod_netns
+from podwire.model.kernelstate import Link, NetState, Veth
+from podwire.model.ops import (
+    AddAddress,
+    AddLink,
+    Applied,
+    ChangeLink,
+    CommitNft,
+    DelAddress,
+    DelFdb,
+    DelLink,
+    DelNeighbour,
+    DelRoute,
+    Failure,
+    Op,
+    Plan,
+    SetFdb,
+    SetNeighbour,
+    SetRoute,
+    SetSysctl,
+)
+from podwire.plan.diff import EMPTY, diff, restrict, same_kind
+from podwire.plan.naming import host_veth
+from podwire.plan.node import Unit, union, union_units
+from podwire.plan.overlay import Peer, plan_peer
+from podwire.plan.podlinks import PodAttachment, fresh_pod_namespace, plan_pod
+
+log = logging.getLogger(__name__)
+
+
+class PlumbingError(PodwireError):
+    """The kernel refused part of a change, also after looking again."""
+
+    def __init__(self, what: str, failures: Collection[Failure]) -> None:
+        self.failures = tuple(failures)
+        first = "; ".join(f"{describe(f.op)}: {f.message or os.strerror(f.errno)}" for f in self.failures[:3])
+        more = f" and {len(self.failures) - 3} more" if len(self.failures) > 3 else ""
+        super().__init__(f"{what}: the kernel refused {first}{more}")
+
+
+@dataclass(frozen=True, slots=True)
+class _PodUnit:
+    unit: Unit
+    netns: str
+
+
+class Plumbing:
+    """The node's links, addresses, routes and neighbours. Methods may be called from many tasks; changes are applied one
+    after the other."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._base = EMPTY
+        self._peers: dict[str, tuple[Peer, ...]] = {}
+        self._pods: dict[str, _PodUnit] = {}
+        self._busy = asyncio.Lock()
+        self.refused_sysctls: dict[str, str] = {}
+        """Switches that this kernel does not have or does not let us set, with its words."""
+
+    @property
+    def pods(self) -> frozenset[str]:
+        """Uids of the pods that are plumbed."""
+        return frozenset(self._pods)
+
+    async def adopt(
+        self, base: NetState, peers: Iterable[Peer], pods: Iterable[tuple[PodAttachment, str]]
+    ) -> Mapping[str, str]:
+        """Take the node over as it is and make it what it shall be: what is right already stays untouched.
+
+        `pods` come with the path of their namespace. Returns, by uid, the pods that could not be adopted, and why; raises
+        PlumbingError where the base or a peer could not be had."""
+        lost: dict[str, str] = {}
+        async with self._busy:
+            self._base = base
+            self._peers = _by_node(peers)
+            self._pods = {pod.uid: _PodUnit(plan_pod(pod), netns) for pod, netns in pods}
+            for uid in [uid for uid, pod in self._pods.items() if not self._attach(uid, pod.netns)]:
+                del self._pods[uid]
+                lost[uid] = "its network namespace is gone"
+            try:
+                _, failures = await self._reconcile(tuple(self._pods))
+            finally:
+                for uid in self._pods:
+                    self._kernel.detach(pod_netns(uid))
+        if failures:
+            raise PlumbingError("adopting the node", failures)
+        return lost
+
+    async def set_peers(self, node: str, peers: tuple[Peer, ...]) -> None:
+        """How to reach `node`'s pods from now on; empty: not at all. Raises PlumbingError; the wish stands nevertheless."""
+        await self.set_many_peers({node: peers})
+
+    async def set_many_peers(self, peers: Mapping[str, tuple[Peer, ...]]) -> None:
+        async with self._busy:
+            old = [plan_peer(peer) for node in peers for peer in self._peers.get(node, ())]
+            new = [plan_peer(peer) for node_peers in peers.values() for peer in node_peers]
+            for node, node_peers in peers.items():
+                if node_peers:
+                    self._peers[node] = node_peers
+                else:
+                    self._peers.pop(node, None)
+            failures = await self._change({HOST: union(new)}, {HOST: union(old)})
+        if failures:
+            raise PlumbingError(f"peers {', '.join(sorted(peers))}", failures)
+
+    async def plumb(self, pod: PodAttachment, netns: str) -> None:
+        """Join the pod, whose namespace is at path `netns`, to the node. Raises PlumbingError; nothing is left then."""
+        unit = plan_pod(pod)
+        label = pod_netns(pod.uid)
+        async with self._busy:
+            if not self._attach(pod.uid, netns):
+                raise PlumbingError(f"pod {pod.namespace}/{pod.name}: its network namespace {netns} is gone", ())
+            try:
+                failures = await self._change(unit, {label: fresh_pod_namespace()})
+                if failures:
+                    await self._change({}, {HOST: unit[HOST]})
+                    raise PlumbingError(f"pod {pod.namespace}/{pod.name}", failures)
+                self._pods[pod.uid] = _PodUnit(unit, netns)
+            finally:
+                self._kernel.detach(label)
+
+    async def unplumb(self, uid: str) -> None:
+        """Remove the pod's link, whatever state it is in; also one that an earlier agent made. Raises PlumbingError."""
+        async with self._busy:
+            pod = self._pods.pop(uid, None)
+            old = pod.unit[HOST] if pod else restrict(await self._kernel.observe(), _stray(uid))
+            failures = await self._change({}, {HOST: old})
+        if failures:
+            raise PlumbingError(f"pod {uid}", failures)
+
+    async def check(self) -> tuple[str, ...]:
+        """Compare all with the kernel and put back what is missing; returns what that was, as words for a log line.
+
+        Raises PlumbingError where something could not be put back."""
+        async with self._busy:
+            observed = await self._kernel.observe()
+            broken = [uid for uid, pod in self._pods.items() if not _stands(uid, pod, observed)]
+            attached = [uid for uid in broken if self._attach(uid, self._pods[uid].netns)]
+            try:
+                repaired, failures = await self._reconcile(attached, observed, without=set(broken) - set(attached))
+            finally:
+                for uid in attached:
+                    self._kernel.detach(pod_netns(uid))
+        if failures:
+            raise PlumbingError("repair", failures)
+        return repaired
+
+    # --- inside: the lock is held ---------------------------------------------------------------------------------
+
+    async def _reconcile(
+        self, uids: Collection[str], observed: NetState | None = None, without: Collection[str] = ()
+    ) -> tuple[tuple[str, ...], tuple[Failure, ...]]:
+        """Full comparison of HOST and of the namespaces of the pods `uids`, which are attached. Pods in `without` are left
+        out: their namespace is gone, and the runtime will say so."""
+        desired = self._desired(uids, without)
+        seen = {HOST: observed or await self._kernel.observe()}
+        for uid in uids:
+            seen[pod_netns(uid)] = await self._kernel.observe(pod_netns(uid))
+        plan = self._known(diff(desired, seen))
+        if not plan:
+            return (), ()
+        failures = self._note(await self._kernel.apply(plan))
+        return tuple(describe(op) for op in plan), failures
+
+    def _desired(self, uids: Collection[str], without: Collection[str]) -> Unit:
+        units: list[Unit] = [{HOST: self._base}]
+        units += [{HOST: plan_peer(peer)} for peers in self._peers.values() for peer in peers]
+        for uid, pod in self._pods.items():
+            if uid not in without:
+                units.append(pod.unit if uid in uids else {HOST: pod.unit[HOST]})
+        return union_units(units)
+
+    async def _change(self, new: Unit, old: Mapping[NetnsName, NetState]) -> tuple[Failure, ...]:
+        """From one value of some units to another; if the kernel refuses, from what is really there."""
+        plan = self._known(diff(new, old))
+        if not plan:
+            return ()
+        applied = await self._kernel.apply(plan)
+        if not self._note(applied):
+            return ()
+        log.info("looking again after: %s", "; ".join(f"{describe(f.op)}: {f.message}" for f in applied.failures[:3]))
+        seen: dict[NetnsName, NetState] = {}
+        for ns in new.keys() | old.keys():
+            wanted, had = new.get(ns, EMPTY), old.get(ns, EMPTY)
+            there = await self._kernel.observe(ns)
+            seen[ns] = there if ns != HOST else restrict(there, union([wanted, had]))
+        again = self._known(diff(new, seen))
+        return self._note(await self._kernel.apply(again)) if again else ()
+
+    def _attach(self, uid: str, netns: str) -> bool:
+        try:
+            fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            self._kernel.attach(pod_netns(uid), fd)
+        finally:
+            os.close(fd)
+        return True
+
+    def _known(self, plan: Plan) -> Plan:
+        """The plan without switches that were refused before: trying again each time helps nobody."""
+        return tuple(op for op in plan if not (isinstance(op, SetSysctl) and op.key in self.refused_sysctls))
+
+    def _note(self, applied: Applied) -> tuple[Failure, ...]:
+        """A refused switch makes the node worse (and is told), not unusable; all other failures are returned."""
+        for failure in applied.failures:
+            if isinstance(failure.op, SetSysctl):
+                self.refused_sysctls[failure.op.key] = failure.message
+                log.warning("%s cannot be set on this machine: %s", failure.op.key, failure.message)
+        return tuple(f for f in applied.failures if not isinstance(f.op, SetSysctl))
+
+
+def describe(op: Op) -> str:
+    """An operation in few words, for a log line."""
+    match op:
+        case AddLink(link=link) | ChangeLink(link=link):
+            return f"link {link.name}"
+        case DelLink(name=name):
+            return f"stray link {name}"
+        case AddAddress(address=address):
+            return f"address {address.interface} on {address.dev}"
+        case DelAddress(address=address):
+            return f"stray address {address.interface} on {address.dev}"
+        case SetRoute(route=route):
+            return f"route {route.dst}"
+        case DelRoute(route=route):
+            return f"stray route {route.dst}"
+        case SetNeighbour(neighbour=entry):
+            return f"neighbour {entry.ip} on {entry.dev}"
+        case DelNeighbour(neighbour=entry):
+            return f"stray neighbour {entry.ip} on {entry.dev}"
+        case SetFdb(entry=forward):
+            return f"forwarding entry {forward.mac} to {forward.dst} on {forward.dev}"
+        case DelFdb(entry=forward):
+            return f"stray forwarding entry {forward.mac} on {forward.dev}"
+        case SetSysctl(key=key, value=value):
+            return f"{key}={value}"
+        case CommitNft():
+            return "nftables rules"
+
+
+def _stray(uid: str) -> NetState:
+    """The key of a pod's link, for one of which nothing else is known."""
+    name = host_veth(uid)
+    return NetState(links={name: Link(name, Veth())})
+
+
+def _by_node(peers: Iterable[Peer]) -> dict[str, tuple[Peer, ...]]:
+    found: dict[str, tuple[Peer, ...]] = {}
+    for peer in peers:
+        found[peer.node] = (*found.get(peer.node, ()), peer)
+    return found
+
+
+def _stands(uid: str, pod: _PodUnit, observed: NetState) -> bool:
+    """Whether the node's end of the pod's link is there; if not, the pod's end is gone too and is made from its namespace."""
+    name = host_veth(uid)
+    link = observed.links.get(name)
+    return link is not None and same_kind(pod.unit[HOST].links[name], link)
