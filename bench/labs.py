@@ -1,0 +1,70 @@
+"""Labs for benchmarks, driven through the command line as a user would."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PODWIRE = [sys.executable, "-m", "podwire.cli.main"]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A running lab: its name, process and kubeconfig file."""
+
+    name: str
+    pid: int
+    kubeconfig: str
+
+    def exec(self, target: str, *command: str, timeout: float = 120) -> str:
+        """What `command` prints, run in `target` (a pod, a node, `world`). Raises CalledProcessError."""
+        return podwire("lab", "exec", "--name", self.name, target, "--", *command, timeout=timeout)
+
+    def processes(self) -> list[int]:
+        """The lab's process and all its descendants; whom the kernel made orphans is a child of it again."""
+        children: dict[int, list[int]] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    children.setdefault(_parent(entry), []).append(int(entry.name))
+        found = [self.pid]
+        for pid in found:
+            found += children.get(pid, [])
+        return found
+
+    def memory_mb(self) -> float:
+        """The lab's memory: proportional set size of all its processes, in MB (what is shared counts once)."""
+        total = 0
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+        return total / 1024
+
+
+def _parent(process: Path) -> int:
+    # /proc/<pid>/stat: pid (name) state ppid …; the name may hold anything, also parentheses.
+    return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+
+
+def podwire(*arguments: str, timeout: float = 180) -> str:
+    done = subprocess.run([*PODWIRE, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
+    if done.returncode:
+        raise RuntimeError(f"podwire {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def lab(name: str, *options: str) -> Iterator[Lab]:
+    """A lab that is up and ready, and gone afterwards."""
+    podwire("lab", "up", "--name", name, "--wait", *options, timeout=600)
+    try:
+        labs: list[dict[str, Any]] = json.loads(podwire("lab", "ls", "-o", "json"))
+        entry = next(item for item in labs if item["name"] == name)
+        yield Lab(name, entry["pid"], entry["kubeconfig"])
+    finally:
+        podwire("lab", "down", "--name", name)
