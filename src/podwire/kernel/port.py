@@ -24,12 +24,15 @@ class KernelError(PodwireError):
 class KernelEvent:
     """Something in a namespace changed.
 
-    `what` is "link", "address", "route", "neighbour", "fdb" or "nft"; `subject` names it for a log line."""
+    `what` is "link", "address", "route", "neighbour", "fdb" or "nft"; `subject` names it for a log line. "lost": notices
+    came faster than they were read, so anything may have changed. `ours`: the kernel says that this port did it
+    (it says so for routes, neighbours, IPv4 addresses and nft, never for links and fdb)."""
 
     ns: NetnsName
     what: str
     subject: str
     removed: bool
+    ours: bool = False
 
 
 class Kernel(Protocol):
@@ -45,7 +48,8 @@ class Kernel(Protocol):
 
     async def observe(self, ns: NetnsName = HOST) -> NetState:
         """All links and their addresses; routes with ROUTE_PROTOCOL; permanent neighbours; FDB entries with a destination.
-        `sysctls` has the current value of every key that was ever set through this port in `ns`."""
+        `sysctls` has the current value of every key that was ever set through this port in `ns`.
+        A link without a master has `master` "", a veth whose other end is in another namespace `peer` ""."""
         ...
 
     async def observe_nft(self, table: str, ns: NetnsName = HOST) -> Ruleset:
@@ -53,7 +57,8 @@ class Kernel(Protocol):
         ...
 
     async def apply(self, plan: Plan) -> Applied:
-        """Execute in order; see `Applied`."""
+        """Execute in order; see `Applied`. Adding an address, route, neighbour or entry again, and removing what is not there
+        (also with its device), is done, not failed. AddLink of a name in use fails (EEXIST) and leaves that link as it is."""
         ...
 
     def events(self) -> AsyncIterator[KernelEvent]:

@@ -1,0 +1,276 @@
+"""The Linux kernel behind `port.Kernel`: rtnetlink, nftables, /proc/sys, in namespaces held by descriptor."""
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from itertools import chain, groupby
+from typing import TypeVar
+
+from podwire.kernel import opcodes
+from podwire.kernel.events import EventStream
+from podwire.kernel.netns import current_netns
+from podwire.kernel.port import KernelError
+from podwire.kernel.rtnlsocket import RtnlSocket
+from podwire.kernel.sysctl import read_sysctls, write_sysctls
+from podwire.model.ids import HOST, NetnsName
+from podwire.model.kernelstate import NetState, Veth, Vxlan
+from podwire.model.nft import Ruleset
+from podwire.model.ops import AddLink, Applied, ChangeLink, CommitNft, DelLink, Failure, Op, Plan, SetSysctl
+from podwire.wire import rtnl, rtnlread
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Space:
+    """One namespace: its descriptor and what was opened in it, each at first use."""
+
+    label: NetnsName
+    fd: int
+    _rtnl: RtnlSocket | None = None
+    sysctl_keys: set[str] = field(default_factory=set)
+
+    @property
+    def rtnl(self) -> RtnlSocket:
+        if self._rtnl is None:
+            self._rtnl = RtnlSocket(self.fd)
+        return self._rtnl
+
+    def own_ports(self) -> tuple[int, ...]:
+        return (self.rtnl.port_id,)
+
+    def close(self) -> None:
+        if self._rtnl is not None:
+            self._rtnl.close()
+        os.close(self.fd)
+
+
+class LinuxKernel:
+    """One node's kernel. `netns_fd` is its own namespace (duplicated; None: that of the calling thread).
+
+    The work runs in `executor` (None: the loop's default), never on the loop: a netlink request can wait long for the
+    kernel's rtnl lock. One request at a time for each LinuxKernel; a cancelled `apply` still runs to its end."""
+
+    def __init__(self, netns_fd: int | None = None, *, executor: Executor | None = None) -> None:
+        self._executor = executor
+        self._lock = threading.Lock()
+        host = current_netns() if netns_fd is None else os.dup(netns_fd)
+        self._spaces = {HOST: _Space(HOST, host, RtnlSocket(host))}
+        self._dropped: list[_Space] = []
+        self._streams: list[EventStream] = []
+        self._closed = False
+
+    def attach(self, ns: NetnsName, fd: int) -> None:
+        if ns == HOST:
+            raise KernelError("the node's own namespace cannot be attached a second time", errno.EINVAL)
+        self.detach(ns)
+        self._spaces[ns] = _Space(ns, os.dup(fd))
+
+    def detach(self, ns: NetnsName) -> None:
+        if ns == HOST:
+            return
+        space = self._spaces.pop(ns, None)
+        if space is not None:
+            self._dropped.append(space)
+            self._close_dropped()
+
+    async def observe(self, ns: NetnsName = HOST) -> NetState:
+        space = self._space(ns)
+        return await self._off_loop(lambda: _observe(space))
+
+    async def observe_nft(self, table: str, ns: NetnsName = HOST) -> Ruleset:
+        raise KernelError("nftables are not wired up yet", errno.EOPNOTSUPP)
+
+    async def apply(self, plan: Plan) -> Applied:
+        if not plan:
+            return Applied(0)
+        spaces = dict(self._spaces)
+        return await self._off_loop(lambda: _Run(spaces).run(plan))
+
+    def events(self) -> EventStream:
+        host = self._space(HOST)
+        stream = EventStream(HOST, host.fd, host.own_ports())
+        self._streams.append(stream)
+        return stream
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for stream in self._streams:
+            stream.close()
+        self._dropped += self._spaces.values()
+        self._spaces.clear()
+        await self._off_loop(lambda: None)
+
+    def _space(self, ns: NetnsName) -> _Space:
+        space = self._spaces.get(ns)
+        if space is None:
+            raise KernelError(f"no network namespace {ns!r} is attached" if ns else "the kernel port is closed", errno.ENOENT)
+        return space
+
+    async def _off_loop(self, fn: Callable[[], T]) -> T:
+        def work() -> T:
+            with self._lock:
+                try:
+                    return fn()
+                finally:
+                    self._close_locked()
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def _close_dropped(self) -> None:
+        """Close what was detached; while a request runs, that request does it at its end: it may use the sockets."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._close_locked()
+            finally:
+                self._lock.release()
+
+    def _close_locked(self) -> None:
+        while self._dropped:
+            self._dropped.pop().close()
+
+
+def _observe(space: _Space) -> NetState:
+    sock = space.rtnl
+    raws = [rtnlread.read_link(msg) for msg in sock.dump(rtnl.dump_links())]
+    names = {raw.index: raw.name for raw in raws}
+    links = rtnlread.links(raws)
+    addresses = (rtnlread.read_address(msg, names) for msg in sock.dump(rtnl.dump_addresses()))
+    families = (rtnl.AF_INET, rtnl.AF_INET6)
+    routes = (rtnlread.read_route(msg, names) for af in families for msg in sock.dump(rtnl.dump_routes(af)))
+    neighbours = (rtnlread.read_neighbour(msg, names) for af in families for msg in sock.dump(rtnl.dump_neighbours(af)))
+    tunnels = [raw.index for raw in raws if isinstance(links[raw.name].kind, Vxlan)]
+    entries = (rtnlread.read_fdb(msg, names) for index in tunnels for msg in sock.dump(rtnl.dump_fdb(index)))
+    return NetState(
+        links=links,
+        addresses=frozenset(filter(None, addresses)),
+        routes=frozenset(filter(None, routes)),
+        neighbours=frozenset(filter(None, neighbours)),
+        fdb=frozenset(filter(None, entries)),
+        sysctls=read_sysctls(space.fd, sorted(space.sysctl_keys)),
+    )
+
+
+class _Run:
+    """One plan's execution: contiguous rtnetlink operations of one namespace go out together."""
+
+    def __init__(self, spaces: Mapping[NetnsName, _Space]) -> None:
+        self._spaces = spaces
+        self._indices: dict[NetnsName, dict[str, int]] = {}
+        self._failures: list[Failure] = []
+
+    def run(self, plan: Plan) -> Applied:
+        for (ns, kind), group in groupby(plan, key=lambda op: (op.ns, _kind(op))):
+            ops = list(group)
+            space = self._spaces.get(ns)
+            if space is None:
+                self._fail(ops, errno.ENOENT, f"no network namespace {ns!r} is attached")
+                continue
+            try:
+                if kind is SetSysctl:
+                    self._sysctls(space, [op for op in ops if isinstance(op, SetSysctl)])
+                elif kind is CommitNft:
+                    self._nft(space, [op for op in ops if isinstance(op, CommitNft)])
+                else:
+                    self._links_and_routes(space, [op for op in ops if not isinstance(op, SetSysctl | CommitNft)])
+            except KernelError as error:
+                self._fail(ops, error.errno or errno.EIO, str(error))
+            except OSError as error:
+                self._fail(ops, error.errno or errno.EIO, str(error.strerror or error))
+        return Applied(done=len(plan) - len(self._failures), failures=tuple(self._failures))
+
+    def _fail(self, ops: Iterable[Op], code: int, message: str) -> None:
+        """Fail those of `ops` that have not failed yet."""
+        known = {id(failure.op) for failure in self._failures}
+        self._failures += [Failure(op, code, message) for op in ops if id(op) not in known]
+
+    def _sysctls(self, space: _Space, ops: list[SetSysctl]) -> None:
+        # A later value of one key wins; each keeps its place otherwise.
+        refused = write_sysctls(space.fd, {op.key: op.value for op in ops})
+        for op in ops:
+            if op.key in refused:
+                error = refused[op.key]
+                self._fail([op], error.errno or errno.EIO, f"setting {op.key} to {op.value}: {error.strerror}")
+            else:
+                space.sysctl_keys.add(op.key)
+
+    def _nft(self, space: _Space, ops: list[CommitNft]) -> None:
+        self._fail(ops, errno.EOPNOTSUPP, "nftables are not wired up yet")
+
+    def _links_and_routes(self, space: _Space, ops: list[opcodes.RtnlOp]) -> None:
+        pending: list[tuple[opcodes.RtnlOp, bytes]] = []
+        for position, op in enumerate(ops):
+            if any(name not in self._known(space) for name in opcodes.devices(op)):
+                self._flush(space, pending)
+                self._resolve(space, ops[position:])
+            missing = [name for name in opcodes.devices(op) if name not in self._known(space)]
+            if missing:
+                if not opcodes.is_absent(op, errno.ENODEV):
+                    self._fail([op], errno.ENODEV, f"there is no device {missing[0]}")
+                continue
+            try:
+                if isinstance(op, AddLink):
+                    self._flush(space, pending)
+                    self._add_link(space, op)
+                else:
+                    pending += [(op, raw) for raw in opcodes.encode(op, self._known(space))]
+            except ValueError as error:
+                self._fail([op], errno.EINVAL, str(error))
+            if isinstance(op, DelLink):
+                # A veth's other end goes too, and a VXLAN with its underlay: nothing known is certain any more.
+                self._flush(space, pending)
+                self._indices.clear()
+        self._flush(space, pending)
+
+    def _add_link(self, space: _Space, op: AddLink) -> None:
+        """Made first, finished only if that succeeded: otherwise an existing link of that name would be changed."""
+        peer_ns = op.link.kind.peer_ns if isinstance(op.link.kind, Veth) else space.label
+        other = self._spaces.get(peer_ns)
+        if other is None:
+            self._fail([op], errno.ENOENT, f"no network namespace {peer_ns!r} is attached")
+            return
+        if op.peer is not None and op.peer.master:
+            self._resolve(other, [ChangeLink(op.peer)])
+            if op.peer.master not in self._known(other):
+                self._fail([op], errno.ENODEV, f"there is no device {op.peer.master}")
+                return
+        indices = self._known(space)
+        made = rtnl.new_link(op.link, indices=indices, peer=op.peer, peer_ns_fd=None if other is space else other.fd)
+        if not self._flush(space, [(op, made)]):
+            return
+        if self._flush(space, [(op, raw) for raw in rtnl.settle_link(op.link, indices=indices)]) and op.peer is not None:
+            self._flush(other, [(op, raw) for raw in rtnl.settle_link(op.peer, indices=self._known(other))])
+
+    def _known(self, space: _Space) -> dict[str, int]:
+        return self._indices.setdefault(space.label, {})
+
+    def _resolve(self, space: _Space, ops: Iterable[opcodes.RtnlOp]) -> None:
+        """Learn the indices of all devices that `ops` need and that exist by now."""
+        known = self._known(space)
+        wanted = [name for name in dict.fromkeys(chain.from_iterable(map(opcodes.devices, ops))) if name not in known]
+        outcome = space.rtnl.execute([rtnl.get_link(name) for name in wanted])
+        for position, name in enumerate(wanted):
+            if position in outcome.answers:
+                known[name] = rtnlread.read_link(outcome.answers[position]).index
+
+    def _flush(self, space: _Space, pending: list[tuple[opcodes.RtnlOp, bytes]]) -> bool:
+        """Send and clear `pending`. Whether nothing was refused."""
+        if not pending:
+            return True
+        sent, pending[:] = pending[:], []
+        outcome = space.rtnl.execute([raw for _, raw in sent])
+        refused = [(sent[position][0], ack) for position, ack in sorted(outcome.errors.items())]
+        real = [(op, ack) for op, ack in refused if not opcodes.is_absent(op, ack.errno)]
+        for op, ack in real:
+            self._fail([op], ack.errno, ack.message or os.strerror(ack.errno))
+        return not real
+
+
+def _kind(op: Op) -> type:
+    return type(op) if isinstance(op, SetSysctl | CommitNft) else AddLink
