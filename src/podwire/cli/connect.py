@@ -1,0 +1,33 @@
+"""From a lab's name to a client of its API server. Imports what is heavy only when called."""
+
+import os
+from typing import TYPE_CHECKING, TypeVar
+
+from podwire.lab.state import LabDirectory, state_root
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from podwire.client.api import ApiClient
+
+T = TypeVar("T")
+
+
+def lab_directory(name: str) -> LabDirectory:
+    """Where the lab of this name is, or would be, for the calling user."""
+    return LabDirectory(state_root(os.environ, os.geteuid()), name)
+
+
+def with_client(name: str, work: "Callable[[ApiClient], Awaitable[T]]") -> T:
+    """Run `work` on a client of the lab that is up under this name. Raises LabError when there is none."""
+    directory = lab_directory(name)
+    directory.live_record()
+    import asyncio
+
+    from podwire.client.kubeconfig import client_from_kubeconfig
+
+    async def run() -> T:
+        async with client_from_kubeconfig(directory.kubeconfig) as client:
+            return await work(client)
+
+    return asyncio.run(run())

@@ -1,0 +1,241 @@
+"""`podwire lab`: bring labs up and down, look into them, change them."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from podwire.cli.connect import lab_directory, with_client
+from podwire.cli.options import files_option, lab_option, make_spec, name_argument, spec_options
+from podwire.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from podwire.client.api import ApiClient
+    from podwire.lab.spec import LabSpec
+    from podwire.lab.state import LabDirectory, LabRecord
+    from podwire.lab.targets import Target
+
+
+@click.group()
+def lab() -> None:
+    """Labs: clusters of emulated nodes on this machine, with real packets.
+
+    A lab is one process with namespaces of its own. Ending that process removes everything, and nothing in a lab reaches
+    the machine's network. Use it with kubectl: `export KUBECONFIG=$(podwire lab kubeconfig --path)`.
+    """
+
+
+@lab.command()
+@spec_options("default")
+@files_option
+@click.option("--wait", is_flag=True, help="Return only when all pods are ready.")
+@click.option("--timeout", type=click.FloatRange(min=0), default=120.0, show_default=True, metavar="SECONDS",
+              help="How long --wait waits.")  # fmt: skip
+def up(files: tuple[Path, ...], wait: bool, timeout: float, **options: Any) -> None:
+    """Bring a lab up.
+
+    Returns when all nodes are ready. Example: podwire lab up --nodes 5 -f shop.yaml --wait
+    """
+    spec = make_spec(**options)
+    progress = Progress()
+    directory, record = bring_up(spec, files, progress)
+    if wait:
+        await_lab(spec.name, timeout, progress)
+    click.echo(f"lab {record.name} is up: {spec.nodes} nodes, API server https://127.0.0.1:{record.port}")
+    click.echo(f"export KUBECONFIG={directory.kubeconfig}")
+
+
+def bring_up(spec: "LabSpec", files: Sequence[Path], progress: Progress) -> "tuple[LabDirectory, LabRecord]":
+    """Start a lab and apply `files` to it. Broken manifests are found before anything is started."""
+    from podwire.lab.launch import start_lab
+
+    documents = _load(files)
+    directory = lab_directory(spec.name)
+    with progress.step(f"lab {spec.name}: {spec.nodes} nodes ready"):
+        record = start_lab(directory, spec, lambda step: progress.note(step.name))
+    if documents:
+        from podwire.lab.manifests import apply_manifests
+
+        with progress.step(f"{len(documents)} objects applied"):
+            with_client(spec.name, lambda client: apply_manifests(client, documents))
+    return directory, record
+
+
+def _load(files: Sequence[Path]) -> Sequence[Any]:
+    if not files:
+        return ()
+    from podwire.lab.manifests import load_manifests
+
+    return load_manifests(files)
+
+
+def await_lab(name: str, timeout: float, progress: Progress) -> None:
+    """Wait until everything in the lab is ready. Raises LabError after `timeout` seconds."""
+    from podwire.lab.readiness import await_ready
+
+    def show(obstacles: Sequence[str]) -> None:
+        progress.note(f"waiting: {obstacles[0]}" if obstacles else "ready")
+
+    with progress.step("all pods ready"):
+        with_client(name, lambda client: await_ready(client, timeout, show))
+
+
+@lab.command()
+@name_argument
+@click.option("--all", "every", is_flag=True, help="Take down all labs of this user.")
+def down(name: str, every: bool) -> None:
+    """Take a lab down. Nothing of it stays."""
+    from podwire.lab.state import labs
+
+    directories = [d for d, _ in labs(lab_directory("default").path.parent)] if every else [lab_directory(name)]
+    for directory in directories:
+        directory.end()
+        directory.remove()
+        click.echo(f"lab {directory.name} is down")
+
+
+@lab.command("ls")
+@click.option("-o", "output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="Output format.")
+def list_labs(output: str) -> None:
+    """List the labs that are up.
+
+    With -o json: a list of objects with name, pid, nodes (their names), kubeconfig (its path) and server.
+    """
+    from podwire.lab.state import labs
+
+    rows = [_row(directory, record) for directory, record in labs(lab_directory("default").path.parent)]
+    if output == "json":
+        click.echo(json.dumps(rows, indent=2))
+        return
+    click.echo(f"{'NAME':<20} {'PID':>8}  {'NODES':>5}  {'SERVER':<24} KUBECONFIG")
+    for row in rows:
+        click.echo(f"{row['name']:<20} {row['pid']:>8}  {len(row['nodes']):>5}  {row['server']:<24} {row['kubeconfig']}")
+
+
+def _row(directory: "LabDirectory", record: "LabRecord") -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "pid": record.pid,
+        "nodes": directory.nodes(),
+        "kubeconfig": str(directory.kubeconfig),
+        "server": f"https://127.0.0.1:{record.port}",
+    }
+
+
+@lab.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@lab_option
+@click.option("-n", "--namespace", default="", help="The pod's namespace, where its name alone could be several.")
+@click.option("-t/-T", "--tty/--no-tty", "tty", default=None, help="Give the command a terminal. [default: when this is one]")
+@click.argument("target")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def execute(lab_name: str, namespace: str, tty: bool | None, target: str, command: tuple[str, ...]) -> None:
+    """Run a command inside the lab: podwire lab exec TARGET -- COMMAND…
+
+    TARGET is a pod ([NAMESPACE/]POD[/CONTAINER]), a node (node1), `world` (the clients outside the cluster) or `balancer`.
+    The exit status is the command's own.
+    """
+    command = command[1:] if command[0] == "--" else command
+    if not command:
+        raise click.UsageError("there is no command: podwire lab exec TARGET -- COMMAND…")
+    record = lab_directory(lab_name).live_record()
+    from podwire.lab.targets import PlaceTarget
+
+    where = _find(lab_name, target, namespace)
+    if isinstance(where, PlaceTarget):
+        from podwire.lab.join import run_in_place
+
+        sys.exit(run_in_place(record.pid, where.name, command))
+    from podwire.cli.podexec import run_in_pod
+
+    sys.exit(with_client(lab_name, lambda client: run_in_pod(client, where, command, tty)))
+
+
+def _find(lab_name: str, text: str, namespace: str) -> "Target":
+    """TARGET → what it names. Places need no question to the API server, so they work when it is broken."""
+    from podwire.lab.targets import find_target
+
+    nodes = lab_directory(lab_name).nodes()
+    if "/" not in text and not namespace and text in {"world", "balancer", *nodes}:
+        return find_target(text, nodes, ())
+    import msgspec
+
+    from podwire.model.objects import Pod
+    from podwire.model.resources import PODS
+
+    async def ask(client: "ApiClient") -> "Target":
+        pods = [msgspec.convert(item, Pod) for item in (await client.list(PODS)).items]
+        return find_target(text, nodes, pods, namespace)
+
+    return with_client(lab_name, ask)
+
+
+@lab.command()
+@lab_option
+@click.option("-n", "--namespace", default="", help="The pod's namespace, where its name alone could be several.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes.")
+@click.option("--tail", type=click.IntRange(min=0), default=None, metavar="N", help="Only the last N lines.")
+@click.argument("target", required=False)
+def logs(lab_name: str, namespace: str, follow: bool, tail: int | None, target: str | None) -> None:
+    """Print the log of the lab itself, or of a pod: podwire lab logs [[NAMESPACE/]POD[/CONTAINER]]"""
+    from podwire.cli.logs import follow_file, stream_pod_log
+    from podwire.lab.targets import PodTarget
+
+    if target is None:
+        follow_file(lab_directory(lab_name), tail=tail, follow=follow)
+        return
+    where = _find(lab_name, target, namespace)
+    if not isinstance(where, PodTarget):
+        raise click.UsageError(f"{target} is no pod; without TARGET you get the lab's log, in which its agents write")
+    with_client(lab_name, lambda client: stream_pod_log(client, where, tail=tail, follow=follow))
+
+
+@lab.command()
+@name_argument
+@click.option("--path", is_flag=True, help="Print the file's path instead of its text.")
+def kubeconfig(name: str, path: bool) -> None:
+    """Print a lab's kubeconfig. It holds the token that opens the lab's API server."""
+    directory = lab_directory(name)
+    directory.live_record()
+    click.echo(str(directory.kubeconfig) if path else directory.kubeconfig.read_text(), nl=path)
+
+
+@lab.group()
+def node() -> None:
+    """Change the nodes of a lab while it runs."""
+
+
+@node.command("add")
+@lab_option
+@click.option("--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="How many.")
+def add_node(lab_name: str, count: int) -> None:
+    """Add nodes; prints their names when they are ready."""
+    for _ in range(count):
+        click.echo(_control(lab_name, "POST", "/lab/v1/nodes")["name"])
+
+
+@node.command("rm")
+@lab_option
+@click.argument("node")
+def remove_node(lab_name: str, node: str) -> None:
+    """Remove a node with everything on it, as if its machine were gone for good."""
+    _control(lab_name, "DELETE", f"/lab/v1/nodes/{node}")
+    click.echo(f"{node} is gone")
+
+
+@node.command("restart")
+@lab_option
+@click.argument("node")
+def restart_node(lab_name: str, node: str) -> None:
+    """Kill a node's agent and start it again; its pods and their traffic go on."""
+    _control(lab_name, "POST", f"/lab/v1/nodes/{node}/restart")
+    click.echo(f"the agent of {node} runs again")
+
+
+def _control(lab_name: str, method: str, path: str) -> Any:
+    async def call(client: "ApiClient") -> bytes:
+        return await client.request(method, path)
+
+    return json.loads(with_client(lab_name, call) or b"{}")

@@ -1,0 +1,45 @@
+"""The `podwire` command. Only click and the standard library load before a command runs: `--help` has to be quick."""
+
+from typing import Any
+
+import click
+
+from podwire import __version__
+from podwire.cli.lab import lab
+from podwire.cli.paths import demo, paths
+from podwire.model.errors import PodwireError
+
+
+class _Root(click.Group):
+    """Turns the errors that podwire raises on purpose into one line and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PodwireError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def main() -> None:
+    """The Kubernetes network as one program, with real packets on the Linux kernel.
+
+    Start with `podwire demo`: it brings up a lab of three nodes, deploys a shop and shows every path that a packet can
+    take. `podwire lab up` gives you a lab of your own to use with kubectl. No root, no Docker, no images.
+
+    Exit status: 0 success, 1 failure, 2 wrong usage; `lab exec` passes on the command's own.
+    """
+
+
+@main.command()
+def version() -> None:
+    """Print podwire's version."""
+    click.echo(f"podwire {__version__}")
+
+
+main.add_command(lab)
+main.add_command(demo)
+main.add_command(paths)
+
+if __name__ == "__main__":
+    main()

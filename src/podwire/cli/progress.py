@@ -1,0 +1,59 @@
+"""Steps with their times: live on a terminal, plain lines elsewhere. Goes to stderr, so that stdout stays for machines."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, TextIO
+
+
+class Progress:
+    """What a command does, step by step."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._live = self._stream.isatty()
+        self._status: Any = None
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """Something that takes a moment: shown while it runs, with its time when it is done, with ✗ when it fails."""
+        started = time.monotonic()
+        try:
+            with self._spinner(text):
+                yield
+        except BaseException:
+            self.done(text, time.monotonic() - started, mark="✗")
+            raise
+        self.done(text, time.monotonic() - started)
+
+    def note(self, text: str) -> None:
+        """What a running step is waiting for; only a terminal shows it."""
+        if self._status is not None:
+            self._status.update(text)
+
+    def done(self, text: str, seconds: float, mark: str = "✓") -> None:
+        line = f"{mark} {text}  {_duration(seconds)}"
+        if self._live:
+            colour = "32" if mark == "✓" else "31"
+            line = f"\x1b[{colour}m{mark}\x1b[0m {text}  \x1b[2m{_duration(seconds)}\x1b[0m"
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+    @contextmanager
+    def _spinner(self, text: str) -> Iterator[None]:
+        if not self._live:
+            with nullcontext():
+                yield
+            return
+        from rich.console import Console
+
+        with Console(file=self._stream).status(text) as self._status:
+            try:
+                yield
+            finally:
+                self._status = None
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"

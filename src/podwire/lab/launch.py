@@ -1,0 +1,105 @@
+"""Starting a lab process and waiting until it reports. Runs in the caller's process, which stays as it is."""
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from podwire.lab.boot import BootOrder
+from podwire.lab.errors import LabError
+from podwire.lab.spec import LabSpec
+from podwire.lab.state import LabDirectory, LabRecord
+
+_BASE_TIMEOUT = 30.0
+_TIMEOUT_PER_NODE = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A part of bringing a lab up that is done, and how long it took."""
+
+    name: str
+    seconds: float
+
+
+def start_lab(directory: LabDirectory, spec: LabSpec, on_step: Callable[[Step], None] = lambda _: None) -> LabRecord:
+    """Bring a lab up and return when all its nodes are ready. Blocks; `on_step` is called as parts get done.
+
+    Raises LabError; then nothing of the lab is left but its log."""
+    lock = directory.create()
+    try:
+        with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+            read_end = _spawn(directory, spec, listener, lock)
+    finally:
+        os.close(lock)
+    try:
+        _await_ready(read_end, _BASE_TIMEOUT + _TIMEOUT_PER_NODE * spec.nodes, on_step)
+        return directory.live_record()
+    except BaseException as error:
+        if directory.alive and directory.record() is not None:
+            directory.end(grace=1.0)
+        if isinstance(error, _Silence):
+            raise LabError(
+                f"the lab ended before it was ready ({error}); its last words were: {_last_words(directory)}"
+            ) from None
+        raise
+    finally:
+        os.close(read_end)
+
+
+class _Silence(Exception):
+    """The lab process went away, or took too long, without a word."""
+
+
+def _spawn(directory: LabDirectory, spec: LabSpec, listener: socket.socket, lock: int) -> int:
+    """Execute `podwire.lab.boot`, which ends once the lab process is there; returns the pipe that it reports on."""
+    read_end, write_end = os.pipe()
+    order = BootOrder(spec, str(directory.path), listener.fileno(), lock, write_end)
+    try:
+        with directory.log.open("ab") as log:
+            boot = subprocess.Popen(
+                [sys.executable, "-P", "-m", "podwire.lab.boot", order.to_argument()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                umask=0o077,
+                pass_fds=(listener.fileno(), lock, write_end),
+                start_new_session=True,
+            )
+    except BaseException:
+        os.close(read_end)
+        raise
+    finally:
+        os.close(write_end)
+    boot.wait()
+    return read_end
+
+
+def _await_ready(read_end: int, timeout: float, on_step: Callable[[Step], None]) -> None:
+    deadline = time.monotonic() + timeout
+    buffer = b""
+    while True:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 or not select.select([read_end], [], [], remaining)[0]:
+            raise _Silence(f"nothing for {timeout:.0f} s")
+        data = os.read(read_end, 65536)
+        if not data:
+            raise _Silence("it died")
+        *lines, buffer = (buffer + data).split(b"\n")
+        for line in lines:
+            document = json.loads(line)
+            if "error" in document:
+                raise LabError(document["error"])
+            if "ready" in document:
+                return
+            on_step(Step(document["step"], document["seconds"]))
+
+
+def _last_words(directory: LabDirectory) -> str:
+    return directory.log_tail(3) or f"(nothing in {directory.log})"

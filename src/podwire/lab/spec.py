@@ -1,0 +1,105 @@
+"""What a lab should be: the parameters of `podwire lab up` as one value, checked once and passed on as JSON."""
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from podwire.model.addr import Family, IPNetwork, family_of, parse_families
+from podwire.model.errors import InvalidInput
+
+MAX_NODES = 1000
+"""A Linux bridge takes 1023 ports; the fabric also needs those of the world and the balancer."""
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?")
+_SERVICE_CIDRS = {Family.IPV4: "10.96.0.0/12", Family.IPV6: "fd00:10:96::/112"}
+_POD_CIDRS = {Family.IPV4: "10.244.0.0/16", Family.IPV6: "fd00:10:244::/56"}
+_LB_POOLS = {Family.IPV4: "203.0.113.0/24", Family.IPV6: "2001:db8:2::/112"}
+
+
+def check_name(name: str) -> str:
+    """`name` if it can name a lab. Raises InvalidInput otherwise."""
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(
+            f"lab name {name!r} cannot be used: take 1 to 40 lower-case letters, digits and '-', "
+            "beginning and ending with a letter or digit"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class LabSpec:
+    """One lab. Prefixes are text, one per family in `families`' order; empty tuples mean the defaults of design.md §7."""
+
+    name: str = "default"
+    nodes: int = 3
+    ip_family: str = "dual"
+    service_cidrs: tuple[str, ...] = ()
+    node_ports: tuple[int, int] = (30000, 32767)
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if not 1 <= self.nodes <= MAX_NODES:
+            raise InvalidInput(f"number of nodes {self.nodes} cannot be used: take 1 to {MAX_NODES}")
+        low, high = self.node_ports
+        if not 1 <= low <= high <= 65535:
+            raise InvalidInput(f"node port range {low}-{high} cannot be used: write it as 30000-32767")
+        parse_families(self.ip_family)
+        self.service_prefixes  # noqa: B018  (raises InvalidInput where the prefixes do not fit)
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        return parse_families(self.ip_family)
+
+    @property
+    def service_prefixes(self) -> Mapping[Family, IPNetwork]:
+        """The Service address range of each family. Raises InvalidInput."""
+        given = {family_of(net): net for net in map(_prefix, self.service_cidrs)}
+        if len(given) != len(self.service_cidrs) or (given and set(given) != set(self.families)):
+            raise InvalidInput(
+                f"service range {','.join(self.service_cidrs)} does not fit --ip-family {self.ip_family}: give one per family"
+            )
+        return {f: given.get(f) or ipaddress.ip_network(_SERVICE_CIDRS[f]) for f in self.families}
+
+    @property
+    def pod_prefixes(self) -> Mapping[Family, IPNetwork]:
+        """Where the nodes' podCIDRs come from."""
+        return {f: ipaddress.ip_network(_POD_CIDRS[f]) for f in self.families}
+
+    @property
+    def balancer_pools(self) -> Mapping[Family, IPNetwork]:
+        """Where LoadBalancer addresses come from."""
+        return {f: ipaddress.ip_network(_LB_POOLS[f]) for f in self.families}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        low, high = document["node_ports"]
+        return cls(
+            name=document["name"],
+            nodes=document["nodes"],
+            ip_family=document["ip_family"],
+            service_cidrs=tuple(document["service_cidrs"]),
+            node_ports=(low, high),
+        )
+
+
+def parse_port_range(text: str) -> tuple[int, int]:
+    """`30000-32767` → (30000, 32767). Raises InvalidInput."""
+    match = re.fullmatch(r"(\d{1,5})-(\d{1,5})", text.strip())
+    if not match:
+        raise InvalidInput(f"node port range {text!r} cannot be used: write it as 30000-32767")
+    return int(match[1]), int(match[2])
+
+
+def _prefix(text: str) -> IPNetwork:
+    try:
+        net = ipaddress.ip_network(text.strip())
+    except ValueError as error:
+        raise InvalidInput(f"service range {text!r} is not a prefix such as 10.96.0.0/12: {error}") from error
+    if not 4 <= net.max_prefixlen - net.prefixlen <= 20:
+        raise InvalidInput(f"service range {text} has to hold 16 to 1048576 addresses (IPv4 /12 to /28, IPv6 /108 to /124)")
+    return net

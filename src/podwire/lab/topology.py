@@ -1,0 +1,170 @@
+"""Where everything in a lab is: names, addresses, MACs and routes of fabric, nodes, world and balancer. Pure.
+
+    world ── eth0 ┐                     198.18.1.1   2001:db8:1:1::1   clients; the nodes' default gateway
+    balancer eth0 ┤  fabric (bridge)    198.18.2.1   2001:db8:1:2::1   picks a node for each LoadBalancer connection
+    node<i>  eth0 ┘  198.18.0.1         198.18.0.(10+i)  2001:db8:1::(10+i)
+
+A node's place follows from its index alone, so nodes come and go without moving another.
+"""
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from podwire.lab.spec import MAX_NODES
+from podwire.model.addr import Family, IPAddress, IPInterface, IPNetwork, mac_for
+from podwire.model.ids import HOST, NetnsName
+from podwire.model.kernelstate import OWNER_ALIAS, Address, Bridge, Device, Link, Route, Veth
+from podwire.model.ops import AddAddress, AddLink, ChangeLink, Op, Plan, SetRoute, SetSysctl
+
+FABRIC = "fabric"
+WORLD = "world"
+BALANCER = "balancer"
+UPLINK = "eth0"
+FABRIC_MTU = 1500
+API_PORT = 6443
+
+UNDERLAY: Mapping[Family, IPNetwork] = {
+    Family.IPV4: ipaddress.ip_network("198.18.0.0/15"),
+    Family.IPV6: ipaddress.ip_network("2001:db8:1::/48"),
+}
+_FABRIC = {Family.IPV4: "198.18.0.1", Family.IPV6: "2001:db8:1::1"}
+_WORLD = {Family.IPV4: "198.18.1.1", Family.IPV6: "2001:db8:1:1::1"}
+_BALANCER = {Family.IPV4: "198.18.2.1", Family.IPV6: "2001:db8:1:2::1"}
+_LAST_IN_FIRST_BLOCK = 240
+_NODE_NAME = re.compile(r"node([1-9][0-9]{0,3})")
+
+
+def node_name(index: int) -> str:
+    """The name of the node with this index (from 1)."""
+    if not 1 <= index <= MAX_NODES:
+        raise ValueError(f"node index {index} is not within 1 to {MAX_NODES}")
+    return f"node{index}"
+
+
+def node_index(name: str) -> int | None:
+    """The inverse of `node_name`; None for a name that is not a lab node's."""
+    match = _NODE_NAME.fullmatch(name)
+    return int(match[1]) if match and int(match[1]) <= MAX_NODES else None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A namespace on the fabric. `netns` is its label at the fabric's kernel port; the port on the bridge is named `name`."""
+
+    name: str
+    addresses: Mapping[Family, IPAddress]
+
+    @property
+    def netns(self) -> NetnsName:
+        return NetnsName(f"place/{self.name}")
+
+    @property
+    def mac(self) -> str:
+        return mac_for(next(iter(self.addresses.values())))
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The lab's addresses, by family. `families` are in the cluster's order."""
+
+    families: tuple[Family, ...]
+    balancer_pools: Mapping[Family, IPNetwork]
+
+    @property
+    def fabric(self) -> Mapping[Family, IPAddress]:
+        return {f: ipaddress.ip_address(_FABRIC[f]) for f in self.families}
+
+    @property
+    def world(self) -> Place:
+        return Place(WORLD, {f: ipaddress.ip_address(_WORLD[f]) for f in self.families})
+
+    @property
+    def balancer(self) -> Place:
+        return Place(BALANCER, {f: ipaddress.ip_address(_BALANCER[f]) for f in self.families})
+
+    def node(self, index: int) -> Place:
+        return Place(node_name(index), {f: _node_address(f, index) for f in self.families})
+
+    # --- plans ----------------------------------------------------------------------------------------------------
+
+    def plan_fabric(self) -> Plan:
+        """The bridge in the lab's own namespace. Needs no other namespace."""
+        ops: list[Op] = [ChangeLink(Link("lo", Device()))]
+        ops.append(AddLink(Link(FABRIC, Bridge(), mtu=FABRIC_MTU, alias=OWNER_ALIAS)))
+        ops += [AddAddress(Address(FABRIC, self._interface(ip))) for ip in self.fabric.values()]
+        return tuple(ops)
+
+    def plan_place(self, place: Place) -> Plan:
+        """The cable from the bridge to `place`, whose namespace has been attached under its label."""
+        ns = place.netns
+        port = Link(place.name, Veth(UPLINK, ns), mtu=FABRIC_MTU, master=FABRIC, alias=f"{OWNER_ALIAS}:{place.name}")
+        uplink = Link(UPLINK, Veth(place.name), mtu=FABRIC_MTU, mac=place.mac, alias=f"{OWNER_ALIAS}:{FABRIC}")
+        ops: list[Op] = [ChangeLink(Link("lo", Device()), ns), *_quiet(self.families, ns)]
+        ops.append(AddLink(port, uplink))
+        ops += [AddAddress(Address(UPLINK, self._interface(ip)), ns) for ip in place.addresses.values()]
+        return tuple(ops)
+
+    def plan_node(self, place: Place) -> Plan:
+        """A node's machine before any agent runs on it: its cable and a default route to the world."""
+        gateways = self.world.addresses
+        defaults = [Route(f.any, dev=UPLINK, via=gateways[f]) for f in self.families]
+        return (*self.plan_place(place), *(SetRoute(route, place.netns) for route in defaults))
+
+    def plan_world(self) -> Plan:
+        """The outside: reaches LoadBalancer addresses through the balancer."""
+        place = self.world
+        routes = [Route(self.balancer_pools[f], dev=UPLINK, via=self.balancer.addresses[f]) for f in self.families]
+        return (*self.plan_place(place), *(SetRoute(route, place.netns) for route in routes))
+
+    def plan_balancer(self) -> Plan:
+        """The balancer's machine; its routes follow the Services (`podwire.lab.balancer`).
+
+        The kernel hashes each flow's addresses and ports, so a connection stays with one node."""
+        ns = self.balancer.netns
+        switches = {
+            Family.IPV4: {"net/ipv4/ip_forward": "1", "net/ipv4/fib_multipath_hash_policy": "1"},
+            Family.IPV6: {"net/ipv6/conf/all/forwarding": "1", "net/ipv6/fib_multipath_hash_policy": "1"},
+        }
+        ops = [SetSysctl(key, value, ns) for f in self.families for key, value in switches[f].items()]
+        return (*self.plan_place(self.balancer), *ops)
+
+    def _interface(self, address: IPAddress) -> IPInterface:
+        family = Family.IPV4 if address.version == 4 else Family.IPV6
+        return ipaddress.ip_interface(f"{address}/{UNDERLAY[family].prefixlen}")
+
+
+def _node_address(family: Family, index: int) -> IPAddress:
+    """10+index in the last byte while it fits; later nodes live in 198.19.0.0/16, clear of world and balancer."""
+    node_name(index)  # raises ValueError for an index out of range
+    if family is Family.IPV6:
+        return ipaddress.ip_address(f"2001:db8:1::{10 + index}")
+    if index <= _LAST_IN_FIRST_BLOCK:
+        return ipaddress.ip_address(f"198.18.0.{10 + index}")
+    return ipaddress.ip_address("198.19.0.0") + index
+
+
+def _quiet(families: tuple[Family, ...], ns: NetnsName = HOST) -> list[Op]:
+    """Switches that keep the underlay as simple as it looks, set before any device is there.
+
+    Redirects: the balancer sends packets out where they came in, and IPv6 has no switch for sending. rp_filter: a new
+    namespace inherits the machine's, and replies do not return by the balancer. DAD: seconds lost for addresses of our own.
+    """
+    switches = {
+        Family.IPV4: {
+            "net/ipv4/conf/all/rp_filter": "0",
+            "net/ipv4/conf/default/rp_filter": "0",
+            "net/ipv4/conf/all/send_redirects": "0",
+            "net/ipv4/conf/default/send_redirects": "0",
+            "net/ipv4/conf/all/accept_redirects": "0",
+            "net/ipv4/conf/default/accept_redirects": "0",
+        },
+        Family.IPV6: {
+            "net/ipv6/conf/all/accept_redirects": "0",
+            "net/ipv6/conf/default/accept_redirects": "0",
+            "net/ipv6/conf/default/accept_ra": "0",
+            "net/ipv6/conf/default/accept_dad": "0",
+        },
+    }
+    return [SetSysctl(key, value, ns) for f in families for key, value in switches[f].items()]
