@@ -1,0 +1,204 @@
+"""nftables over one netlink socket: commit a transaction, read a table back. Blocking; `LinuxKernel` calls it off the loop."""
+
+import errno
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+
+from podwire.kernel.port import KernelError
+from podwire.model.addr import Family
+from podwire.model.nft import Batch, ChainState, Data, NftSet, Rule, Ruleset, SetState, TableRef, TableState
+from podwire.wire import netlink, nftables
+from podwire.wire.netlink import Ack, Dump, Message
+from podwire.wire.nftables import Unit
+
+_RECEIVE_BYTES = 1 << 16
+_DUMP_ATTEMPTS = 20
+_SO_SNDBUFFORCE = 32
+"""asm-generic/socket.h; Python's socket module lacks it."""
+_SNDBUF_MARGIN = 1024
+"""The kernel refuses a datagram larger than its send buffer less 32 bytes; BEGIN and END come on top of the units."""
+_SEQ_LIMIT = 0x7FFFFFFF
+
+Counts = tuple[int, int]
+"""(packets, bytes)."""
+
+
+class NftClient:
+    """One namespace's nftables. `sock` is a bound NETLINK_NETFILTER socket opened there, with extended acks; it stays the
+    caller's to close. Not for use by two threads at once."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._seq = 1
+        self._may_force = True
+
+    def commit(self, batch: Batch) -> None:
+        """Execute the batch in one transaction; all of it or nothing.
+
+        Where it is larger than the send buffer may become (a user namespace may not raise it above net.core.wmem_max), it
+        goes in several, cut where each step is safe. Raises KernelError that names the command which the kernel refused."""
+        units = list(nftables.encode_batch(batch))
+        for group in _cut(units, self._room(sum(u.size for u in units))):
+            self._transact(group)
+
+    def observe(self, table: str) -> Ruleset:
+        """The tables of that name in both families, from one moment. Dynamic sets come without their elements."""
+        for _ in range(_DUMP_ATTEMPTS):
+            generation = self._generation()
+            tables = {ref: self._read_table(ref) for ref in self._existing(table)}
+            if self._generation() == generation:
+                return Ruleset(tables)
+        raise KernelError(f"nftables changed during each of {_DUMP_ATTEMPTS} readings", errno.EAGAIN)
+
+    def elements(self, table: TableRef, set_name: str) -> dict[bytes, tuple[Data, Counts]]:
+        """A set's elements with their counters (zeros where the set has none), dynamic ones too. Raises KernelError: ENOENT."""
+        request = nftables.dump_request(nftables.GETSETELEM, table, 0, set_name=set_name)
+        found = (element for msg in self._dump(request) for element in nftables.decode_elements(msg))
+        return {key: (data, counts) for key, data, counts in found}
+
+    # --- transactions -----------------------------------------------------------------------------------------
+
+    def _room(self, wanted: int) -> int:
+        """How many bytes of units may go in one transaction; raises the send buffer as far as is allowed and needed."""
+        room = self._capacity()
+        if wanted > room and self._may_force:
+            try:
+                self._sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, wanted + _SNDBUF_MARGIN)
+            except OSError:  # no CAP_NET_ADMIN in the initial user namespace
+                self._may_force = False
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wanted + _SNDBUF_MARGIN)
+            room = self._capacity()
+        return room
+
+    def _capacity(self) -> int:
+        return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - _SNDBUF_MARGIN
+
+    def _transact(self, units: Sequence[Unit]) -> None:
+        first = self._next_seq(2 + sum(len(u.messages) for u in units))
+        self._send(nftables.frame(units, first))
+        # The kernel works within send(): what it has to say is there already, and it says nothing of what went well.
+        refusals = sorted((ack for ack in self._waiting() if ack.errno), key=lambda ack: ack.seq)
+        if refusals:
+            raise _refused(units, first, refusals[0])
+
+    def _waiting(self) -> Iterator[Ack]:
+        while True:
+            try:
+                datagram = self._sock.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                # ENOBUFS: so many refusals that they did not fit the receive buffer.
+                raise KernelError(f"nftables refused the transaction: {error.strerror}", error.errno or 0) from error
+            yield from (netlink.parse_ack(m) for m in netlink.parse_messages(datagram) if m.type == netlink.NLMSG_ERROR)
+
+    # --- reading ----------------------------------------------------------------------------------------------
+
+    def _generation(self) -> bytes:
+        request = netlink.message(nftables.SUBSYSTEM << 8 | nftables.GETGEN, netlink.NLM_F_REQUEST, 0, b"\0\0\0\0")
+        answer, _ = self._ask(request)
+        return netlink.parse_attrs(answer.payload, 4)[1] if answer else b""
+
+    def _existing(self, table: str) -> list[TableRef]:
+        refs = (TableRef(family, table) for family in Family)
+        return [ref for ref in refs if self._ask(nftables.table_request(ref, 0))[0] is not None]
+
+    def _read_table(self, ref: TableRef) -> TableState:
+        chains: dict[str, ChainState] = {}
+        rules: dict[str, list[Rule]] = {}
+        for msg in self._dump(nftables.dump_request(nftables.GETCHAIN, ref, 0)):
+            table, chain = nftables.decode_chain(msg)
+            if table == ref.name:
+                chains[chain.name] = ChainState(chain)
+        for msg in self._dump(nftables.dump_request(nftables.GETRULE, ref, 0)):
+            table, chain_name, rule = nftables.decode_rule(msg)
+            if table == ref.name:
+                rules.setdefault(chain_name, []).append(rule)
+        chains |= {n: ChainState(chains[n].chain, tuple(found)) for n, found in rules.items() if n in chains}
+        return TableState(chains, self._read_sets(ref))
+
+    def _read_sets(self, ref: TableRef) -> Mapping[str, SetState]:
+        decoded = (nftables.decode_set(msg) for msg in self._dump(nftables.dump_request(nftables.GETSET, ref, 0)))
+        sets: list[NftSet] = [of for table, of in decoded if table == ref.name and of is not None]
+        return {of.name: SetState(of, {} if of.dynamic else self._plain_elements(ref, of)) for of in sets}
+
+    def _plain_elements(self, ref: TableRef, of: NftSet) -> dict[bytes, Data]:
+        request = nftables.dump_request(nftables.GETSETELEM, ref, 0, set_name=of.name)
+        return {key: data for msg in self._dump(request) for key, data, _ in nftables.decode_elements(msg)}
+
+    def _dump(self, request: bytes) -> list[Message]:
+        for _ in range(_DUMP_ATTEMPTS):
+            dump = Dump(self._next_seq(1))
+            self._send(netlink.with_seq(request, dump.seq))
+            while not dump.done:
+                dump.feed(self._receive())
+            if dump.errno:
+                raise KernelError(f"reading nftables: {dump.text or os.strerror(dump.errno)}", dump.errno)
+            if not dump.interrupted:
+                return dump.messages
+        raise KernelError(f"nftables changed during each of {_DUMP_ATTEMPTS} readings", errno.EAGAIN)
+
+    def _ask(self, request: bytes) -> tuple[Message | None, int]:
+        """One object → (its message or None, errno). Errors other than "no such object" raise."""
+        seq = self._next_seq(1)
+        self._send(netlink.with_seq(request, seq))
+        while True:
+            for msg in netlink.parse_messages(self._receive()):
+                if msg.seq != seq:
+                    continue
+                if msg.type != netlink.NLMSG_ERROR:
+                    return msg, 0
+                ack = netlink.parse_ack(msg)
+                if ack.errno not in (0, errno.ENOENT, errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
+                    raise KernelError(f"reading nftables: {ack.message or os.strerror(ack.errno)}", ack.errno)
+                return None, ack.errno
+
+    # --- socket -----------------------------------------------------------------------------------------------
+
+    def _next_seq(self, count: int) -> int:
+        if self._seq + count > _SEQ_LIMIT:
+            self._seq = 1
+        first = self._seq
+        self._seq += count
+        return first
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._sock.send(data)
+        except OSError as error:
+            raise KernelError(f"sending {len(data)} bytes to nftables: {error.strerror}", error.errno or 0) from error
+
+    def _receive(self) -> bytes:
+        try:
+            return self._sock.recv(_RECEIVE_BYTES)
+        except OSError as error:
+            raise KernelError(f"reading from nftables: {error}", error.errno or errno.EIO) from error
+
+
+def _cut(units: Sequence[Unit], room: int) -> Iterator[list[Unit]]:
+    """Groups of units, in order, each below `room` bytes; a unit that is larger alone goes alone."""
+    group: list[Unit] = []
+    size = 0
+    for unit in units:
+        if group and size + unit.size > room:
+            yield group
+            group, size = [], 0
+        group.append(unit)
+        size += unit.size
+    if group:
+        yield group
+
+
+_COMMAND_SHOWN = 400
+
+
+def _refused(units: Sequence[Unit], first_seq: int, ack: Ack) -> KernelError:
+    messages = [unit.command for unit in units for _ in unit.messages]
+    index = ack.seq - first_seq - 1
+    reason = ack.message or os.strerror(ack.errno)
+    if 0 <= index < len(messages):
+        command = str(messages[index])
+        shown = command if len(command) <= _COMMAND_SHOWN else command[:_COMMAND_SHOWN] + "…"
+        return KernelError(f"nftables refused `{shown}`: {reason}", ack.errno)
+    return KernelError(f"nftables refused the transaction: {reason}", ack.errno)
