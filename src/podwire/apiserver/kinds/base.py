@@ -111,8 +111,8 @@ class Kind:
             return self.take_status(new, old)
         if self.has_status:
             _carry(new, old, "status")
-        self.retain(new, old)
         self.default(new)
+        self.retain(new, old)
         if self.counts_generation:
             before = old.get("metadata", {}).get("generation", 1)
             new.setdefault("metadata", {})["generation"] = before + 1 if self.desired(new) != self.desired(old) else before

@@ -51,7 +51,7 @@ class NodeKind(Kind):
     resource = resources.NODES
     message = "k8s.io.api.core.v1.Node"
     short_names = ("no",)
-    subresources = (STATUS, Subresource("proxy", ("get", "create"), "NodeProxyOptions"))
+    subresources = (STATUS,)
     columns = (
         NAME,
         Column("Status", "The status of the node"),

@@ -7,7 +7,8 @@ from podwire.apiserver.kinds.cluster import LeaseKind, NamespaceKind, NodeKind
 from podwire.apiserver.kinds.configs import ConfigMapKind, SecretKind, ServiceAccountKind
 from podwire.apiserver.kinds.events import EventKind, EventV1Kind
 from podwire.apiserver.kinds.pods import PodKind
-from podwire.apiserver.kinds.services import EndpointSliceKind, ServiceKind
+from podwire.apiserver.kinds.services import ServiceKind
+from podwire.apiserver.kinds.slices import EndpointSliceKind
 from podwire.apiserver.kinds.workloads import DeploymentKind, ReplicaSetKind
 
 
