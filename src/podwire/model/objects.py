@@ -156,9 +156,14 @@ class Probe(View, frozen=True):
     failure_threshold: int = 3
 
 
+class SleepAction(View, frozen=True):
+    seconds: int = 0
+
+
 class Handler(View, frozen=True):
     exec: ExecAction | None = None
     http_get: HttpGet | None = None
+    sleep: SleepAction | None = None
 
 
 class Lifecycle(View, frozen=True):
@@ -209,11 +214,46 @@ class EmptyDir(View, frozen=True):
     medium: str = ""
 
 
+class HostPath(View, frozen=True):
+    path: str
+    type: str = ""
+
+
+class DownwardFile(View, frozen=True):
+    path: str
+    field_ref: FieldSelector | None = None
+
+
+class DownwardVolume(View, frozen=True):
+    items: tuple[DownwardFile, ...] = ()
+
+
+class ProjectedMap(View, frozen=True):
+    """A ConfigMap or Secret as a source of a projected volume."""
+
+    name: str = ""
+    items: tuple[KeyToPath, ...] = ()
+    optional: bool = False
+
+
+class ProjectedSource(View, frozen=True):
+    config_map: ProjectedMap | None = None
+    secret: ProjectedMap | None = None
+    downward_api: DownwardVolume | None = msgspec.field(name="downwardAPI", default=None)
+
+
+class ProjectedVolume(View, frozen=True):
+    sources: tuple[ProjectedSource, ...] = ()
+
+
 class Volume(View, frozen=True):
     name: str
     config_map: ConfigMapVolume | None = None
     secret: SecretVolume | None = None
     empty_dir: EmptyDir | None = None
+    host_path: HostPath | None = None
+    downward_api: DownwardVolume | None = msgspec.field(name="downwardAPI", default=None)
+    projected: ProjectedVolume | None = None
 
 
 class HostAlias(View, frozen=True):
@@ -242,6 +282,7 @@ class PodSpec(View, frozen=True):
     node_name: str = ""
     node_selector: dict[str, str] = {}
     host_network: bool = False
+    share_process_namespace: bool = False
     hostname: str = ""
     subdomain: str = ""
     host_aliases: tuple[HostAlias, ...] = ()
