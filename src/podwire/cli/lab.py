@@ -86,11 +86,12 @@ def await_lab(name: str, timeout: float, progress: Progress) -> None:
 @lab.command()
 @name_argument
 @click.option("--all", "every", is_flag=True, help="Take down all labs of this user.")
-def down(name: str, every: bool) -> None:
+def down(lab_name: str, lab_argument: str, every: bool) -> None:
     """Take a lab down. Nothing of it stays."""
     from podwire.lab.state import labs
 
-    directories = [d for d, _ in labs(lab_directory("default").path.parent)] if every else [lab_directory(name)]
+    root = lab_directory(lab_name).path.parent
+    directories = [d for d, _ in labs(root)] if every else [lab_directory(lab_argument or lab_name)]
     for directory in directories:
         directory.end()
         directory.remove()
@@ -195,9 +196,9 @@ def logs(lab_name: str, namespace: str, follow: bool, tail: int | None, target: 
 @lab.command()
 @name_argument
 @click.option("--path", is_flag=True, help="Print the file's path instead of its text.")
-def kubeconfig(name: str, path: bool) -> None:
+def kubeconfig(lab_name: str, lab_argument: str, path: bool) -> None:
     """Print a lab's kubeconfig. It holds the token that opens the lab's API server."""
-    directory = lab_directory(name)
+    directory = lab_directory(lab_argument or lab_name)
     directory.live_record()
     click.echo(str(directory.kubeconfig) if path else directory.kubeconfig.read_text(), nl=path)
 

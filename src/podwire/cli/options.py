@@ -25,15 +25,19 @@ def _checked(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Para
 
 
 def lab_option(function: F) -> F:
-    """`--lab NAME` for commands that work on a lab which is up."""
+    """`--name NAME` for commands that work on a lab which is up."""
     return click.option(
-        "--lab", "lab_name", default="default", show_default=True, callback=_checked(check_name), metavar="NAME",
+        "--name", "--lab", "lab_name", default="default", show_default=True, callback=_checked(check_name), metavar="NAME",
         help="The lab to use.",
     )(function)  # fmt: skip
 
 
 def name_argument(function: F) -> F:
-    return click.argument("name", default="default", callback=_checked(check_name))(function)
+    """`[NAME]` where the lab itself is what the command is about; `--name NAME` does the same."""
+    function = click.argument(
+        "lab_argument", metavar="[NAME]", default="", callback=_checked(lambda n: check_name(n) if n else n)
+    )(function)
+    return lab_option(function)
 
 
 def spec_options(default_name: str, *, nodes: int = 3) -> Callable[[F], F]:

@@ -3,8 +3,14 @@
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from podwire.kernel.linux import LinuxKernel
+from podwire.lab.boot import NETNS_DIR
+from podwire.lab.fabric import Fabric
 from podwire.lab.spec import LabSpec
+from podwire.lab.state import LabDirectory
+from podwire.lab.topology import Topology
 
 
 class LabCluster:
@@ -12,6 +18,8 @@ class LabCluster:
 
     def __init__(self, spec: LabSpec, directory: str, listener: int) -> None:
         self.spec = spec
+        path = Path(directory)
+        self._directory = LabDirectory(path.parent, path.name)
         self._stop = asyncio.Event()
 
     def request_stop(self) -> None:
@@ -21,7 +29,16 @@ class LabCluster:
         return False
 
     async def start(self, on_step: Callable[[str, float], None]) -> None:
-        on_step("namespaces", time.monotonic())
+        t = time.monotonic()
+        self._kernel = LinuxKernel()
+        self.fabric = Fabric(self._kernel, Topology(self.spec.families, self.spec.balancer_pools), Path(NETNS_DIR))
+        await self.fabric.start()
+        on_step("fabric", time.monotonic() - t)
+        t = time.monotonic()
+        for i in range(self.spec.nodes):
+            await self.fabric.add_node(i + 1)
+        self._directory.write_nodes([f"node{i + 1}" for i in range(self.spec.nodes)])
+        on_step("nodes", time.monotonic() - t)
 
     async def run(self) -> None:
         await self._stop.wait()
