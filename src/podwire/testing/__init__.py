@@ -1,0 +1,5 @@
+"""Fakes that execute, namespace fixtures and a pytest plugin. Shipped, since users test with it too."""
+
+from podwire.testing.fakekernel import FakeKernel
+
+__all__ = ["FakeKernel"]

@@ -1,0 +1,268 @@
+"""One network namespace in memory: the kernel's rules for links, addresses, routes, neighbours and FDB entries.
+
+Refusals carry the errno that Linux gives. What Linux drops by itself (routes of a device that goes down, a veth's other
+end, …) is dropped here too: tests of planners depend on it.
+"""
+
+import errno
+import ipaddress
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from podwire.model.addr import IPAddress, IPNetwork
+from podwire.model.kernelstate import Address, Bridge, Device, FdbEntry, Link, Neighbour, NetState, Route, Veth, Vxlan
+from podwire.model.nft import Ruleset
+
+_NAME_BYTES = 15
+
+
+class Refused(Exception):
+    """What the kernel would answer: its errno and words."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.errno, self.message = code, message
+
+
+@dataclass(eq=False)
+class FakeNetns:
+    """A namespace with `lo`, down, in it. `peers`: our veth → (namespace, name) of its other end."""
+
+    label: str
+    links: dict[str, Link] = field(default_factory=dict)
+    peers: dict[str, tuple["FakeNetns", str]] = field(default_factory=dict)
+    addresses: dict[Address, None] = field(default_factory=dict)
+    routes: dict[tuple[IPNetwork, int], Route] = field(default_factory=dict)
+    neighbours: dict[tuple[str, IPAddress], Neighbour] = field(default_factory=dict)
+    fdb: dict[tuple[str, str], FdbEntry] = field(default_factory=dict)
+    sysctls: dict[str, str] = field(default_factory=dict)
+    ruleset: Ruleset = field(default_factory=Ruleset)
+
+    def __post_init__(self) -> None:
+        self.links.setdefault("lo", _observed(Link("lo", Device(), mtu=65536, mac="00:00:00:00:00:00", up=False)))
+
+    def state(self) -> NetState:
+        return NetState(
+            links=dict(self.links),
+            addresses=frozenset(self.addresses),
+            routes=frozenset(self.routes.values()),
+            neighbours=frozenset(self.neighbours.values()),
+            fdb=frozenset(self.fdb.values()),
+            sysctls=dict(self.sysctls),
+        )
+
+    # --- links ------------------------------------------------------------------------------------------------
+
+    def add_link(self, link: Link, mac: str) -> None:
+        """One link; a veth's other end is a second call and `join`. `mac` is used where the link asks for none."""
+        self.check_new(link)
+        mtu = link.mtu if link.mtu is not None else self._default_mtu(link)
+        self.links[link.name] = _observed(replace(link, mtu=mtu, mac=link.mac or mac, up=False))
+        if link.up:
+            self._set_up(link.name)
+
+    def check_new(self, link: Link) -> None:
+        """Raise Refused unless a link like this can be made."""
+        if isinstance(link.kind, Device):
+            raise Refused(errno.EINVAL, f"link {link.name}: a Device is configured, never made")
+        if not link.name or len(link.name.encode()) > _NAME_BYTES:
+            raise Refused(errno.ERANGE, "Attribute failed policy validation")
+        if link.name in self.links:
+            raise Refused(errno.EEXIST, "File exists")
+        if link.master:
+            self._check_master(link.master)
+        if not isinstance(link.kind, Vxlan):
+            return
+        self._link(link.kind.underlay)
+        for other in self.links.values():
+            if isinstance(other.kind, Vxlan) and (other.kind.vni, other.kind.port) == (link.kind.vni, link.kind.port):
+                raise Refused(errno.EEXIST, "A VXLAN device with the specified VNI already exists")
+
+    def join(self, name: str, other: "FakeNetns", other_name: str) -> None:
+        """Make two links the ends of one pair."""
+        for here, mine, there, theirs in ((self, name, other, other_name), (other, other_name, self, name)):
+            here.peers[mine] = (there, theirs)
+            visible = theirs if here is there else ""
+            here.links[mine] = replace(here.links[mine], kind=Veth(peer=visible))
+
+    def change_link(self, want: Link) -> None:
+        have = self._link(want.name)
+        if want.master:
+            self._check_master(want.master)
+        if want.mac is not None and want.mac != have.mac:
+            self._forget_neighbours(want.name)  # Linux flushes even permanent ones when the device's address changes
+        master = have.master if want.master is None else want.master
+        hairpin = bool(have.hairpin if want.hairpin is None else want.hairpin) and bool(master)
+        keep_alias = isinstance(want.kind, Device) and not want.alias
+        self.links[want.name] = replace(
+            have,
+            mtu=have.mtu if want.mtu is None else want.mtu,
+            mac=have.mac if want.mac is None else want.mac,
+            master=master,
+            hairpin=hairpin,
+            alias=have.alias if keep_alias else want.alias,
+        )
+        if want.up and not have.up:
+            self._set_up(want.name)
+        elif have.up and not want.up:
+            self._set_down(want.name)
+
+    def del_link(self, name: str) -> None:
+        if name == "lo":
+            raise Refused(errno.EOPNOTSUPP, "Operation not supported")
+        self._link(name)
+        self._drop(name)
+        if name in self.peers:
+            other, other_name = self.peers.pop(name)
+            other.peers.pop(other_name, None)
+            other._drop(other_name)
+
+    def destroy(self) -> None:
+        """What happens when the last holder of the namespace goes: its devices go, and the other ends of its veths."""
+        for name in [name for name in self.links if name != "lo"]:
+            if name in self.links:
+                self.del_link(name)
+        self.ruleset = Ruleset()
+
+    def _drop(self, name: str) -> None:
+        self._set_down(name)
+        for address in [address for address in self.addresses if address.dev == name]:
+            del self.addresses[address]
+        for key in [key for key in self.fdb if key[0] == name]:
+            del self.fdb[key]
+        del self.links[name]
+        for other in list(self.links.values()):
+            if other.master == name:
+                self.links[other.name] = replace(other, master="", hairpin=False)
+            if isinstance(other.kind, Vxlan) and other.kind.underlay == name:
+                self._drop(other.name)
+
+    def _set_up(self, name: str) -> None:
+        link = self.links[name] = replace(self.links[name], up=True)
+        if name == "lo":
+            for text in ("127.0.0.1/8", "::1/128"):
+                self.addresses[Address("lo", ipaddress.ip_interface(text))] = None
+        elif not link.master and link.mac:
+            self.addresses[Address(name, ipaddress.ip_interface(f"{link_local(link.mac)}/64"))] = None
+
+    def _set_down(self, name: str) -> None:
+        self.links[name] = replace(self.links[name], up=False)
+        for key, route in list(self.routes.items()):
+            if route.dev == name or any(hop.dev == name for hop in route.nexthops):
+                del self.routes[key]
+        for address in [a for a in self.addresses if a.dev == name and a.interface.version == 6]:
+            del self.addresses[address]
+        self._forget_neighbours(name)
+
+    def _forget_neighbours(self, name: str) -> None:
+        for key in [key for key in self.neighbours if key[0] == name]:
+            del self.neighbours[key]
+
+    def _check_master(self, name: str) -> None:
+        if name and not isinstance(self._link(name).kind, Bridge):
+            raise Refused(errno.EOPNOTSUPP, "Device does not allow enslaving")
+
+    def _default_mtu(self, link: Link) -> int:
+        if not isinstance(link.kind, Vxlan):
+            return 1500
+        return (self._link(link.kind.underlay).mtu or 1500) - (50 if link.kind.local.version == 4 else 70)
+
+    def _link(self, name: str) -> Link:
+        if name not in self.links:
+            raise Refused(errno.ENODEV, f"there is no device {name}")
+        return self.links[name]
+
+    # --- addresses, routes, neighbours, entries -----------------------------------------------------------------
+
+    def add_address(self, address: Address) -> None:
+        self._link(address.dev)
+        self.addresses[address] = None
+
+    def del_address(self, address: Address) -> None:
+        if self.addresses.pop(address, address) is None:
+            for key, route in list(self.routes.items()):
+                if route.src == address.interface.ip and route.dst.version == 4:
+                    del self.routes[key]
+
+    def set_route(self, route: Route) -> None:
+        hops: list[tuple[str, IPAddress | None]] = [(hop.dev, hop.via) for hop in route.nexthops]
+        hops = hops or [(route.dev, route.via)]
+        for dev, via in hops:
+            if not self._link(dev).up:
+                raise Refused(errno.ENETDOWN, "Device for nexthop is not up")
+            if via is not None and not route.onlink and not self._on_link(dev, via):
+                code = errno.ENETUNREACH if via.version == 4 else errno.EHOSTUNREACH
+                raise Refused(code, "Nexthop has invalid gateway" if via.version == 4 else "No route to host")
+        if route.src is not None and route.src not in self.local_addresses():
+            raise Refused(errno.EINVAL, "Invalid prefsrc address")
+        metric = 0 if route.dst.version == 6 and route.metric == 1024 else route.metric
+        self.routes[route.dst, metric] = replace(route, metric=metric)
+
+    def del_route(self, route: Route) -> None:
+        self.routes.pop((route.dst, route.metric), None)
+
+    def set_neighbour(self, entry: Neighbour) -> None:
+        self._link(entry.dev)
+        self.neighbours[entry.dev, entry.ip] = entry
+
+    def del_neighbour(self, entry: Neighbour) -> None:
+        self.neighbours.pop((entry.dev, entry.ip), None)
+
+    def set_fdb(self, entry: FdbEntry) -> None:
+        if not isinstance(self._link(entry.dev).kind, Vxlan):
+            raise Refused(errno.EOPNOTSUPP, "Operation not supported")
+        self.fdb[entry.dev, entry.mac] = entry
+
+    def del_fdb(self, entry: FdbEntry) -> None:
+        known = self.fdb.get((entry.dev, entry.mac))
+        if known is not None and known.dst == entry.dst:
+            del self.fdb[entry.dev, entry.mac]
+
+    def set_sysctl(self, key: str, value: str) -> None:
+        parts = key.split("/")
+        if parts[0] != "net":
+            raise Refused(errno.EINVAL, f"sysctl {key!r}: only paths below net/ belong to a network namespace")
+        if len(parts) > 3 and parts[2] in ("conf", "neigh") and parts[3] not in ("all", "default", *self.links):
+            raise Refused(errno.ENOENT, f"setting {key} to {value}: No such file or directory")
+        self.sysctls[key] = " ".join(value.split())
+
+    # --- lookups --------------------------------------------------------------------------------------------------
+
+    def local_addresses(self) -> set[IPAddress]:
+        return {address.interface.ip for address in self.addresses}
+
+    def all_routes(self) -> Iterator[Route]:
+        """Ours, and those that the kernel keeps for the networks of its addresses."""
+        yield from self.routes.values()
+        for address in self.addresses:
+            if self.links[address.dev].up:
+                yield Route(address.interface.network, address.dev, src=address.interface.ip)
+
+    def lookup(self, dst: IPAddress) -> Route | None:
+        """The route that a packet takes: longest prefix, then lowest metric, ours before the kernel's own."""
+        best: Route | None = None
+        for route in self.all_routes():
+            if route.dst.version != dst.version or dst not in route.dst:
+                continue
+            if best is None or (route.dst.prefixlen, -route.metric) > (best.dst.prefixlen, -best.metric):
+                best = route
+        return best
+
+    def _on_link(self, dev: str, via: IPAddress) -> bool:
+        if via.is_link_local:
+            return True
+        return any(
+            route.dev == dev and route.via is None and via.version == route.dst.version and via in route.dst
+            for route in self.all_routes()
+        )
+
+
+def _observed(link: Link) -> Link:
+    """With every field set, as `Kernel.observe` gives it."""
+    return replace(link, master=link.master or "", hairpin=bool(link.hairpin and link.master))
+
+
+def link_local(mac: str) -> IPAddress:
+    """fe80:: + the modified EUI-64 of `mac` (RFC 4291 appendix A)."""
+    raw = bytes.fromhex(mac.replace(":", ""))
+    return ipaddress.IPv6Address(b"\xfe\x80" + bytes(6) + bytes([raw[0] ^ 2]) + raw[1:3] + b"\xff\xfe" + raw[3:])
