@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from podwire import __version__
 from podwire.model.addr import IPAddress, IPNetwork
 from podwire.plan.overlay import DEFAULT_PORT, DEFAULT_VNI
 
@@ -32,6 +33,7 @@ class AgentConfig:
     nameservers: tuple[IPAddress, ...] = ()
     cluster_domain: str = "cluster.local"
     kubelet_port: int = 10250
+    kubelet_version: str = f"v1.36.0+podwire.{__version__}"
     max_pods: int = 110
     cpus: int = 2
     memory_bytes: int = 4 << 30

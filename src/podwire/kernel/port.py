@@ -35,6 +35,12 @@ class KernelEvent:
     ours: bool = False
 
 
+class KernelEvents(AsyncIterator[KernelEvent], Protocol):
+    """A stream of events; whoever asked for it closes it."""
+
+    async def aclose(self) -> None: ...
+
+
 class Kernel(Protocol):
     """One node's kernel: its own namespace (HOST) and those of its pods, by label."""
 
@@ -61,7 +67,7 @@ class Kernel(Protocol):
         (also with its device), is done, not failed. AddLink of a name in use fails (EEXIST) and leaves that link as it is."""
         ...
 
-    def events(self) -> AsyncIterator[KernelEvent]:
+    def events(self) -> KernelEvents:
         """Changes in HOST made by anyone, ourselves included, from the moment of the call."""
         ...
 

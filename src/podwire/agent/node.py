@@ -1,0 +1,247 @@
+"""The node's agent: what the API promises for this node becomes what its kernel holds and its runtime runs.
+
+    register → own subnets → adopt what is there → peers, pods, Services, host ports; and repair, from then on
+
+An agent that ends takes nothing with it: pods, links and rules stay, and the next agent adopts them untouched.
+"""
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Callable
+from datetime import UTC, datetime
+from random import Random
+
+from podwire.agent.config import AgentConfig
+from podwire.agent.health import AgentStatus, Health
+from podwire.agent.plumbing import Plumbing, PlumbingError
+from podwire.agent.pods import Pods
+from podwire.agent.podworker import PodEnvironment
+from podwire.agent.ports import PodRuntime
+from podwire.agent.presence import Presence
+from podwire.agent.registration import NodeState, read_machine
+from podwire.agent.repair import Repair
+from podwire.agent.reservations import Reservations
+from podwire.agent.services import SERVICE_SELECTOR, SLICE_SELECTOR, ServiceSync
+from podwire.agent.source import ApiConfigSource
+from podwire.client.api import ApiClient
+from podwire.client.backoff import Backoff
+from podwire.client.events import EventRecorder
+from podwire.client.informer import Change, Informer
+from podwire.kernel.port import Kernel, KernelError
+from podwire.model.errors import PodwireError
+from podwire.model.ids import ObjectKey
+from podwire.model.objects import EndpointSlice, Node, Pod, Service
+from podwire.model.resources import ENDPOINTSLICES, NODES, PODS, SERVICES
+from podwire.model.servicetable import NodeFacts
+from podwire.plan.node import NodeNetwork, plan_base
+from podwire.plan.overlay import Peer, peers_of, pod_cidrs
+
+log = logging.getLogger(__name__)
+
+ZONE_LABEL = "topology.kubernetes.io/zone"
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class NodeAgent:
+    """One node. `run` until cancelled; the kernel, the client and the runtime are the caller's to close.
+
+    `clock` gives the time (aware) for what is written to the API; `rng` spreads retries."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        kernel: Kernel,
+        client: ApiClient,
+        runtime: PodRuntime,
+        clock: Callable[[], datetime] = utc_now,
+        *,
+        rng: Random | None = None,
+    ) -> None:
+        self.config = config
+        self._kernel, self._client, self._runtime = kernel, client, runtime
+        self._clock, self._rng = clock, rng or Random()
+        self._health = Health()
+        self._ready = asyncio.Event()
+        self._plumbing = Plumbing(kernel)
+        self._presence = Presence(config, client, read_machine(), clock, self._rng)
+        self._peers: dict[str, tuple[Peer, ...]] = {}
+        self._adopted_peers: dict[str, tuple[Peer, ...]] = {}
+        self._peers_changed = asyncio.Event()
+        self._own_node = asyncio.Event()
+        mine = f"spec.nodeName={config.node_name}"
+        self._nodes = Informer(client, NODES, Node, rng=self._rng)
+        self._pod_informer = Informer(client, PODS, Pod, field_selector=mine, rng=self._rng)
+        self._services = Informer(client, SERVICES, Service, label_selector=SERVICE_SELECTOR, rng=self._rng)
+        self._slices = Informer(client, ENDPOINTSLICES, EndpointSlice, label_selector=SLICE_SELECTOR, rng=self._rng)
+
+    async def ready(self) -> None:
+        """Returns once the node's network and Services are programmed for the first time."""
+        await self._ready.wait()
+
+    def status(self) -> AgentStatus:
+        return AgentStatus(
+            node=self.config.node_name,
+            network_ready=self._health.network_ready,
+            services_ready=self._health.services_ready,
+            pods=len(self._plumbing.pods),
+            commits=self._health.commits,
+            repairs=self._health.repairs,
+            degraded=self._health.degraded | self._plumbing.refused_sysctls,
+        )
+
+    async def run(self) -> None:
+        """Serve the node until cancelled. Raises only what nobody expected."""
+        self.config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        reservations = Reservations(self.config.state_dir / "reservations.db")
+        try:
+            await self._run(reservations)
+        finally:
+            reservations.close()
+
+    async def _run(self, reservations: Reservations) -> None:
+        events = EventRecorder(self._client, "podwire", host=self.config.node_name, now=self._clock)
+        sync = ServiceSync(self._kernel, self._services, self._slices, self._health, self._rng)
+        network: asyncio.Future[NodeNetwork] = asyncio.get_running_loop().create_future()
+        env = PodEnvironment(
+            config=self.config,
+            client=self._client,
+            runtime=self._runtime,
+            plumbing=self._plumbing,
+            reservations=reservations,
+            source=ApiConfigSource(self._client),
+            events=events,
+            network=network,
+            set_host_ports=sync.set_host_ports,
+            clock=self._clock,
+            rng=self._rng,
+        )
+        self._nodes.subscribe(self._node_changed)
+        async with asyncio.TaskGroup() as group:
+            pods = Pods(env, self._pod_informer, group)
+            for informer in (self._nodes, self._pod_informer, self._services, self._slices):
+                group.create_task(informer.run())
+            group.create_task(events.run())
+            group.create_task(pods.follow_reports())
+            group.create_task(self._serve(env, pods, sync))
+
+    async def _serve(self, env: PodEnvironment, pods: Pods, sync: ServiceSync) -> None:
+        async with asyncio.TaskGroup() as group:
+            await self._presence.register()
+            group.create_task(self._presence.run())
+            network = await self._own_network()
+            await self._adopt(network, pods)
+            env.network.set_result(network)
+            self._health.network_ready = True
+            self._presence.set_state(NodeState(network=True, message="Services are not programmed yet"))
+            repair = Repair(self._kernel, self._plumbing, sync, self._health, self._rng)
+            group.create_task(repair.run())
+            group.create_task(self._follow_peers(repair))
+            await self._services.synced()
+            await self._slices.synced()
+            group.create_task(sync.run(self._facts(network)))
+            await sync.programmed()
+            self._presence.set_state(NodeState(network=True, ready=True))
+            self._ready.set()
+
+    # --- the node's own network -----------------------------------------------------------------------------------
+
+    async def _own_network(self) -> NodeNetwork:
+        """Wait until the node has been given a subnet for each family that it has an address of and the cluster uses."""
+        await self._nodes.synced()
+        wanted = {cidr.version for cidr in self.config.cluster_cidrs} & {ip.version for ip in self.config.node_ips}
+        while True:
+            node = self._nodes.get(ObjectKey("", self.config.node_name))
+            cidrs = pod_cidrs(node) if node else ()
+            if cidrs and wanted <= {cidr.version for cidr in cidrs}:
+                break
+            self._presence.set_state(NodeState(message="the node has no podCIDR yet"))
+            self._own_node.clear()
+            await self._own_node.wait()
+        config = self.config
+        return NodeNetwork(
+            name=config.node_name,
+            node_ips=config.node_ips,
+            pod_cidrs=cidrs,
+            service_cidrs=config.service_cidrs,
+            uplink=config.uplink,
+            underlay_mtu=config.underlay_mtu,
+            vni=config.vni,
+            port=config.vxlan_port,
+            service_route=config.service_route,
+        )
+
+    async def _adopt(self, network: NodeNetwork, pods: Pods) -> None:
+        """Take the node over; tries until the kernel agrees."""
+        backoff = Backoff(self._rng, initial=0.1, maximum=10.0)
+        await self._pod_informer.synced()
+        while True:
+            try:
+                known = dict(self._peers)
+                adopted = await pods.adoptable(network)
+                await self._plumbing.adopt(plan_base(network), (p for peers in known.values() for p in peers), adopted)
+                await pods.clean_up()
+            except (PodwireError, sqlite3.Error) as error:
+                self._health.failed("links", error)
+                self._presence.set_state(NodeState(message=str(error)))
+                delay = backoff.next()
+                log.warning("node %s cannot be programmed: %s; again in %.2f s", self.config.node_name, error, delay)
+                await asyncio.sleep(delay)
+            else:
+                self._adopted_peers = known
+                self._health.works("links")
+                return
+
+    def _facts(self, network: NodeNetwork) -> NodeFacts:
+        node = self._nodes.get(ObjectKey("", self.config.node_name))
+        labels = node.metadata.labels if node else self.config.labels
+        return NodeFacts(
+            name=self.config.node_name,
+            node_ips=self.config.node_ips,
+            pod_cidrs=network.pod_cidrs,
+            cluster_cidrs=self.config.cluster_cidrs,
+            service_cidrs=self.config.service_cidrs,
+            zone=labels.get(ZONE_LABEL, ""),
+        )
+
+    # --- the other nodes ------------------------------------------------------------------------------------------
+
+    def _node_changed(self, change: Change[Node]) -> None:
+        name = change.key.name
+        if name == self.config.node_name:
+            if change.new is None:
+                log.warning("node %s was deleted from the API; its agent goes on with what it knows", name)
+                return
+            self._presence.seen(change.new)
+            self._own_node.set()
+            return
+        peers = peers_of(change.new, self.config.vni) if change.new else ()
+        if peers != self._peers.get(name, ()):
+            if peers:
+                self._peers[name] = peers
+            else:
+                self._peers.pop(name, None)
+            self._peers_changed.set()
+
+    async def _follow_peers(self, repair: Repair) -> None:
+        """Program the difference whenever nodes come, go or change; changes gather while one is being applied."""
+        programmed = self._adopted_peers
+        while True:
+            self._peers_changed.clear()
+            wanted = dict(self._peers)
+            changed = {
+                name: wanted.get(name, ())
+                for name in wanted.keys() | programmed.keys()
+                if wanted.get(name) != programmed.get(name)
+            }
+            programmed = wanted
+            try:
+                if changed:
+                    await self._plumbing.set_many_peers(changed)
+            except (PlumbingError, KernelError) as error:
+                log.warning("node %s: %s; left to repair", self.config.node_name, error)
+                repair.request_check()
+            await self._peers_changed.wait()

@@ -1,0 +1,137 @@
+"""The node's presence in the API: its Node object, the conditions on it, and the Lease that says "still alive"."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from random import Random
+
+from podwire.agent.config import AgentConfig
+from podwire.agent.registration import (
+    LEASE_NAMESPACE,
+    Machine,
+    NodeState,
+    lease_document,
+    lease_spec,
+    node_annotations,
+    node_document,
+    node_status,
+)
+from podwire.client.api import ApiClient
+from podwire.client.backoff import Backoff
+from podwire.client.errors import AlreadyExists, ApiError, NotFound
+from podwire.model.objects import Condition, Node
+from podwire.model.resources import LEASES, NODES
+
+log = logging.getLogger(__name__)
+
+STATUS_EVERY = timedelta(minutes=5)
+"""How old an unchanged status may become (the kubelet's nodeStatusReportFrequency)."""
+
+
+class Presence:
+    """Registers the node, keeps its Lease renewed and its status true. One task runs `run`; the others set `state`."""
+
+    def __init__(
+        self, config: AgentConfig, client: ApiClient, machine: Machine, clock: Callable[[], datetime], rng: Random
+    ) -> None:
+        self._config, self._client, self._machine = config, client, machine
+        self._clock, self._rng = clock, rng
+        self._state = NodeState()
+        self._written: NodeState | None = None
+        self._written_at: datetime | None = None
+        self._conditions: tuple[Condition, ...] = ()
+        self._uid = ""
+        self._has_lease = False
+        self._wake = asyncio.Event()
+
+    def set_state(self, state: NodeState) -> None:
+        if state != self._state:
+            self._state = state
+            self._wake.set()
+
+    def seen(self, node: Node) -> None:
+        """The node's own object as the API has it now. Another's verdict on it (Ready=Unknown after missed heartbeats) is
+        answered with the truth."""
+        self._conditions = node.status.conditions
+        self._uid = node.metadata.uid
+        if self._written is not None and self._written.ready != node.ready:
+            self._written = None
+            self._wake.set()
+
+    async def register(self) -> None:
+        """Create the Node, or take over the one there is; tries until it succeeds."""
+        backoff = Backoff(self._rng, initial=0.05, maximum=5.0)
+        while True:
+            try:
+                await self._register()
+            except ApiError as error:
+                delay = backoff.next()
+                log.warning("node %s cannot be registered: %s; again in %.2f s", self._config.node_name, error, delay)
+                await asyncio.sleep(delay)
+            else:
+                return
+
+    async def run(self) -> None:
+        """Heartbeats and status writes until cancelled; failures are logged and tried again with the next."""
+        due = asyncio.get_running_loop().time()
+        backoff = Backoff(self._rng, initial=0.05, maximum=self._config.heartbeat_seconds)
+        while True:
+            now = asyncio.get_running_loop().time()
+            self._wake.clear()
+            try:
+                if now >= due:
+                    await self._renew()
+                    due = now + self._config.heartbeat_seconds
+                await self._write_status()
+            except ApiError as error:
+                delay = backoff.next()
+                log.warning("node %s: heartbeat failed: %s; again in %.2f s", self._config.node_name, error, delay)
+                await asyncio.sleep(delay)
+                continue
+            backoff.reset()
+            try:
+                async with asyncio.timeout(max(0.0, due - asyncio.get_running_loop().time())):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def _register(self) -> None:
+        name = self._config.node_name
+        document = node_document(self._config, self._machine)
+        try:
+            node = await self._client.create(NODES, document)
+        except AlreadyExists:
+            labels = document["metadata"]["labels"]
+            patch = {"metadata": {"labels": labels, "annotations": node_annotations(self._config)}}
+            node = await self._client.patch(NODES, name, patch)
+        self._uid = node["metadata"]["uid"]
+
+    async def _renew(self) -> None:
+        name, now = self._config.node_name, self._clock()
+        if self._has_lease:
+            try:
+                await self._client.patch(LEASES, name, {"spec": lease_spec(self._config, now)}, LEASE_NAMESPACE)
+            except NotFound:
+                self._has_lease = False
+            else:
+                return
+        try:
+            await self._client.create(LEASES, lease_document(self._config, self._uid, now))
+        except AlreadyExists:
+            await self._client.patch(LEASES, name, {"spec": lease_spec(self._config, now)}, LEASE_NAMESPACE)
+        self._has_lease = True
+
+    async def _write_status(self) -> None:
+        state, now = self._state, self._clock()
+        fresh = self._written_at is not None and now - self._written_at < STATUS_EVERY
+        if state == self._written and fresh:
+            return
+        patch = node_status(self._config, self._machine, state, self._conditions, now)
+        # Noted before the request: its echo through the watch may come before its answer.
+        self._written, self._written_at = state, now
+        try:
+            await self._client.patch(NODES, self._config.node_name, patch, subresource="status")
+        except ApiError:
+            self._written = None
+            raise

@@ -1,0 +1,88 @@
+"""Nothing is trusted to stay: what others change in the node's namespace is heard of and put back within a second."""
+
+import asyncio
+import logging
+from random import Random
+
+from podwire.agent.health import Health
+from podwire.agent.plumbing import Plumbing, PlumbingError
+from podwire.agent.services import ServiceSync
+from podwire.client.backoff import Backoff
+from podwire.kernel.port import Kernel, KernelError, KernelEvent
+
+log = logging.getLogger(__name__)
+
+SETTLE_SECONDS = 0.15
+"""How long changes gather before the node is looked at: pods that start make many, and looking costs milliseconds."""
+CHECK_INTERVAL = 0.7
+"""Seconds between two looks at the node. With SETTLE_SECONDS it keeps repairs below one second."""
+AUDIT_SECONDS = 60.0
+"""How often the node is looked at without being told of anything: notifications can be lost when a socket overflows."""
+
+
+class Repair:
+    """Listens to the kernel and compares when something of ours may have gone."""
+
+    def __init__(self, kernel: Kernel, plumbing: Plumbing, services: ServiceSync, health: Health, rng: Random) -> None:
+        self._kernel, self._plumbing, self._services, self._health = kernel, plumbing, services, health
+        self._rng = rng
+        self._links = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until cancelled. Start it when the node has been adopted."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._listen())
+            group.create_task(self._check_when_told())
+
+    def request_check(self) -> None:
+        """Compare soon, and until all is as it shall be."""
+        self._links.set()
+
+    async def _listen(self) -> None:
+        while True:
+            events = self._kernel.events()
+            try:
+                async for event in events:
+                    self._heard(event)
+            except KernelError as error:
+                log.warning("kernel notifications: %s; comparing everything", error)
+            finally:
+                await events.aclose()
+            self._services.request_resync()
+            self._links.set()
+            await asyncio.sleep(CHECK_INTERVAL)
+
+    def _heard(self, event: KernelEvent) -> None:
+        if event.ours:
+            return
+        if event.what in ("nft", "lost"):
+            self._services.request_resync()
+        if event.what != "nft":
+            self._links.set()
+
+    async def _check_when_told(self) -> None:
+        backoff = Backoff(self._rng, initial=0.1, maximum=10.0)
+        loop = asyncio.get_running_loop()
+        earliest = loop.time()
+        while True:
+            try:
+                async with asyncio.timeout(AUDIT_SECONDS):
+                    await self._links.wait()
+            except TimeoutError:
+                log.debug("nothing heard for %.0f s: looking anyway", AUDIT_SECONDS)
+            await asyncio.sleep(max(SETTLE_SECONDS, earliest - loop.time()))
+            earliest = loop.time() + CHECK_INTERVAL
+            self._links.clear()
+            try:
+                repaired = await self._plumbing.check()
+            except (PlumbingError, KernelError) as error:
+                self._health.failed("links", error)
+                log.warning("repair failed: %s", error)
+                self._links.set()
+                await asyncio.sleep(backoff.next())
+                continue
+            backoff.reset()
+            self._health.works("links")
+            if repaired:
+                self._health.repairs += 1
+                log.warning("put back what somebody changed: %s", ", ".join(repaired[:10]))

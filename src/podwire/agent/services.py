@@ -1,0 +1,139 @@
+"""Services in the kernel: dirty keys in, one small nftables transaction out."""
+
+import asyncio
+import logging
+from random import Random
+
+from podwire.agent.health import Health
+from podwire.client.backoff import Backoff
+from podwire.client.informer import Change, Informer
+from podwire.kernel.port import Kernel, KernelError
+from podwire.model.ids import ObjectKey
+from podwire.model.nft import Batch
+from podwire.model.objects import EndpointSlice, Pod, Service
+from podwire.model.ops import CommitNft
+from podwire.plan.services import TABLE, NodeFacts, ServicePlanner
+
+log = logging.getLogger(__name__)
+
+SERVICE_SELECTOR = "!service.kubernetes.io/service-proxy-name"
+SLICE_SELECTOR = "!service.kubernetes.io/headless"
+"""What a proxy has to leave alone, as kube-proxy asks for it."""
+
+MIN_INTERVAL = 0.01
+"""Seconds between two commits in a burst. The first change after a pause is committed at once."""
+
+
+class ServiceSync:
+    """Keeps the node's rules in step with Services, EndpointSlices and the host ports of the node's pods.
+
+    Changes gather while a commit runs. After a failure, and at the start, the plan is compared with what the kernel holds;
+    so rules that are right already, their counters and affinities, are never touched."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        services: Informer[Service],
+        slices: Informer[EndpointSlice],
+        health: Health,
+        rng: Random,
+    ) -> None:
+        self._kernel, self._health, self._rng = kernel, health, rng
+        self._services = services
+        self._slices: dict[ObjectKey, dict[ObjectKey, EndpointSlice]] = {}
+        self._dirty: dict[ObjectKey, None] = {}
+        self._dirty_ports: dict[str, Pod | None] = {}
+        self._wake = asyncio.Event()
+        self._resync = True
+        self._programmed = asyncio.Event()
+        services.subscribe(self._service_changed)
+        slices.subscribe(self._slice_changed)
+
+    def set_host_ports(self, uid: str, pod: Pod | None) -> None:
+        """A pod of this node with its addresses in `status.podIPs`, or None when it is gone."""
+        self._dirty_ports[uid] = pod
+        self._wake.set()
+
+    def request_resync(self) -> None:
+        """Compare with the kernel at the next opportunity: somebody may have changed the rules."""
+        self._resync = True
+        self._wake.set()
+
+    async def programmed(self) -> None:
+        """Returns once the rules have been brought up to date for the first time."""
+        await self._programmed.wait()
+
+    async def run(self, facts: NodeFacts) -> None:
+        """Program until cancelled. Call it when the informers are synced and the host ports of adopted pods are set:
+        until then nothing is touched, because an incomplete plan would take away what an earlier agent made."""
+        planner = ServicePlanner(facts)
+        backoff = Backoff(self._rng, initial=0.05, maximum=30.0)
+        loop = asyncio.get_running_loop()
+        while True:
+            self._wake.clear()
+            started = loop.time()
+            try:
+                await self._sync(planner)
+            except KernelError as error:
+                self._resync = True
+                self._health.failed("services", error)
+                delay = backoff.next()
+                log.warning("services: %s; planning in full again in %.2f s", error, delay)
+                await asyncio.sleep(delay)
+                continue
+            backoff.reset()
+            self._health.works("services")
+            self._health.services_ready = True
+            self._programmed.set()
+            await self._wake.wait()
+            await asyncio.sleep(max(0.0, started + MIN_INTERVAL - loop.time()))
+
+    async def _sync(self, planner: ServicePlanner) -> None:
+        for key in self._dirty:
+            planner.set_service(key, self._services.get(key), tuple(self._slices.get(key, {}).values()))
+        self._dirty = {}
+        for uid, pod in self._dirty_ports.items():
+            planner.set_host_ports(uid, pod)
+        self._dirty_ports = {}
+        if self._resync:
+            observed = await self._kernel.observe_nft(TABLE)
+            self._resync = False
+            batch = planner.resync(observed)
+            if batch and self._health.services_ready:
+                self._health.repairs += 1
+                log.warning("services: rules were not as left; %d commands put them back", len(batch.commands))
+        else:
+            batch = planner.take_batch()
+        if batch:
+            await self._commit(batch)
+
+    async def _commit(self, batch: Batch) -> None:
+        applied = await self._kernel.apply((CommitNft(batch),))
+        if applied.failures:
+            failure = applied.failures[0]
+            raise KernelError(f"nftables refused the transaction: {failure.message}", failure.errno)
+        self._health.commits += 1
+
+    def _service_changed(self, change: Change[Service]) -> None:
+        self._touch(change.key)
+
+    def _slice_changed(self, change: Change[EndpointSlice]) -> None:
+        for version in (change.old, change.new):
+            if version is None or not version.service:
+                continue
+            key = ObjectKey(change.key.namespace, version.service)
+            if version is change.new:
+                self._slices.setdefault(key, {})[change.key] = version
+            else:
+                self._forget(key, change.key)
+            self._touch(key)
+
+    def _forget(self, service: ObjectKey, slice_key: ObjectKey) -> None:
+        held = self._slices.get(service, {})
+        held.pop(slice_key, None)
+        if not held:
+            self._slices.pop(service, None)
+
+    def _touch(self, key: ObjectKey) -> None:
+        self._dirty[key] = None
+        self._wake.set()
