@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
@@ -13,14 +14,16 @@ from typing import TypeVar
 from podwire.kernel import opcodes
 from podwire.kernel.events import EventStream
 from podwire.kernel.netns import current_netns
+from podwire.kernel.nftclient import NftClient
 from podwire.kernel.port import KernelError
-from podwire.kernel.rtnlsocket import RtnlSocket
+from podwire.kernel.rtnlsocket import RtnlSocket, open_netlink
 from podwire.kernel.sysctl import read_sysctls, write_sysctls
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import NetState, Veth, Vxlan
 from podwire.model.nft import Ruleset
 from podwire.model.ops import AddLink, Applied, ChangeLink, CommitNft, DelLink, Failure, Op, Plan, SetSysctl
 from podwire.wire import rtnl, rtnlread
+from podwire.wire.netlink import NETLINK_NETFILTER
 
 T = TypeVar("T")
 
@@ -31,8 +34,10 @@ class _Space:
 
     label: NetnsName
     fd: int
-    _rtnl: RtnlSocket | None = None
     sysctl_keys: set[str] = field(default_factory=set)
+    _rtnl: RtnlSocket | None = None
+    _netfilter: socket.socket | None = None
+    _nft: NftClient | None = None
 
     @property
     def rtnl(self) -> RtnlSocket:
@@ -40,12 +45,27 @@ class _Space:
             self._rtnl = RtnlSocket(self.fd)
         return self._rtnl
 
-    def own_ports(self) -> tuple[int, ...]:
-        return (self.rtnl.port_id,)
+    @property
+    def netfilter(self) -> socket.socket:
+        if self._netfilter is None:
+            self._netfilter = open_netlink(self.fd, NETLINK_NETFILTER)
+        return self._netfilter
+
+    @property
+    def nft(self) -> NftClient:
+        if self._nft is None:
+            self._nft = NftClient(self.netfilter)
+        return self._nft
+
+    def own_ports(self) -> tuple[int, int]:
+        """The numbers by which the kernel's notices name our sockets."""
+        address: tuple[int, int] = self.netfilter.getsockname()
+        return self.rtnl.port_id, address[0]
 
     def close(self) -> None:
-        if self._rtnl is not None:
-            self._rtnl.close()
+        for sock in (self._rtnl, self._netfilter):
+            if sock is not None:
+                sock.close()
         os.close(self.fd)
 
 
@@ -59,7 +79,8 @@ class LinuxKernel:
         self._executor = executor
         self._lock = threading.Lock()
         host = current_netns() if netns_fd is None else os.dup(netns_fd)
-        self._spaces = {HOST: _Space(HOST, host, RtnlSocket(host))}
+        self._spaces = {HOST: _Space(HOST, host)}
+        self._own_ports = self._spaces[HOST].own_ports()
         self._dropped: list[_Space] = []
         self._streams: list[EventStream] = []
         self._closed = False
@@ -83,7 +104,8 @@ class LinuxKernel:
         return await self._off_loop(lambda: _observe(space))
 
     async def observe_nft(self, table: str, ns: NetnsName = HOST) -> Ruleset:
-        raise KernelError("nftables are not wired up yet", errno.EOPNOTSUPP)
+        space = self._space(ns)
+        return await self._off_loop(lambda: space.nft.observe(table))
 
     async def apply(self, plan: Plan) -> Applied:
         if not plan:
@@ -93,7 +115,7 @@ class LinuxKernel:
 
     def events(self) -> EventStream:
         host = self._space(HOST)
-        stream = EventStream(HOST, host.fd, host.own_ports())
+        stream = EventStream(HOST, host.fd, self._own_ports)
         self._streams.append(stream)
         return stream
 
@@ -201,7 +223,11 @@ class _Run:
                 space.sysctl_keys.add(op.key)
 
     def _nft(self, space: _Space, ops: list[CommitNft]) -> None:
-        self._fail(ops, errno.EOPNOTSUPP, "nftables are not wired up yet")
+        for op in ops:
+            try:
+                space.nft.commit(op.batch)
+            except KernelError as error:
+                self._fail([op], error.errno or errno.EIO, str(error))
 
     def _links_and_routes(self, space: _Space, ops: list[opcodes.RtnlOp]) -> None:
         pending: list[tuple[opcodes.RtnlOp, bytes]] = []
