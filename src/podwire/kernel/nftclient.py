@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from podwire.kernel.port import KernelError
 from podwire.model.addr import Family
-from podwire.model.nft import Batch, ChainState, Data, NftSet, Rule, Ruleset, SetState, TableRef, TableState
+from podwire.model.nft import Batch, ChainState, Data, DelElements, NftSet, Prune, Rule, Ruleset, SetState, TableRef, TableState
 from podwire.wire import netlink, nftables
 from podwire.wire.netlink import Ack, Dump, Message
 from podwire.wire.nftables import Unit
 
 _RECEIVE_BYTES = 1 << 16
 _DUMP_ATTEMPTS = 20
+_PRUNE_ATTEMPTS = 20
 _SO_SNDBUFFORCE = 32
 """asm-generic/socket.h; Python's socket module lacks it."""
 _SNDBUF_MARGIN = 1024
@@ -41,6 +42,9 @@ class NftClient:
         units = list(nftables.encode_batch(batch))
         for group in _cut(units, self._room(sum(u.size for u in units))):
             self._transact(group)
+        for command in batch.commands:
+            if isinstance(command, Prune):
+                self._prune(command)
 
     def observe(self, table: str) -> Ruleset:
         """The tables of that name in both families, from one moment. Dynamic sets come without their elements."""
@@ -92,6 +96,23 @@ class NftClient:
                 # ENOBUFS: so many refusals that they did not fit the receive buffer.
                 raise KernelError(f"nftables refused the transaction: {error.strerror}", error.errno or 0) from error
             yield from (netlink.parse_ack(m) for m in netlink.parse_messages(datagram) if m.type == netlink.NLMSG_ERROR)
+
+    def _prune(self, command: Prune) -> None:
+        for _ in range(_PRUNE_ATTEMPTS):
+            length = command.part_length
+            found = self.elements(command.table, command.set.name)
+            gone = tuple((key, None) for key, (data, _) in found.items() if command.unwanted(key, data, length))
+            if not gone:
+                return
+            units = list(nftables.encode_batch(Batch((DelElements(command.table, command.set, gone),))))
+            try:
+                for group in _cut(units, self._room(sum(u.size for u in units))):
+                    self._transact(group)
+                return
+            except KernelError as error:
+                if error.errno != errno.ENOENT:  # ENOENT: one expired since it was read
+                    raise
+        raise KernelError(f"nftables map {command.set.name} changed during each of {_PRUNE_ATTEMPTS} attempts", errno.EAGAIN)
 
     # --- reading ----------------------------------------------------------------------------------------------
 

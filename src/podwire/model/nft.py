@@ -202,37 +202,27 @@ class AddChain:
 
 
 @dataclass(frozen=True, slots=True)
+class SetRules:
+    """Make `rules` the content of a chain, whatever it held."""
+
+    table: TableRef
+    chain: str
+    rules: tuple[Rule, ...]
+
+    def __str__(self) -> str:
+        lines = [f"flush chain {self.table} {self.chain}", *(f"add rule {self.table} {self.chain} {r}" for r in self.rules)]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
 class DelChain:
-    """Remove a chain; its rules must be gone and nothing may jump to it."""
+    """Remove a chain with its rules; nothing may jump to it."""
 
     table: TableRef
     name: str
 
     def __str__(self) -> str:
         return f"delete chain {self.table} {self.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class AddRule:
-    """Append a rule to a chain."""
-
-    table: TableRef
-    chain: str
-    rule: Rule
-
-    def __str__(self) -> str:
-        return f"add rule {self.table} {self.chain} {self.rule}"
-
-
-@dataclass(frozen=True, slots=True)
-class FlushChain:
-    """Remove all rules of a chain."""
-
-    table: TableRef
-    chain: str
-
-    def __str__(self) -> str:
-        return f"flush chain {self.table} {self.chain}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,9 +280,34 @@ class ReplaceElements:
         return _elements_text("replace", self.table, self.set, self.elements)
 
 
+@dataclass(frozen=True, slots=True)
+class Prune:
+    """Delete from a dynamic map what packets left there and is no longer wanted.
+
+    `keep`: part of the key, found at byte `offset` → the data that may stay under it. Elements under any other part stay,
+    unless `others` is set. Carried out after the transaction: what is added meanwhile is made by the new rules."""
+
+    table: TableRef
+    set: NftSet
+    offset: int
+    keep: Mapping[bytes, frozenset[bytes]]
+    others: bool = False
+
+    def unwanted(self, key: bytes, data: Data, length: int) -> bool:
+        """Whether an element goes; `length` is that of the part."""
+        kept = self.keep.get(key[self.offset : self.offset + length])
+        return self.others if kept is None else data not in kept
+
+    @property
+    def part_length(self) -> int:
+        return len(next(iter(self.keep), b""))
+
+    def __str__(self) -> str:
+        return f"prune map {self.table} {self.set.name} ({len(self.keep)} keys{' and all others' if self.others else ''})"
+
+
 Command = (
-    AddTable | DelTable | AddChain | DelChain | AddRule | FlushChain | AddSet | DelSet
-    | AddElements | DelElements | ReplaceElements
+    AddTable | DelTable | AddChain | SetRules | DelChain | AddSet | DelSet | AddElements | DelElements | ReplaceElements | Prune
 )  # fmt: skip
 
 _SHOWN = 5
@@ -306,7 +321,7 @@ def _elements_text(verb: str, table: TableRef, of: NftSet, elements: tuple[Eleme
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One nftables transaction: commands in an order that is safe to cut anywhere, should the kernel's buffer demand it."""
+    """One nftables transaction: commands in an order in which each cut is safe, should the kernel's buffer demand one."""
 
     commands: tuple[Command, ...] = ()
 
@@ -390,15 +405,13 @@ class _Draft:
             case AddChain(_, chain):
                 if self._chain_book(ref).setdefault(chain.name, ChainState(chain)).chain != chain:
                     raise NftConflict(f"{command}: the chain is there with another hook")
-            case AddRule(_, name, rule):
-                state = self._chain(ref, name)
-                self._chain_book(ref)[name] = ChainState(state.chain, (*state.rules, rule))
-            case FlushChain(_, name):
-                self._chain_book(ref)[name] = ChainState(self._chain(ref, name).chain)
+            case SetRules(_, name, rules):
+                self._chain_book(ref)[name] = ChainState(self._chain(ref, name).chain, rules)
             case DelChain(_, name):
-                if self._chain(ref, name).rules:
-                    raise NftConflict(f"{command}: the chain has rules")
+                self._chain(ref, name)
                 del self._chain_book(ref)[name]
+            case Prune():
+                self._set(ref, command.set.name)
             case AddSet(_, of):
                 if self._set_book(ref).setdefault(of.name, SetState(of)).set != of:
                     raise NftConflict(f"{command}: the set is there with another type")

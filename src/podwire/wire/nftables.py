@@ -11,7 +11,6 @@ from podwire.model.addr import Family
 from podwire.model.nft import (
     AddChain,
     AddElements,
-    AddRule,
     AddSet,
     AddTable,
     BaseHook,
@@ -25,11 +24,12 @@ from podwire.model.nft import (
     DelTable,
     Element,
     FieldType,
-    FlushChain,
     Hook,
     NftSet,
+    Prune,
     ReplaceElements,
     Rule,
+    SetRules,
     TableRef,
 )  # fmt: skip
 from podwire.model.nftexpr import Counter, Verdict
@@ -107,11 +107,17 @@ def _message(kind: int, flags: int, table: TableRef, *attrs: bytes) -> bytes:
 
 
 def encode_batch(batch: Batch) -> Iterator[Unit]:
-    """Every command as one or more units, in order; large element lists make several."""
+    """Every command as one or more units, in order; large element lists make several, a `Prune` none."""
     for index, command in enumerate(batch.commands):
         if isinstance(command, AddElements | DelElements | ReplaceElements):
             yield from _element_units(command)
-        else:
+        elif isinstance(command, SetRules):
+            flush = _flush_message(command.table, command.chain)
+            yield Unit((flush, *(_rule_message(command, rule) for rule in command.rules)), command)
+        elif isinstance(command, DelChain):
+            head = attr_str(1, command.table.name) + attr_str(3, command.name)
+            yield Unit((_flush_message(command.table, command.name), _message(DELCHAIN, 0, command.table, head)), command)
+        elif not isinstance(command, Prune):
             yield Unit((_encode_object(command, index + 1),), command)
 
 
@@ -138,22 +144,24 @@ def _encode_object(command: Command, ident: int) -> bytes:
             return _message(DELTABLE, 0, table, attr_str(1, table.name))
         case AddChain(_, chain):
             return _message(NEWCHAIN, NLM_F_CREATE, table, attr_str(1, table.name), *_chain_attrs(chain))
-        case DelChain(_, name):
-            return _message(DELCHAIN, 0, table, attr_str(1, table.name), attr_str(3, name))
-        case AddRule(_, name, rule):
-            attrs = [attr_str(1, table.name), attr_str(2, name)]
-            attrs.append(nested(4, *(encode_expression(e) for e in rule.expressions)))
-            if rule.comment:
-                attrs.append(attr(7, _comment_udata(rule.comment)))
-            return _message(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, table, *attrs)
-        case FlushChain(_, name):
-            return _message(DELRULE, 0, table, attr_str(1, table.name), attr_str(2, name))
         case AddSet(_, of):
             return _message(NEWSET, NLM_F_CREATE, table, attr_str(1, table.name), *_set_attrs(of, ident))
         case DelSet(_, name):
             return _message(DELSET, 0, table, attr_str(1, table.name), attr_str(2, name))
         case _:
             raise TypeError(f"{type(command).__name__} is no single object")
+
+
+def _flush_message(table: TableRef, chain: str) -> bytes:
+    return _message(DELRULE, 0, table, attr_str(1, table.name), attr_str(2, chain))
+
+
+def _rule_message(command: SetRules, rule: Rule) -> bytes:
+    attrs = [attr_str(1, command.table.name), attr_str(2, command.chain)]
+    attrs.append(nested(4, *(encode_expression(e) for e in rule.expressions)))
+    if rule.comment:
+        attrs.append(attr(7, _comment_udata(rule.comment)))
+    return _message(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, command.table, *attrs)
 
 
 def _comment_udata(comment: str) -> bytes:
