@@ -1,9 +1,8 @@
 """The kernel as the rest of podwire sees it: observe, apply, listen. Two implementations: `linux.LinuxKernel`,
 and `podwire.testing.FakeKernel`, which really executes the operations in memory."""
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from podwire.model.errors import PodwireError
 from podwire.model.ids import HOST, NetnsName
@@ -35,8 +34,12 @@ class KernelEvent:
     ours: bool = False
 
 
-class KernelEvents(AsyncIterator[KernelEvent], Protocol):
+class KernelEvents(Protocol):
     """A stream of events; whoever asked for it closes it."""
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> KernelEvent: ...
 
     async def aclose(self) -> None: ...
 
