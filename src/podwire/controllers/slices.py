@@ -147,10 +147,10 @@ def _plan_family(
     spare = [item for ports, items in by_ports.items() if ports not in wanted for item in items]
     for ports, endpoints in wanted.items():
         unused = list(by_ports.get(ports, ()))
-        for content, item in _distribute(endpoints, tuple(unused)):
-            target = item
-            if item is not None:
-                unused.remove(item)
+        for content, present in _distribute(endpoints, tuple(unused)):
+            target = present
+            if present is not None:
+                unused.remove(present)
             elif spare:
                 # A slice whose ports have all changed is rewritten, not deleted beside a new one: watchers see one step.
                 target = spare.pop()
