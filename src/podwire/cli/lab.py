@@ -11,6 +11,7 @@ import click
 from podwire.cli.connect import lab_directory, with_client
 from podwire.cli.options import files_option, lab_option, make_spec, name_argument, spec_options
 from podwire.cli.progress import Progress
+from podwire.lab.spec import MAX_NODES
 
 if TYPE_CHECKING:
     from podwire.client.api import ApiClient
@@ -210,7 +211,7 @@ def node() -> None:
 
 @node.command("add")
 @lab_option
-@click.option("--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="How many.")
+@click.option("--count", type=click.IntRange(1, MAX_NODES), default=1, show_default=True, help="How many.")
 def add_node(lab_name: str, count: int) -> None:
     """Add nodes; prints their names when they are ready."""
     for _ in range(count):

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from podwire.lab.spec import LabSpec, check_name, parse_port_range
+from podwire.lab.spec import MAX_NODES, LabSpec, check_name, parse_port_range
 from podwire.model.errors import InvalidInput
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -48,7 +48,7 @@ def spec_options(default_name: str, *, nodes: int = 3) -> Callable[[F], F]:
             (
                 click.option("--name", default=default_name, show_default=True, callback=_checked(check_name),
                              help="What to call the lab. Labs of different names run side by side."),
-                click.option("--nodes", type=click.IntRange(1, 1000), default=nodes, show_default=True,
+                click.option("--nodes", type=click.IntRange(1, MAX_NODES), default=nodes, show_default=True,
                              help="How many nodes."),
                 click.option("--ip-family", type=click.Choice(["ipv4", "ipv6", "dual"]), default="dual", show_default=True,
                              help="Address families of nodes, pods and Services; dual puts IPv4 first."),

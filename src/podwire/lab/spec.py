@@ -9,8 +9,8 @@ from typing import Any, Self
 from podwire.model.addr import Family, IPNetwork, family_of, parse_families
 from podwire.model.errors import InvalidInput
 
-MAX_NODES = 1000
-"""A Linux bridge takes 1023 ports; the fabric also needs those of the world and the balancer."""
+MAX_NODES = 245
+"""So many fit the default ranges: 256 node prefixes in the pods' range, addresses 198.18.0.11 to 198.18.0.255."""
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?")
 _SERVICE_CIDRS = {Family.IPV4: "10.96.0.0/12", Family.IPV6: "fd00:10:96::/112"}

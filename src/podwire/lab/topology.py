@@ -1,7 +1,7 @@
 """Where everything in a lab is: names, addresses, MACs and routes of fabric, nodes, world and balancer. Pure.
 
-    world ── eth0 ┐                     198.18.1.1   2001:db8:1:1::1   clients; the nodes' default gateway
-    balancer eth0 ┤  fabric (bridge)    198.18.2.1   2001:db8:1:2::1   picks a node for each LoadBalancer connection
+    world ── eth0 ┐                     198.18.1.1   2001:db8:1::1:1   clients; the nodes' default gateway
+    balancer eth0 ┤  fabric (bridge)    198.18.2.1   2001:db8:1::2:1   picks a node for each LoadBalancer connection
     node<i>  eth0 ┘  198.18.0.1         198.18.0.(10+i)  2001:db8:1::(10+i)
 
 A node's place follows from its index alone, so nodes come and go without moving another.
@@ -30,10 +30,9 @@ UNDERLAY: Mapping[Family, IPNetwork] = {
     Family.IPV6: ipaddress.ip_network("2001:db8:1::/48"),
 }
 _FABRIC = {Family.IPV4: "198.18.0.1", Family.IPV6: "2001:db8:1::1"}
-_WORLD = {Family.IPV4: "198.18.1.1", Family.IPV6: "2001:db8:1:1::1"}
-_BALANCER = {Family.IPV4: "198.18.2.1", Family.IPV6: "2001:db8:1:2::1"}
-_LAST_IN_FIRST_BLOCK = 240
-_NODE_NAME = re.compile(r"node([1-9][0-9]{0,3})")
+_WORLD = {Family.IPV4: "198.18.1.1", Family.IPV6: "2001:db8:1::1:1"}
+_BALANCER = {Family.IPV4: "198.18.2.1", Family.IPV6: "2001:db8:1::2:1"}
+_NODE_NAME = re.compile(r"node([1-9][0-9]{0,2})")
 
 
 def node_name(index: int) -> str:
@@ -136,13 +135,9 @@ class Topology:
 
 
 def _node_address(family: Family, index: int) -> IPAddress:
-    """10+index in the last byte while it fits; later nodes live in 198.19.0.0/16, clear of world and balancer."""
     node_name(index)  # raises ValueError for an index out of range
-    if family is Family.IPV6:
-        return ipaddress.ip_address(f"2001:db8:1::{10 + index}")
-    if index <= _LAST_IN_FIRST_BLOCK:
-        return ipaddress.ip_address(f"198.18.0.{10 + index}")
-    return ipaddress.ip_address("198.19.0.0") + index
+    prefix = "198.18.0." if family is Family.IPV4 else "2001:db8:1::"
+    return ipaddress.ip_address(f"{prefix}{10 + index}")
 
 
 def _quiet(families: tuple[Family, ...], ns: NetnsName = HOST) -> list[Op]:
