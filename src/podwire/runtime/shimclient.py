@@ -81,7 +81,7 @@ def _bind_in(sock: socket.socket, path: Path) -> None:
 class ShimClient:
     """One node's view of the shim. Callbacks come in the order in which things happened.
 
-    `on_container(record)`: a container ended. `on_gone(uid)`: a pod's pause process was killed by someone.
+    `on_container(record)`: a container started or ended. `on_gone(uid)`: a pod's pause process was killed by someone.
     """
 
     def __init__(self, on_container: Callable[[ContainerRecord], None], on_gone: Callable[[str], None]) -> None:

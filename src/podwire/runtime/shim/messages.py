@@ -71,7 +71,8 @@ class ContainerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ContainerRecord:
-    """A run of a container as the shim remembers it. Times are Unix seconds; `finished_at` 0: it runs."""
+    """A run of a container as the shim remembers it. Times are Unix seconds; `finished_at` 0: it runs.
+    `reason` and `message` where an end has more to say than its exit code."""
 
     uid: str
     cid: str
@@ -85,6 +86,8 @@ class ContainerRecord:
     exit_code: int = 0
     signal: int = 0
     note: str = ""
+    reason: str = ""
+    message: str = ""
 
     @property
     def running(self) -> bool:

@@ -148,7 +148,12 @@ class Shim:
             log.close()
             raise
         pod.containers[spec.cid] = container
-        return {"container": fields_of(container.record)}
+        return self._started(pod, container)
+
+    def _started(self, pod: PodSandbox, container: Container) -> Message:
+        fields = fields_of(container.record)
+        self._tell(pod.node, {"event": "container", "container": fields})
+        return {"container": fields}
 
     def _stand_in_sockets(self, pod: PodSandbox, spec: ContainerSpec) -> list[socket.socket]:
         with self._home.network(pod.pidfd):
@@ -162,7 +167,7 @@ class Shim:
         await container.stand_in.serve(sockets)
         served = ", ".join(f"{port.port}/{port.protocol}" for port in spec.ports) or "no port"
         container.log.write("stdout", [f"stand-in for {pod.spec.namespace}/{pod.spec.name}, serving {served}".encode()])
-        return {"container": fields_of(container.record)}
+        return self._started(pod, container)
 
     def _run_process(self, pod: PodSandbox, container: Container) -> None:
         out_read, out_write = os.pipe2(os.O_CLOEXEC)
