@@ -75,7 +75,7 @@ class FakeNetns:
             return
         self._link(link.kind.underlay)
         for other in self.links.values():
-            if isinstance(other.kind, Vxlan) and (other.kind.vni, other.kind.port) == (link.kind.vni, link.kind.port):
+            if isinstance(other.kind, Vxlan) and _endpoint(other.kind) == _endpoint(link.kind):
                 raise Refused(errno.EEXIST, "A VXLAN device with the specified VNI already exists")
 
     def join(self, name: str, other: "FakeNetns", other_name: str) -> None:
@@ -266,3 +266,8 @@ def link_local(mac: str) -> IPAddress:
     """fe80:: + the modified EUI-64 of `mac` (RFC 4291 appendix A)."""
     raw = bytes.fromhex(mac.replace(":", ""))
     return ipaddress.IPv6Address(b"\xfe\x80" + bytes(6) + bytes([raw[0] ^ 2]) + raw[1:3] + b"\xff\xfe" + raw[3:])
+
+
+def _endpoint(kind: Vxlan) -> tuple[int, int, int]:
+    """What two VXLAN devices of a namespace must not share: an IPv4 and an IPv6 tunnel may have one VNI and port."""
+    return kind.vni, kind.port, kind.local.version
