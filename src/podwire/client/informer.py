@@ -92,6 +92,11 @@ class Informer(Generic[T]):
         return MappingProxyType(self._objects)
 
     @property
+    def selects(self) -> bool:
+        """Whether it has only a part of all objects."""
+        return bool(self._namespace or self._labels or self._fields)
+
+    @property
     def has_synced(self) -> bool:
         return self._synced.is_set()
 

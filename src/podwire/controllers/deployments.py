@@ -131,7 +131,7 @@ class Deployments(Controller[ObjectKey]):
         return made
 
     async def _resolve_collision(self, deployment: DeploymentDoc, document: Json) -> None:
-        """The name is taken: by our own set that the copy does not show yet, or by another; then the hash changes from now on."""
+        """The name is taken: by our own set that the copy does not show yet, or by another; then the hash must change."""
         meta = deployment.metadata
         found = await self.client.get(REPLICASETS, document["metadata"]["name"], meta.namespace)
         owners = found["metadata"].get("ownerReferences", ())

@@ -266,6 +266,7 @@ class Toleration(View, frozen=True):
     operator: str = "Equal"
     value: str = ""
     effect: str = ""
+    toleration_seconds: int | None = None
 
 
 class TopologySpread(View, frozen=True):
