@@ -15,6 +15,7 @@ from datetime import datetime
 from importlib import resources
 from typing import Any, NamedTuple
 
+from podwire.apiserver.quantities import parse_quantity
 from podwire.model.errors import InvalidInput
 from podwire.model.meta import Json
 
@@ -27,7 +28,6 @@ RAW_JSON = frozenset({META + "FieldsV1", "k8s.io.apimachinery.pkg.runtime.RawExt
 LISTS = frozenset({"k8s.io.api.authentication.v1.ExtraValue", "k8s.io.api.authorization.v1.ExtraValue"})
 """Messages that stand for a list of strings."""
 
-_QUANTITY = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?")
 _INT_BITS = {"int32": 31, "int64": 63}
 
 
@@ -208,8 +208,11 @@ def _bytes(value: Any, kind: str, where: _Where) -> Any:
 
 def _quantity(value: Any, kind: str, where: _Where) -> Any:
     text = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-    if not isinstance(text, str) or not _QUANTITY.fullmatch(text):
-        raise BadDocument("quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'")
+    try:
+        parse_quantity(_text(text, "string", where))
+    except ValueError:
+        pattern = "^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$"
+        raise BadDocument(f"quantities must match the regular expression '{pattern}'") from None
     return text
 
 

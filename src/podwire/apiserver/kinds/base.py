@@ -145,7 +145,7 @@ class Kind:
     def validate(self, obj: Json, old: Json | None = None, *, subresource: str = "") -> list[FieldError]:
         """All that is wrong with `obj`, in document order; with `old`, also what may not change."""
         errors = validate_metadata(obj.get("metadata", {}), self.name_problems, namespaced=self.resource.namespaced)
-        if subresource == "status":
+        if subresource:
             return errors
         root = Path()
         errors += self.check(obj, root)

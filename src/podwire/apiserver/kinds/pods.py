@@ -1,10 +1,13 @@
-"""Pod: lifecycle and columns. The spec's defaults and rules are in podspec_defaults.py and podspec_validation.py."""
+"""Pod: lifecycle and columns. The spec's defaults and rules are in podspecdefaults.py and podspecrules.py."""
 
 from datetime import datetime
 from typing import Any
 
 from podwire.apiserver.kinds.base import AGE, NAME, STATUS, Column, Kind, Subresource
+from podwire.apiserver.kinds.podspecdefaults import admit_pod, default_pod, default_pod_spec
+from podwire.apiserver.kinds.podspecrules import check_pod_spec, check_pod_update
 from podwire.apiserver.tables import age
+from podwire.apiserver.validation import FieldError, Path
 from podwire.model import resources
 from podwire.model.meta import Json
 
@@ -34,8 +37,20 @@ class PodKind(Kind):
     )
     counts_generation = True
 
+    def default(self, obj: Json) -> None:
+        spec = obj.setdefault("spec", {})
+        default_pod_spec(spec)
+        default_pod(spec)
+
     def initialise(self, obj: Json, now: datetime) -> None:
-        obj["status"] = {"phase": "Pending"}
+        admit_pod(obj["spec"])
+        obj["status"] = {"phase": "Pending", "qosClass": qos_class(obj["spec"])}
+
+    def check(self, obj: Json, root: Path) -> list[FieldError]:
+        return check_pod_spec(obj.get("spec") or {}, root / "spec")
+
+    def check_update(self, new: Json, old: Json, root: Path) -> list[FieldError]:
+        return check_pod_update(new.get("spec") or {}, old.get("spec") or {}, root / "spec")
 
     def grace_seconds(self, obj: Json, requested: int | None) -> int:
         """The pod's own grace period unless one is requested; none for a pod that no node has or that has ended."""
@@ -74,6 +89,18 @@ class PodKind(Kind):
             status.get("nominatedNodeName") or "<none>",
             _gates(spec, status),
         ]
+
+
+def qos_class(spec: Json) -> str:
+    """Guaranteed, Burstable or BestEffort, by what the containers request of CPU and memory."""
+    wanted = [c.get("resources") or {} for c in (*(spec.get("containers") or []), *(spec.get("initContainers") or []))]
+    asked = [{k: r.get(k) or {} for k in ("limits", "requests")} for r in wanted]
+    if not any(a[k].get(name) for a in asked for k in a for name in ("cpu", "memory")):
+        return "BestEffort"
+    full = all(
+        a["limits"].get(name) and a["limits"][name] == a["requests"].get(name) for a in asked for name in ("cpu", "memory")
+    )
+    return "Guaranteed" if full else "Burstable"
 
 
 def _gates(spec: Json, status: Json) -> str:
