@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from podwire.store.port import Event
 
@@ -55,7 +55,7 @@ class Broadcast:
 
     async def follow(
         self, prefix: str, from_revision: int, replay: Callable[[str, int], Sequence[Event]]
-    ) -> AsyncIterator[Sequence[Event]]:
+    ) -> AsyncGenerator[Sequence[Event], None]:
         """History as `replay(prefix, from_revision)` gives it, then what is published after it, without gap or repeat."""
         subscription = Subscription()
         self._subscriptions.add(subscription)

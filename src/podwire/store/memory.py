@@ -1,7 +1,7 @@
 """The store in memory: every version of every key since the last compaction. Nothing survives the process."""
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from podwire.store.broadcast import Broadcast
@@ -92,7 +92,7 @@ class MemoryStore:
             self._broadcast.publish(events)
         return self._revision
 
-    def watch(self, prefix: str, from_revision: int) -> AsyncIterator[Sequence[Event]]:
+    def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Sequence[Event], None]:
         self._check_open()
         return self._broadcast.follow(prefix, from_revision, self._replay)
 

@@ -10,7 +10,7 @@ StoreError
 └── StoreClosed     the store was closed, or its file can no longer be written
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -120,7 +120,7 @@ class Store(Protocol):
         When it returns, the writes survive the death of the process. Raises Conflict."""
         ...
 
-    def watch(self, prefix: str, from_revision: int) -> AsyncIterator[Sequence[Event]]:
+    def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Sequence[Event], None]:
         """The changes under `prefix` at `from_revision` and later: first those that happened already, then as they come.
 
         Each item holds all the changes of one or several whole commits, in order. Ends when the store is closed.

@@ -9,7 +9,7 @@ import asyncio
 import fcntl
 import logging
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +136,7 @@ class SqliteStore:
             self._writing = asyncio.create_task(self._write_waiting(), name="store writer")
         return await waiting.done
 
-    def watch(self, prefix: str, from_revision: int) -> AsyncIterator[Sequence[Event]]:
+    def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Sequence[Event], None]:
         self._check_open()
         return self._broadcast.follow(prefix, from_revision, self._replay)
 

@@ -1,0 +1,200 @@
+"""The API server as an aiohttp application: routes, authentication, errors as metav1.Status. Composition of this package."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from aiohttp import web
+
+from podwire.apiserver import discovery, status
+from podwire.apiserver.allocation import ServiceAllocator, ServiceRanges
+from podwire.apiserver.auth import ADMIN, ANONYMOUS, Authenticator, User
+from podwire.apiserver.bootstrap import bootstrap
+from podwire.apiserver.claims import ServiceClaims, repair_claims
+from podwire.apiserver.config import ServerConfig
+from podwire.apiserver.housekeeping import keep_house
+from podwire.apiserver.hub import Hub
+from podwire.apiserver.kinds import REGISTRY
+from podwire.apiserver.objects import Objects
+from podwire.apiserver.patching import patch
+from podwire.apiserver.request import Target, negotiate, parse_path
+from podwire.apiserver.storage import encode
+from podwire.apiserver.subresources import Serve, Subresources
+from podwire.apiserver.verbs import BODY_LIMIT, Call, Verbs
+from podwire.model.errors import InvalidInput
+from podwire.store.port import Store, StoreError
+
+_log = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/healthz", "/livez", "/readyz", "/version"})
+"""Readable without a token, as in Kubernetes (system:public-info-viewer)."""
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Api:
+    """One API server's parts and its request handlers."""
+
+    def __init__(self, store: Store, config: ServerConfig) -> None:
+        self._store, self._config = store, config
+        ranges = ServiceRanges(config.service_cidrs, config.node_ports)
+        self._allocator = ServiceAllocator(ranges, config.choose)
+        self.hub = Hub(store, REGISTRY, config.now)
+        self.objects = Objects(store, config.now, {"services": ServiceClaims(self._allocator)})
+        self._verbs = Verbs(store, self.hub, self.objects, config.bookmark_seconds)
+        self._authenticator = Authenticator(config.tokens, config.signing_key)
+        self._subresources = Subresources(self._verbs, self._authenticator).served
+        self._ready = False
+
+    async def run(self, app: web.Application) -> AsyncIterator[None]:
+        """Everything that runs beside the requests (an aiohttp cleanup context)."""
+        await repair_claims(self._store, self._allocator)
+        following = asyncio.create_task(self.hub.run(), name="api server: follow the store")
+        tasks = [following]
+        try:
+            await self.hub.up_to_date()
+            await bootstrap(self.objects, self._config)
+            tasks.append(asyncio.create_task(keep_house(self._store, self.hub, self._config), name="api server: housekeeping"))
+            self._ready = True
+            yield
+        finally:
+            self._ready = False
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def end_watches(self, app: web.Application) -> None:
+        """Lets the streams finish, so that a stop does not wait for them."""
+        self.hub.end_watches()
+
+    # --- what every request passes
+
+    async def authenticate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Middleware: nobody without a known token gets past here, but to OPEN_PATHS."""
+        if self._config.tokens and request.path not in OPEN_PATHS:
+            self.user_of(request)
+        return await handler(request)
+
+    def user_of(self, request: web.Request) -> User:
+        """Raises StatusError 401."""
+        if not self._config.tokens:
+            return ADMIN
+        user = self._authenticator.user(request.headers.get("Authorization", ""), self._config.now())
+        if user is ANONYMOUS:
+            raise status.unauthorized()
+        return user
+
+    # --- handlers
+
+    async def resource(self, request: web.Request) -> web.StreamResponse:
+        """/api/… and /apis/…: discovery, or a verb on a resource."""
+        target = parse_path(request.path)
+        if target is None:
+            return self._discovery(request)
+        serve = self._serve(target, request.method)
+        call = Call(request, target, negotiate(request.headers.get("Accept", ""), request.query), self._config.now())
+        return await serve(call)
+
+    def _serve(self, target: Target, method: str) -> Serve:
+        if target.subresource:
+            served = self._subresources.get((target.subresource, method))
+        elif target.name:
+            served = {
+                "GET": self._verbs.get,
+                "PUT": self._verbs.update,
+                "PATCH": self._patch,
+                "DELETE": self._verbs.delete,
+            }.get(method)
+        else:
+            served = {
+                "GET": self._verbs.list,
+                "POST": self._verbs.create,
+                "DELETE": self._verbs.delete_collection if "deletecollection" in target.kind.verbs else None,
+            }.get(method)
+        if served is None:
+            raise status.method_not_allowed(target.kind.resource, method)
+        return served
+
+    async def _patch(self, call: Call) -> web.StreamResponse:
+        return await patch(call, self.objects)
+
+    def _discovery(self, request: web.Request) -> web.Response:
+        parts = request.path.strip("/").split("/")
+        if request.method != "GET":
+            raise status.unknown_path(request.method, request.path)
+        document = None
+        if len(parts) == 1 and discovery.wants_aggregated(request.headers.get("Accept", "")):
+            document = discovery.aggregated(core=parts[0] == "api")
+            media = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
+            return web.Response(body=encode(document), headers={"Content-Type": media})
+        match parts:
+            case ["api"]:
+                document = discovery.api_versions([request.host])
+            case ["apis"]:
+                document = discovery.group_list()
+            case ["api", version]:
+                document = discovery.resource_list("", version)
+            case ["apis", group]:
+                document = discovery.group(group)
+            case ["apis", group, version]:
+                document = discovery.resource_list(group, version)
+        if document is None:
+            raise status.unknown_path(request.method, request.path)
+        return web.Response(body=encode(document), content_type="application/json")
+
+    async def version(self, request: web.Request) -> web.Response:
+        return web.Response(body=encode(discovery.version(self._config.build)), content_type="application/json")
+
+    async def health(self, request: web.Request) -> web.Response:
+        """/healthz, /livez and /readyz."""
+        if not self._ready:
+            raise status.unavailable("the API server is starting or stopping")
+        return web.Response(text="ok")
+
+
+@web.middleware
+async def errors_as_status(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Middleware: whatever is raised becomes a metav1.Status."""
+    try:
+        return await handler(request)
+    except status.StatusError as error:
+        failure = error
+    except StoreError as error:
+        _log.error("%s %s: the store failed: %s", request.method, request.path, error)
+        failure = status.unavailable(str(error))
+    except InvalidInput as error:
+        failure = status.bad_request(str(error))
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        failure = (
+            status.unknown_path(request.method, request.path)
+            if error.status == 404
+            else status.StatusError(error.status, "", error.reason)
+        )
+    except Exception:
+        # The boundary of a request: one that fails in an unforeseen way must not take others with it.
+        _log.exception("%s %s failed", request.method, request.path)
+        failure = status.internal("an unforeseen error; the API server's log says more")
+    return web.Response(body=encode(failure.document()), status=failure.code, content_type="application/json")
+
+
+def create_app(store: Store, config: ServerConfig) -> web.Application:
+    """The API server. It does not own `store`: close that after the application is down. Add routes before it starts."""
+    api = Api(store, config)
+
+    @web.middleware
+    async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+        return await api.authenticate(request, handler)
+
+    app = web.Application(middlewares=[errors_as_status, authenticate], client_max_size=BODY_LIMIT)
+    for root in ("/api", "/apis"):
+        app.router.add_route("*", root, api.resource)
+        app.router.add_route("*", root + "/{path:.*}", api.resource)
+    app.router.add_get("/version", api.version)
+    for path in ("/healthz", "/livez", "/readyz"):
+        app.router.add_get(path, api.health)
+        app.router.add_get(path + "/{check:.*}", api.health)
+    app.cleanup_ctx.append(api.run)
+    app.on_shutdown.append(api.end_watches)
+    return app
