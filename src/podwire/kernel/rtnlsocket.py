@@ -86,13 +86,13 @@ class RtnlSocket:
     def dump(self, request: bytes) -> list[Message]:
         """All messages of a dump, consistent: one that the kernel says was changed under way is read again.
 
-        An address family that this kernel lacks gives an empty list."""
+        A family that this kernel lacks, or a routing table that does not exist yet, gives an empty list."""
         for _ in range(_DUMP_ATTEMPTS):
             dump = Dump(self._next_seq(1))
             self._send(netlink.with_seq(request, dump.seq))
             while not dump.done:
                 dump.feed(self._receive())
-            if dump.errno in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
+            if dump.errno in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT):
                 return []
             if dump.errno:
                 reason = dump.text or os.strerror(dump.errno)

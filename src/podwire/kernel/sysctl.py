@@ -1,23 +1,22 @@
 """Kernel switches below /proc/sys/net. They belong to the namespace of the thread that opens the file."""
 
+import errno
 import os
 from collections.abc import Iterable, Mapping
 
 from podwire.kernel.netns import run_in_netns
-from podwire.kernel.port import KernelError
 
 _ROOT = "/proc/sys"
 
 
 def write_sysctls(fd: int, values: Mapping[str, str]) -> dict[str, OSError]:
     """Set each key (path below /proc/sys) in the namespace behind `fd`. Returns the refusals by key. Blocks."""
-    paths = {key: _path(key) for key in values}
 
     def work() -> dict[str, OSError]:
         refused: dict[str, OSError] = {}
         for key, value in values.items():
             try:
-                _write(paths[key], value)
+                _write(_path(key), value)
             except OSError as error:
                 refused[key] = error
         return refused
@@ -27,15 +26,15 @@ def write_sysctls(fd: int, values: Mapping[str, str]) -> dict[str, OSError]:
 
 def read_sysctls(fd: int, keys: Iterable[str]) -> dict[str, str]:
     """The present values in the namespace behind `fd`; keys that this kernel lacks are left out. Blocks."""
-    paths = {key: _path(key) for key in keys}
-    if not paths:
+    wanted = tuple(keys)
+    if not wanted:
         return {}
 
     def work() -> dict[str, str]:
         values: dict[str, str] = {}
-        for key, path in paths.items():
+        for key in wanted:
             try:
-                with open(path) as file:
+                with open(_path(key)) as file:
                     values[key] = " ".join(file.read().split())
             except OSError:
                 continue
@@ -56,5 +55,5 @@ def _path(key: str) -> str:
     # Only switches of a network namespace: a plan must never reach the machine's own.
     parts = key.split("/")
     if parts[0] != "net" or ".." in parts or "" in parts:
-        raise KernelError(f"sysctl {key!r}: only paths below net/ belong to a network namespace")
+        raise OSError(errno.EINVAL, "only paths below net/ belong to a network namespace")
     return f"{_ROOT}/{key}"

@@ -56,7 +56,9 @@ class FakeNetns:
     def add_link(self, link: Link, mac: str) -> None:
         """One link; a veth's other end is a second call and `join`. `mac` is used where the link asks for none."""
         self.check_new(link)
-        mtu = link.mtu if link.mtu is not None else self._default_mtu(link)
+        mtu = self._largest_mtu(link)
+        if link.mtu is not None:
+            mtu = min(mtu, link.mtu) if isinstance(link.kind, Vxlan) else link.mtu  # Linux caps a new VXLAN's
         self.links[link.name] = _observed(replace(link, mtu=mtu, mac=link.mac or mac, up=False))
         if link.up:
             self._set_up(link.name)
@@ -89,6 +91,8 @@ class FakeNetns:
         have = self._link(want.name)
         if want.master:
             self._check_master(want.master)
+        if want.mtu is not None and isinstance(have.kind, Vxlan) and want.mtu > self._largest_mtu(have):
+            raise Refused(errno.EINVAL, "Invalid argument")
         if want.mac is not None and want.mac != have.mac:
             self._forget_neighbours(want.name)  # Linux flushes even permanent ones when the device's address changes
         master = have.master if want.master is None else want.master
@@ -162,7 +166,8 @@ class FakeNetns:
         if name and not isinstance(self._link(name).kind, Bridge):
             raise Refused(errno.EOPNOTSUPP, "Device does not allow enslaving")
 
-    def _default_mtu(self, link: Link) -> int:
+    def _largest_mtu(self, link: Link) -> int:
+        """What a new device gets; for a VXLAN also the most it can have: the underlay's less the outer headers."""
         if not isinstance(link.kind, Vxlan):
             return 1500
         return (self._link(link.kind.underlay).mtu or 1500) - (50 if link.kind.local.version == 4 else 70)
@@ -220,8 +225,8 @@ class FakeNetns:
 
     def set_sysctl(self, key: str, value: str) -> None:
         parts = key.split("/")
-        if parts[0] != "net":
-            raise Refused(errno.EINVAL, f"sysctl {key!r}: only paths below net/ belong to a network namespace")
+        if parts[0] != "net" or ".." in parts:
+            raise Refused(errno.EINVAL, f"setting {key} to {value}: only paths below net/ belong to a network namespace")
         if len(parts) > 3 and parts[2] in ("conf", "neigh") and parts[3] not in ("all", "default", *self.links):
             raise Refused(errno.ENOENT, f"setting {key} to {value}: No such file or directory")
         self.sysctls[key] = " ".join(value.split())
