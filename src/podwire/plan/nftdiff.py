@@ -1,10 +1,138 @@
-"""Mark and sweep over rulesets: what has to be done to a kernel that holds one so that it holds another."""
+"""Mark and sweep over rulesets, and the order in which changes to a table are safe.
 
-from podwire.model.nft import Batch, Ruleset
+nftables takes a transaction whole. It may still have to be cut (a socket's buffer has an end), so commands stand in an order
+in which each prefix leaves working rules: first what others refer to (sets, chains, and the elements that no packet finds
+yet), then the maps of verdicts that lead packets there, last what nobody is led to any more.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain as concat
+
+from podwire.model.nft import (
+    AddChain,
+    AddElements,
+    AddSet,
+    AddTable,
+    Batch,
+    ChainState,
+    Command,
+    Data,
+    DelChain,
+    DelElements,
+    DelSet,
+    DelTable,
+    Element,
+    NftSet,
+    ReplaceElements,
+    Ruleset,
+    SetRules,
+    SetState,
+    TableRef,
+    TableState,
+)
+
+
+@dataclass(slots=True)
+class ElementChanges:
+    """What changes in one set. `gone` elements come without data."""
+
+    set: NftSet
+    added: list[Element] = field(default_factory=list)
+    replaced: list[Element] = field(default_factory=list)
+    gone: list[Element] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.replaced or self.gone)
+
+
+@dataclass(frozen=True, slots=True)
+class ChainChanges:
+    """Chains that come (each with its rules, those that others lead to first) and go (in the reverse order)."""
+
+    added: tuple[ChainState, ...] = ()
+    gone: tuple[str, ...] = ()
+
+
+def order_changes(
+    table: TableRef, creates: Sequence[Command], chains: ChainChanges, elements: Iterable[ElementChanges]
+) -> tuple[list[Command], list[Command], list[Command]]:
+    """(make, lead, remove): three phases. Over several tables, run each phase for all of them before the next."""
+    make: list[Command] = list(creates)
+    make += [AddChain(table, c.chain) for c in chains.added]
+    make += [SetRules(table, c.chain.name, c.rules) for c in chains.added]
+    lead: list[Command] = []
+    remove: list[Command] = []
+    for change in elements:
+        of = change.set
+        target = lead if of.verdicts else make
+        if change.added:
+            target.append(AddElements(table, of, tuple(change.added)))
+        if change.replaced:
+            lead.append(ReplaceElements(table, of, tuple(change.replaced)))
+        if change.gone:
+            (lead if of.verdicts else remove).append(DelElements(table, of, tuple(change.gone)))
+    # Sets are listed with what restricts others last (restricted after its ranges): it goes first on the way out.
+    remove.reverse()
+    remove += [SetRules(table, name, ()) for name in chains.gone]
+    remove += [DelChain(table, name) for name in chains.gone]
+    return make, lead, remove
 
 
 def diff_ruleset(desired: Ruleset, observed: Ruleset) -> Batch:
     """The smallest transaction from `observed` to `desired`; elements that stay keep their counters, and dynamic sets theirs.
 
-    Only tables that `desired` names are touched."""
-    return Batch()
+    Only tables that `desired` names are touched. A table whose sets or base chains have other types is made anew."""
+    phases = [_diff_table(ref, table, observed.tables.get(ref)) for ref, table in desired.tables.items()]
+    return Batch(tuple(concat.from_iterable(concat.from_iterable(zip(*phases, strict=True)))))
+
+
+Phases = tuple[list[Command], list[Command], list[Command]]
+
+
+def _diff_table(ref: TableRef, desired: TableState, observed: TableState | None) -> Phases:
+    anew: list[Command] = []
+    if observed is not None and not _compatible(desired, observed):
+        anew, observed = [DelTable(ref)], None
+    if observed is None:
+        anew.append(AddTable(ref))
+        observed = TableState()
+    creates = [*anew, *(AddSet(ref, s.set) for name, s in desired.sets.items() if name not in observed.sets)]
+    chains, changed = _diff_chains(desired.chains, observed.chains)
+    elements = [_diff_elements(s, observed.sets.get(name)) for name, s in desired.sets.items() if not s.set.dynamic]
+    make, lead, remove = order_changes(ref, creates, chains, [e for e in elements if e])
+    lead += [SetRules(ref, c.chain.name, c.rules) for c in changed]
+    remove += [DelSet(ref, name) for name in observed.sets if name not in desired.sets]
+    return make, lead, remove
+
+
+def _compatible(desired: TableState, observed: TableState) -> bool:
+    """Whether everything that both have is of one type, so that it can be changed in place."""
+    sets = (observed.sets[n].set == s.set for n, s in desired.sets.items() if n in observed.sets)
+    chains = (observed.chains[n].chain == c.chain for n, c in desired.chains.items() if n in observed.chains)
+    return all(sets) and all(chains)
+
+
+def _diff_chains(
+    desired: Mapping[str, ChainState], observed: Mapping[str, ChainState]
+) -> tuple[ChainChanges, list[ChainState]]:
+    """(chains that come and go, those whose rules change). Rules are set only when all chains exist."""
+    added = tuple(c for name, c in desired.items() if name not in observed)
+    gone = tuple(name for name in observed if name not in desired)
+    changed = [c for name, c in desired.items() if name in observed and observed[name].rules != c.rules]
+    return ChainChanges(added, gone), changed
+
+
+def _diff_elements(desired: SetState, observed: SetState | None) -> ElementChanges:
+    changes = ElementChanges(desired.set)
+    held: Mapping[bytes, Data] = observed.elements if observed is not None else {}
+    if not held:
+        changes.added = list(desired.elements.items())
+        return changes
+    for key, data in desired.elements.items():
+        if key not in held:
+            changes.added.append((key, data))
+        elif held[key] != data:
+            changes.replaced.append((key, data))
+    changes.gone = [(key, None) for key in held if key not in desired.elements]
+    return changes

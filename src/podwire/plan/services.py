@@ -1,16 +1,34 @@
 """Services → nftables elements, incrementally: one Service changed costs what it holds, not what exists."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
+from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
-from podwire.model.nft import Batch, Ruleset
+from podwire.model.nft import Batch, Command, Ruleset
 from podwire.model.objects import EndpointSlice, Pod, Service
-from podwire.model.servicetable import NodeFacts
+from podwire.model.servicetable import Frontend, FrontendKind, NodeFacts, ServiceTable
+from podwire.plan.nftdiff import diff_ruleset, order_changes
+from podwire.plan.services_maps import FamilyMaps, frontend_key
+from podwire.plan.services_rules import TABLE
+from podwire.plan.services_table import host_port_table, service_table
 
 __all__ = ["TABLE", "NodeFacts", "ServicePlanner"]
 
-TABLE = "podwire"
-"""The name of our tables, one in family `ip` and one in `ip6`."""
+_RANK = {kind: rank for rank, kind in enumerate(FrontendKind)}
+
+
+class _Claim(NamedTuple):
+    """Who wants an address and port. The smallest gets it, whatever the order they came in: a ClusterIP before a node
+    port, that before balancer addresses, external IPs and host ports; then by name."""
+
+    rank: int
+    owner: str
+    frontend: Frontend
+
+    @property
+    def order(self) -> tuple[int, str]:
+        return self.rank, self.owner
 
 
 class ServicePlanner:
@@ -21,24 +39,150 @@ class ServicePlanner:
 
     def __init__(self, facts: NodeFacts) -> None:
         self._facts = facts
+        self._inputs: dict[ObjectKey, tuple[Service, tuple[EndpointSlice, ...]]] = {}
+        self._pods: dict[str, Pod] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._maps = {length: FamilyMaps(f, self._facts) for length, f in ((4, Family.IPV4), (16, Family.IPV6))}
+        self._tables: dict[str, ServiceTable] = {}
+        self._claims: dict[bytes, _Claim] = {}
+        self._rivals: dict[bytes, list[_Claim]] = {}
 
     def set_facts(self, facts: NodeFacts) -> None:
-        """The node changed (address, CIDRs, zone): everything is planned again."""
+        """The node changed (address, CIDRs, zone): everything is planned again. Follow it with `resync`."""
+        if facts == self._facts:
+            return
         self._facts = facts
+        self._reset()
+        for key, (service, slices) in self._inputs.items():
+            self._set_table(_service_owner(key), service_table(service, slices, facts))
+        for uid, pod in self._pods.items():
+            self._set_table(_pod_owner(uid), host_port_table(pod, facts))
 
     def set_service(self, key: ObjectKey, service: Service | None, slices: Sequence[EndpointSlice] = ()) -> None:
         """A Service with all of its slices as they are now; None: it is gone."""
+        if service is None:
+            self._inputs.pop(key, None)
+        else:
+            self._inputs[key] = (service, tuple(slices))
+        self._set_table(_service_owner(key), service_table(service, slices, self._facts))
 
     def set_host_ports(self, uid: str, pod: Pod | None) -> None:
         """A pod of this node that has addresses (status.podIPs) and may have host ports; None: it is gone."""
+        if pod is None:
+            self._pods.pop(uid, None)
+        else:
+            self._pods[uid] = pod
+        self._set_table(_pod_owner(uid), host_port_table(pod, self._facts))
+
+    def table(self, key: ObjectKey) -> ServiceTable:
+        """What is planned for a Service; empty for one that is not known."""
+        return self._tables.get(_service_owner(key), ServiceTable())
 
     def take_batch(self) -> Batch:
         """The smallest transaction from what was last taken to what is desired now; empty (falsy) if there is none."""
-        return Batch()
+        phases = [order_changes(maps.table, *maps.take_changes()) for maps in self._maps.values()]
+        ordered = [command for phase in zip(*phases, strict=True) for commands in phase for command in commands]
+        return Batch((*ordered, *self._prunes()))
 
     def resync(self, observed: Ruleset) -> Batch:
         """The smallest transaction from what the kernel holds to what is desired now, which then counts as taken."""
-        return Batch()
+        for maps in self._maps.values():
+            maps.adopt_order(observed)
+            maps.take_changes()
+        batch = diff_ruleset(self.desired(), observed)
+        stale = any(maps.table in observed.tables for maps in self._maps.values())
+        return batch + Batch(tuple(self._prunes(everything=True))) if stale and batch else batch
 
     def desired(self) -> Ruleset:
-        return Ruleset()
+        """All that the kernel shall hold."""
+        return Ruleset({maps.table: maps.state() for maps in self._maps.values()})
+
+    def _prunes(self, *, everything: bool = False) -> Iterable[Command]:
+        return [p for maps in self._maps.values() if (p := maps.take_prune(everything=everything))]
+
+    # --- owners and their frontends -------------------------------------------------------------------------------
+
+    def _set_table(self, owner: str, new: ServiceTable) -> None:
+        old = self._tables.get(owner, _EMPTY)
+        if new == old:
+            return
+        if new != _EMPTY:
+            self._tables[owner] = new
+        else:
+            self._tables.pop(owner, None)
+        before = {frontend_key(f): f for f in old.frontends}
+        after = {frontend_key(f): f for f in new.frontends}
+        self._count(old, new)
+        for key in before:
+            if key not in after:
+                self._withdraw(key, owner)
+        for key, frontend in after.items():
+            if before.get(key) != frontend:
+                self._claim(key, _Claim(_RANK[frontend.kind], owner, frontend))
+
+    def _claim(self, key: bytes, claim: _Claim) -> None:
+        held = self._claims.get(key)
+        if held is None or held.owner == claim.owner:
+            rivals = self._rivals.get(key)
+            if rivals is None:
+                self._win(key, claim)
+                return
+            self._settle(key, [claim, *rivals])
+        else:
+            others = [c for c in (held, *self._rivals.get(key, ())) if c.owner != claim.owner]
+            self._settle(key, [claim, *others])
+
+    def _withdraw(self, key: bytes, owner: str) -> None:
+        held = self._claims.get(key)
+        claims = [c for c in (held, *self._rivals.get(key, ())) if c is not None and c.owner != owner]
+        self._settle(key, claims)
+
+    def _settle(self, key: bytes, claims: list[_Claim]) -> None:
+        claims.sort(key=lambda c: c.order)
+        if len(claims) > 1:
+            self._rivals[key] = claims[1:]
+        else:
+            self._rivals.pop(key, None)
+        if not claims:
+            self._claims.pop(key, None)
+            self._maps_of(key).program(key, None)
+        elif claims[0] is not self._claims.get(key):
+            self._win(key, claims[0])
+
+    def _win(self, key: bytes, claim: _Claim) -> None:
+        self._claims[key] = claim
+        self._maps[len(claim.frontend.address)].program(key, claim.frontend)
+
+    def _maps_of(self, key: bytes) -> FamilyMaps:
+        return self._maps[len(key) - _PROTOCOL_AND_PORT]
+
+    def _count(self, old: ServiceTable, new: ServiceTable) -> None:
+        """Elements that several owners may want."""
+        for address in new.local_addresses - old.local_addresses:
+            self._maps[len(address)].hairpin.want(address + address)
+        for address in old.local_addresses - new.local_addresses:
+            self._maps[len(address)].hairpin.release(address + address)
+        before, after = _cluster_ips(old), _cluster_ips(new)
+        for address in after - before:
+            self._maps[len(address)].cluster_ips.want(address)
+        for address in before - after:
+            self._maps[len(address)].cluster_ips.release(address)
+
+
+_EMPTY = ServiceTable()
+_PROTOCOL_AND_PORT = 8
+"""Bytes of a frontend's key behind the address."""
+
+
+def _cluster_ips(table: ServiceTable) -> set[bytes]:
+    return {f.address for f in table.frontends if f.kind is FrontendKind.CLUSTER_IP}
+
+
+def _service_owner(key: ObjectKey) -> str:
+    return f"service {key}"
+
+
+def _pod_owner(uid: str) -> str:
+    return f"pod {uid}"
