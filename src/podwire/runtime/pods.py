@@ -215,9 +215,10 @@ class NodeRuntime:
         if entry is None:
             return
         entry.records[record.cid] = record
-        outdated = [r.cid for r in entry.records.values() if r.name == record.name and r.attempt < record.attempt - 1]
-        for cid in outdated:
-            del entry.records[cid]
+        outdated = [r for r in entry.records.values() if r.name == record.name and r.attempt < record.attempt - 1]
+        for old in outdated:
+            del entry.records[old.cid]
+            Path(old.log).unlink(missing_ok=True)
         entry.changed.set()
         if entry.supervisor is not None and not record.running:
             entry.supervisor.ended(record)

@@ -190,7 +190,10 @@ class Shim:
         container = self._container(message)
         number = int(message["signal"])
         if container.stand_in is not None and container.record.running:
-            self._ended(container, 0 if number == signal.SIGTERM else 128 + number, 0 if number == signal.SIGTERM else number)
+            if number == signal.SIGTERM:
+                container.stand_in.drain(lambda: self._ended(container, 0, 0))
+            else:
+                self._ended(container, 128 + number, number)
         elif container.pidfd >= 0:
             _send_signal(container.pidfd, number)
         return {}
@@ -304,6 +307,8 @@ class Shim:
         self._ended(container, code, number)
 
     def _ended(self, container: Container, code: int, number: int) -> None:
+        if not container.record.running:
+            return
         if container.stand_in is not None:
             container.stand_in.close()
         container.log.close()

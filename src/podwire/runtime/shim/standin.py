@@ -17,6 +17,12 @@ from podwire.runtime.shim.messages import StandInPort
 BANNER_DELAY = 0.05
 """Seconds without a byte after which a TCP client is taken for one that waits to be spoken to."""
 
+LINGER_SECONDS = 0.1
+"""How long a stand-in that is told to end still takes new connections."""
+
+DRAIN_SECONDS = 2.0
+"""How long it waits for those that are open."""
+
 _METHODS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"PATCH ", b"OPTIONS ")
 _LONGEST_METHOD = max(map(len, _METHODS))
 _MAX_HEAD = 65536
@@ -47,6 +53,7 @@ class StandIn:
         self._servers: list[asyncio.Server] = []
         self._datagrams: list[asyncio.DatagramTransport] = []
         self.connections: set[asyncio.Transport] = set()
+        self.draining = False
 
     async def serve(self, sockets: list[socket.socket]) -> None:
         """Serve on these bound sockets; they are the stand-in's from now on."""
@@ -57,6 +64,28 @@ class StandIn:
                 self._datagrams.append(transport)
             else:
                 self._servers.append(await loop.create_server(lambda: _Connection(self), sock=sock, backlog=512))
+
+    def drain(self, ended: Callable[[], None]) -> None:
+        """End as a well-behaved program does at SIGTERM: go on for a moment, since the network may still send clients, then
+        take no new ones, let requests be answered; `ended` is called once all is over, DRAIN_SECONDS later at most."""
+        if self.draining:
+            return
+        self.draining = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + DRAIN_SECONDS
+
+        def look() -> None:
+            for server in self._servers:
+                server.close()
+            if not self.connections or loop.time() >= deadline:
+                ended()
+            else:
+                loop.call_later(LINGER_SECONDS, look)
+
+        if self._servers:
+            loop.call_later(LINGER_SECONDS, look)
+        else:
+            ended()
 
     def close(self) -> None:
         for server in self._servers:
@@ -212,7 +241,7 @@ class _Connection(asyncio.Protocol):
         method, _, rest = request.partition(b" ")
         path, _, version = rest.rpartition(b" ")
         kind, body = self._body(path.decode("latin-1").partition("?")[0])
-        closing = bool(_CLOSE.search(head)) or version != b"HTTP/1.1"
+        closing = bool(_CLOSE.search(head)) or version != b"HTTP/1.1" or self._owner.draining
         self._write(
             b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\nConnection: %s\r\n\r\n%s"
             % (kind, len(body), b"close" if closing else b"keep-alive", b"" if method == b"HEAD" else body)
