@@ -8,7 +8,7 @@ import msgspec
 
 from podwire.controllers.placement import tolerates
 from podwire.model.meta import Json
-from podwire.model.objects import Condition, Node, Pod, Taint
+from podwire.model.objects import Node, Pod, Taint
 from podwire.model.timestamps import format_time
 
 NOT_READY = "node.kubernetes.io/not-ready"

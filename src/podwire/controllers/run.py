@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from random import Random
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from podwire.client.api import ApiClient
 from podwire.client.backoff import Backoff
@@ -25,14 +25,21 @@ log = logging.getLogger(__name__)
 
 
 class Loop(Protocol):
-    """A controller: made anew for each attempt, it runs until it is cancelled or fails."""
-
-    name: ClassVar[str]
+    """A controller at work: it runs until it is cancelled or fails."""
 
     async def run(self) -> None: ...
 
 
-CONTROLLERS: tuple[Callable[[Context], Loop], ...] = (
+class LoopMaker(Protocol):
+    """A controller's class: each attempt is a new instance, which starts over with all that exists."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, context: Context) -> Loop: ...
+
+
+CONTROLLERS: tuple[LoopMaker, ...] = (
     NodeIpam,
     Scheduler,
     EndpointSlices,
@@ -45,7 +52,7 @@ CONTROLLERS: tuple[Callable[[Context], Loop], ...] = (
     NodeLifecycle,
 )
 
-NAMES = frozenset(controller.name for controller in CONTROLLERS if isinstance(controller, type))
+NAMES = frozenset(controller.name for controller in CONTROLLERS)
 
 
 def _utc_now() -> datetime:
@@ -71,15 +78,14 @@ async def run_controllers(
             group.create_task(informer.run(), name=f"informer {informer.resource.plural}")
         group.create_task(context.events.run(), name="events")
         for make in CONTROLLERS:
-            name = getattr(make, "name", "")
-            if name not in config.disabled:
-                group.create_task(_keep_running(make, context, rng, name), name=f"controller {name}")
+            if make.name not in config.disabled:
+                group.create_task(_keep_running(make, context, rng), name=f"controller {make.name}")
         await context.cluster.synced()
         if on_synced is not None:
             on_synced()
 
 
-async def _keep_running(make: Callable[[Context], Loop], context: Context, rng: Random, name: str) -> None:
+async def _keep_running(make: LoopMaker, context: Context, rng: Random) -> None:
     backoff = Backoff(rng, initial=0.5, maximum=30.0)
     while True:
         try:
@@ -87,5 +93,5 @@ async def _keep_running(make: Callable[[Context], Loop], context: Context, rng: 
         except Exception:
             # The task boundary of one controller: a bug in it, or an object it cannot digest, must not end the others.
             delay = backoff.next()
-            log.exception("controller %s failed; it starts again in %.1f s", name, delay)
+            log.exception("controller %s failed; it starts again in %.1f s", make.name, delay)
             await asyncio.sleep(delay)
