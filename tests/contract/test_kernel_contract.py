@@ -391,7 +391,7 @@ async def test_a_thousand_routes_in_one_plan(kernel: Kernel, family: Family) -> 
     step = 24 if family is Family.IPV4 else 64
     gateway = ip("10.244.1.9") if family is Family.IPV4 else ip("fd00:1::9")
     address = Address("br0", iface("10.244.1.1/24" if family is Family.IPV4 else "fd00:1::1/64"))
-    subnets: list[IPNetwork] = [subnet for subnet, _ in zip(net(base).subnets(new_prefix=step), range(1000), strict=False)]
+    subnets = [net(str(subnet)) for subnet, _ in zip(net(base).subnets(new_prefix=step), range(1000), strict=False)]
     routes = [Route(subnet, "br0", via=gateway) for subnet in subnets]
     neighbours = [Neighbour("br0", subnet.network_address, "0a:58:00:00:00:01") for subnet in subnets]
     await ok(kernel, AddLink(BRIDGE), AddAddress(address), *map(SetRoute, routes), *map(SetNeighbour, neighbours))
