@@ -91,6 +91,8 @@ class PodWorker:
 
     async def run(self) -> None:
         """Returns when nothing is left of the pod, neither here nor in the API."""
+        # Until the node has been adopted, what an earlier agent left must not change under the adoption's feet.
+        await asyncio.shield(self._env.network)
         if self.pod.finished:
             await self._persist("giving up the network of a finished pod", self._release_network)
         else:
