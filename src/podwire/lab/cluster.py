@@ -1,47 +1,323 @@
-"""The composition of a lab."""
+"""A lab, composed: fabric, API server on its store, controllers, balancer, the pods' shim, and the nodes."""
 
 import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+from podwire import __version__
+from podwire.apiserver.app import create_app
+from podwire.apiserver.auth import ADMIN, User
+from podwire.apiserver.config import KubeletAccess, ServerConfig
+from podwire.apiserver.server import ApiServer, Listener
+from podwire.client.api import ApiClient
+from podwire.client.errors import NotFound
+from podwire.controllers.config import ClusterCidr, ControllersConfig
+from podwire.controllers.run import run_controllers
 from podwire.kernel.linux import LinuxKernel
-from podwire.lab.boot import NETNS_DIR
+from podwire.lab.balancer import Balancer
+from podwire.lab.boot import NETNS_DIR, RUNTIME_DIR
+from podwire.lab.control import add_routes
+from podwire.lab.errors import LabError
 from podwire.lab.fabric import Fabric
-from podwire.lab.spec import LabSpec
-from podwire.lab.state import LabDirectory
-from podwire.lab.topology import Topology
+from podwire.lab.machine import LabEnvironment, LabNode
+from podwire.lab.readiness import await_nodes
+from podwire.lab.spec import MAX_NODES, LabSpec
+from podwire.lab.state import LabDirectory, write_private
+from podwire.lab.topology import API_PORT, Topology, node_index
+from podwire.model.objects import Pod
+from podwire.model.resources import NODES
+from podwire.runtime.shimclient import ShimProcess, start_shim
+from podwire.store.sqlite import SqliteStore
+
+log = logging.getLogger(__name__)
+
+_NODES_TIMEOUT = 20.0
+_NODE_TIMEOUT = 1.0
+"""Seconds that nodes may take to be ready: so much, and so much more for each."""
+
+_INSIDE = "\0podwire/apiserver"
+
+Step = Callable[[str, float], None]
 
 
 class LabCluster:
-    """Everything of one lab, in the lab process."""
+    """Everything of one lab, in the lab process. `listener` is a descriptor of the machine's listening TCP socket.
+
+    `start`, `run` until something calls `request_stop`, `close`. Also the `Site` that paths are probed on."""
 
     def __init__(self, spec: LabSpec, directory: str, listener: int) -> None:
-        self.spec = spec
         path = Path(directory)
+        self.spec = spec
+        self.topology = Topology(spec.families, spec.balancer_pools)
         self._directory = LabDirectory(path.parent, path.name)
+        self._listener = listener
+        self._token = secrets.token_urlsafe(32)
+        self._internal_token = secrets.token_urlsafe(32)
         self._stop = asyncio.Event()
+        self._changing = asyncio.Lock()
+        self._closing = contextlib.AsyncExitStack()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._nodes: dict[str, LabNode] = {}
+        self._shim: ShimProcess | None = None
+        self.client = self._connect("podwire/lab")
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self, on_step: Step) -> None:
+        """Bring everything up; returns when all nodes are ready. Raises PodwireError."""
+        with _timed("fabric", on_step):
+            kernel = LinuxKernel()
+            self._closing.push_async_callback(kernel.close)
+            self.fabric = Fabric(kernel, self.topology, Path(NETNS_DIR))
+            self._closing.callback(self.fabric.close)
+            await self.fabric.start()
+        with _timed("API server", on_step):
+            await self._start_api()
+        with _timed("controllers", on_step):
+            self._closing.push_async_callback(self._cancel_tasks)
+            self._spawn("controllers", self._controllers())
+            self._balancer = Balancer(self.client, kernel, self.topology.balancer.netns)
+            self._spawn("balancer", self._balancer.run())
+        with _timed("nodes", on_step):
+            self._start_shim()
+            self._closing.push_async_callback(self._stop_nodes)
+            await self._start_nodes(range(1, self.spec.nodes + 1))
+
+    async def run(self) -> None:
+        """Until somebody asks for the end."""
+        await self._stop.wait()
 
     def request_stop(self) -> None:
         self._stop.set()
 
-    def is_own_child(self, pid: int) -> bool:
-        return False
-
-    async def start(self, on_step: Callable[[str, float], None]) -> None:
-        t = time.monotonic()
-        self._kernel = LinuxKernel()
-        self.fabric = Fabric(self._kernel, Topology(self.spec.families, self.spec.balancer_pools), Path(NETNS_DIR))
-        await self.fabric.start()
-        on_step("fabric", time.monotonic() - t)
-        t = time.monotonic()
-        for i in range(self.spec.nodes):
-            await self.fabric.add_node(i + 1)
-        self._directory.write_nodes([f"node{i + 1}" for i in range(self.spec.nodes)])
-        on_step("nodes", time.monotonic() - t)
-
-    async def run(self) -> None:
-        await self._stop.wait()
-
     async def close(self) -> None:
-        pass
+        """Stop in the reverse order of starting. What is left then goes with the process."""
+        await self._closing.aclose()
+
+    def is_own_child(self, pid: int) -> bool:
+        """Whether somebody here waits for the child `pid`."""
+        return self._shim is not None and pid == self._shim.pid
+
+    # --- API server and what speaks to it -------------------------------------------------------------------------
+
+    async def _start_api(self) -> None:
+        store = SqliteStore.open(self._directory.database)
+        self._closing.push_async_callback(store.close)
+        self._kubelet = KubeletAccess(token=secrets.token_urlsafe(32))
+        config = ServerConfig(
+            tokens={self._token: ADMIN, self._internal_token: User("system:podwire", ("system:masters",))},
+            service_cidrs=tuple(self.spec.service_prefixes.values()),
+            node_ports=range(self.spec.node_ports[0], self.spec.node_ports[1] + 1),
+            advertise=tuple(self.topology.fabric.values()),
+            advertise_port=API_PORT,
+            kubelet=self._kubelet,
+            build=__version__,
+        )
+        app = create_app(store, config)
+        add_routes(app, self)
+        server = ApiServer(app)
+        self._closing.push_async_callback(server.stop)
+        self._closing.push_async_callback(self.client.close)
+        tls = self._tls()
+        outside = socket.socket(fileno=self._listener)
+        inside = [_listen(str(address), API_PORT) for address in self.topology.fabric.values()]
+        await server.start([Listener(outside, tls), *(Listener(sock, tls) for sock in inside), Listener(self._listen_inside())])
+        write_private(self._directory.kubeconfig, self._kubeconfig(outside.getsockname()[1]))
+
+    def _tls(self) -> ssl.SSLContext | None:
+        return None
+
+    def _kubeconfig(self, port: int) -> str:
+        return f"""apiVersion: v1
+kind: Config
+current-context: lab
+clusters: [{{name: lab, cluster: {{server: "http://127.0.0.1:{port}"}}}}]
+contexts: [{{name: lab, context: {{cluster: lab, user: admin}}}}]
+users: [{{name: admin, user: {{token: "{self._token}"}}}}]
+"""
+
+    def _listen_inside(self) -> socket.socket:
+        """An abstract Unix socket: it exists in the lab's own network namespace only, where no pod is."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(_INSIDE)
+        sock.listen(512)
+        return sock
+
+    def _connect(self, user_agent: str) -> ApiClient:
+        return ApiClient("http://lab", unix_socket=_INSIDE, token=self._internal_token, user_agent=user_agent)
+
+    async def _controllers(self) -> None:
+        config = ControllersConfig(
+            cluster_cidrs=tuple(ClusterCidr(net, 24 if net.version == 4 else 64) for net in self.spec.pod_prefixes.values()),
+            load_balancer_pools=tuple(self.spec.balancer_pools.values()),
+        )
+        async with self._connect("podwire/controllers") as client:
+            await run_controllers(client, config)
+
+    # --- nodes ----------------------------------------------------------------------------------------------------
+
+    def _start_shim(self) -> None:
+        root = Path(RUNTIME_DIR)
+        self._shim = shim = start_shim(root / "shim")
+        asyncio.get_running_loop().add_reader(shim.pidfd, self._shim_ended, shim)
+        self._closing.callback(self._stop_shim, shim)
+        self._environment = LabEnvironment(self.spec, root, shim.socket_path, self._connect, self._kubelet.token)
+
+    def _stop_shim(self, shim: ShimProcess) -> None:
+        asyncio.get_running_loop().remove_reader(shim.pidfd)
+        shim.stop()
+
+    def _shim_ended(self, shim: ShimProcess) -> None:
+        asyncio.get_running_loop().remove_reader(shim.pidfd)
+        log.error("the process that holds the pods has ended, and the lab with it; its last words: %s", _last_words(shim))
+        self.request_stop()
+
+    async def _start_nodes(self, indexes: Iterable[int]) -> None:
+        fresh = [await self._make_node(index) for index in indexes]
+        for node in fresh:
+            node.start()
+        within = _NODES_TIMEOUT + _NODE_TIMEOUT * len(fresh)
+        try:
+            async with asyncio.timeout(within):
+                for node in fresh:
+                    await node.ready()
+        except TimeoutError:
+            late = [node.name for node in fresh if node.agent is None or not node.agent.status().services_ready]
+            raise LabError(f"nodes not ready after {within:g} s: {', '.join(late)}; `podwire lab logs` may say why") from None
+        await await_nodes(self.client, within)
+
+    async def _make_node(self, index: int) -> LabNode:
+        place = await self.fabric.add_node(index)
+        path = self.fabric.path(place.name)
+        node = LabNode(place, self.fabric.descriptor(place.name), path, self._environment)
+        self._nodes[place.name] = node
+        self._write_nodes()
+        return node
+
+    async def add_node(self) -> str:
+        """Add a node and wait until it is ready; returns its name. Raises LabError."""
+        async with self._changing:
+            index = max((node_index(name) or 0 for name in self._nodes), default=0) + 1
+            if index > MAX_NODES:
+                taken = {node_index(name) for name in self._nodes}
+                index = next((i for i in range(1, MAX_NODES + 1) if i not in taken), 0)
+            if not index:
+                raise LabError(f"a lab has at most {MAX_NODES} nodes")
+            await self._start_nodes([index])
+            return self.topology.node(index).name
+
+    async def remove_node(self, name: str) -> None:
+        """A machine dies and is never seen again: its cable first, then all that ran on it, then its Node object.
+
+        Raises LabError."""
+        async with self._changing:
+            node = self._node(name)
+            await node.stop()
+            await self.fabric.unplug(node.place)
+            await node.remove_pods()
+            self.fabric.forget(node.place)
+            del self._nodes[name]
+            self._write_nodes()
+            with contextlib.suppress(NotFound):
+                await self.client.delete(NODES, name)
+
+    async def restart_node(self, name: str) -> None:
+        """Kill a node's agent and start another; returns when that one has taken over. Raises LabError."""
+        async with self._changing:
+            node = self._node(name)
+            await node.stop()
+            node.start()
+            try:
+                async with asyncio.timeout(_NODES_TIMEOUT):
+                    await node.ready()
+            except TimeoutError:
+                raise LabError(f"the agent of {name} is not ready after {_NODES_TIMEOUT:g} s; see `podwire lab logs`") from None
+
+    def _node(self, name: str) -> LabNode:
+        try:
+            return self._nodes[name]
+        except KeyError:
+            raise LabError(f"there is no node {name!r} in this lab: its nodes are {', '.join(self._nodes)}") from None
+
+    async def _stop_nodes(self) -> None:
+        await asyncio.gather(*(node.stop() for node in self._nodes.values()))
+
+    def _write_nodes(self) -> None:
+        self._directory.write_nodes(sorted(self._nodes, key=lambda name: node_index(name) or 0))
+
+    # --- looking in -----------------------------------------------------------------------------------------------
+
+    async def open_namespaces(self, pods: Iterable[Pod]) -> dict[str, int]:
+        """Descriptors, the caller's to close, by place: world, balancer, nodes by name, pods as namespace/name."""
+        found: dict[str, int] = {}
+        try:
+            for name in self.fabric.places():
+                found[name] = os.dup(self.fabric.descriptor(name))
+            for pod in pods:
+                node = self._nodes.get(pod.spec.node_name)
+                descriptor = await node.open_pod(pod.metadata.uid) if node is not None else None
+                if descriptor is not None:
+                    found[str(pod.key)] = descriptor
+        except BaseException:
+            for descriptor in found.values():
+                os.close(descriptor)
+            raise
+        return found
+
+    def status(self) -> dict[str, Any]:
+        """What the lab's parts say of themselves."""
+        return {
+            "name": self.spec.name,
+            "balancer": {"settled": self._balancer.settled},
+            "nodes": [
+                {"name": node.name, "agent": node.agent.status() if node.agent is not None else None}
+                for node in self._nodes.values()
+            ],
+        }
+
+    # --- tasks ----------------------------------------------------------------------------------------------------
+
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run a part of the lab beside the rest. A lab without it would only look alive, so its end is the lab's."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._part_ended)
+
+    def _part_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("the lab's %s ended by an error", task.get_name(), exc_info=task.exception())
+            self.request_stop()
+
+    async def _cancel_tasks(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family, backlog=512)
+
+
+def _last_words(shim: ShimProcess) -> str:
+    try:
+        return shim.socket_path.with_name("shim.log").read_text(errors="replace")[-2000:]
+    except OSError:
+        return "(none)"
+
+
+@contextlib.contextmanager
+def _timed(name: str, on_step: Step) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    on_step(name, time.monotonic() - started)

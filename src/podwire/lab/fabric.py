@@ -37,10 +37,15 @@ class Fabric:
         await self._apply(self.topology.plan_node(place))
         return place
 
-    async def remove_node(self, place: Place) -> None:
-        """Pull a node's cable and forget its namespace, which goes when the last process in it has ended."""
+    async def unplug(self, place: Place) -> None:
+        """Pull a node's cable: from now on nobody reaches it."""
         await self._apply((DelLink(place.name),))
-        self._drop_namespace(place)
+
+    def forget(self, place: Place) -> None:
+        """Let go of a node's namespace, which goes when the last process in it has ended."""
+        self.kernel.detach(place.netns)
+        self._unname(place.name)
+        os.close(self._descriptors.pop(place.name))
 
     def descriptor(self, name: str) -> int:
         """The namespace of a place, ours: duplicate it to keep it. Raises LabError for an unknown one."""
@@ -75,11 +80,6 @@ class Fabric:
         except OSError as error:
             raise LabError(f"the namespace of {place.name} cannot be named: {error.strerror or error}") from error
         self.kernel.attach(place.netns, descriptor)
-
-    def _drop_namespace(self, place: Place) -> None:
-        self.kernel.detach(place.netns)
-        self._unname(place.name)
-        os.close(self._descriptors.pop(place.name))
 
     def _unname(self, name: str) -> None:
         with suppress(OSError):

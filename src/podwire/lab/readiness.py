@@ -11,6 +11,10 @@ from podwire.lab.errors import LabError
 from podwire.model.objects import ApiObject, Node, Pod, Service, View
 from podwire.model.resources import DEPLOYMENTS, NODES, PODS, REPLICASETS, SERVICES
 
+OnChange = Callable[[Sequence[str]], None]
+Watched = tuple[Informer[Any], Callable[[Any], str]]
+"""A kind, and what tells for each object of it how it keeps the cluster from being ready."""
+
 
 class WorkloadSpec(View, frozen=True):
     replicas: int = 1
@@ -53,18 +57,27 @@ def service_obstacle(service: Service) -> str:
     return ""
 
 
-async def await_ready(client: ApiClient, within: float, on_change: Callable[[Sequence[str]], None] = lambda _: None) -> None:
+async def await_nodes(client: ApiClient, within: float) -> None:
+    """Return when every node is ready. Raises LabError after `within` seconds."""
+    await _await_all([(Informer(client, NODES, Node), node_obstacle)], within, lambda _: None)
+
+
+async def await_ready(client: ApiClient, within: float, on_change: OnChange = lambda _: None) -> None:
     """Return when nothing keeps the cluster from being ready; `on_change` hears of what still does.
 
     Raises LabError after `within` seconds, naming it."""
-    changed = asyncio.Event()
-    watched: list[tuple[Informer[Any], Callable[[Any], str]]] = [
+    watched: list[Watched] = [
         (Informer(client, NODES, Node), node_obstacle),
         (Informer(client, DEPLOYMENTS, Workload), workload_obstacle),
         (Informer(client, REPLICASETS, Workload), workload_obstacle),
         (Informer(client, PODS, Pod), pod_obstacle),
         (Informer(client, SERVICES, Service), service_obstacle),
     ]
+    await _await_all(watched, within, on_change)
+
+
+async def _await_all(watched: Sequence[Watched], within: float, on_change: OnChange) -> None:
+    changed = asyncio.Event()
     obstacles: list[str] = []
     tasks = [asyncio.create_task(informer.run()) for informer, _ in watched]
     for informer, _ in watched:

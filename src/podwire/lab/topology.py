@@ -32,6 +32,8 @@ UNDERLAY: Mapping[Family, IPNetwork] = {
 _FABRIC = {Family.IPV4: "198.18.0.1", Family.IPV6: "2001:db8:1::1"}
 _WORLD = {Family.IPV4: "198.18.1.1", Family.IPV6: "2001:db8:1::1:1"}
 _BALANCER = {Family.IPV4: "198.18.2.1", Family.IPV6: "2001:db8:1::2:1"}
+_RTPROT_BOOT = 3
+"""rtm_protocol of routes that were set when the machine started (linux/rtnetlink.h)."""
 _NODE_NAME = re.compile(r"node([1-9][0-9]{0,2})")
 
 
@@ -99,16 +101,18 @@ class Topology:
         """The cable from the bridge to `place`, whose namespace has been attached under its label."""
         ns = place.netns
         port = Link(place.name, Veth(UPLINK, ns), mtu=FABRIC_MTU, master=FABRIC, alias=f"{OWNER_ALIAS}:{place.name}")
-        uplink = Link(UPLINK, Veth(place.name), mtu=FABRIC_MTU, mac=place.mac, alias=f"{OWNER_ALIAS}:{FABRIC}")
+        uplink = Link(UPLINK, Veth(place.name), mtu=FABRIC_MTU, mac=place.mac)
         ops: list[Op] = [ChangeLink(Link("lo", Device()), ns), *_quiet(self.families, ns)]
         ops.append(AddLink(port, uplink))
         ops += [AddAddress(Address(UPLINK, self._interface(ip)), ns) for ip in place.addresses.values()]
         return tuple(ops)
 
     def plan_node(self, place: Place) -> Plan:
-        """A node's machine before any agent runs on it: its cable and a default route to the world."""
+        """A node's machine before any agent runs on it: its cable and a default route to the world.
+
+        Neither is marked as podwire's: to the agent they are the machine's own, and it keeps its hands off."""
         gateways = self.world.addresses
-        defaults = [Route(f.any, dev=UPLINK, via=gateways[f]) for f in self.families]
+        defaults = [Route(f.any, dev=UPLINK, via=gateways[f], protocol=_RTPROT_BOOT) for f in self.families]
         return (*self.plan_place(place), *(SetRoute(route, place.netns) for route in defaults))
 
     def plan_world(self) -> Plan:

@@ -86,7 +86,8 @@ class NextHop:
 class Route:
     """A route in the main table. Key: (dst, metric). Either `dev` (with optional `via`), or `nexthops` for multipath.
 
-    `metric` 0 is the kernel's default (0 for IPv4, 1024 for IPv6; observe gives 0 for it)."""
+    `metric` 0 is the kernel's default (0 for IPv4, 1024 for IPv6; observe gives 0 for it). `protocol`: who made it; only those
+    with ROUTE_PROTOCOL are observed."""
 
     dst: IPNetwork
     dev: str = ""
@@ -95,6 +96,7 @@ class Route:
     onlink: bool = False
     metric: int = 0
     nexthops: tuple[NextHop, ...] = ()
+    protocol: int = ROUTE_PROTOCOL
 
 
 @dataclass(frozen=True, slots=True)

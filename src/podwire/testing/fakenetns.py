@@ -10,7 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from podwire.model.addr import IPAddress, IPNetwork
-from podwire.model.kernelstate import Address, Bridge, Device, FdbEntry, Link, Neighbour, NetState, Route, Veth, Vxlan
+from podwire.model.flow import Flow
+from podwire.model.kernelstate import (
+    ROUTE_PROTOCOL,
+    Address,
+    Bridge,
+    Device,
+    FdbEntry,
+    Link,
+    Neighbour,
+    NetState,
+    Route,
+    Veth,
+    Vxlan,
+)
 from podwire.model.nft import Ruleset
 
 _NAME_BYTES = 15
@@ -37,6 +50,8 @@ class FakeNetns:
     fdb: dict[tuple[str, str], FdbEntry] = field(default_factory=dict)
     sysctls: dict[str, str] = field(default_factory=dict)
     ruleset: Ruleset = field(default_factory=Ruleset)
+    flows: list[Flow] = field(default_factory=list)
+    """Tracked connections: what a test puts there."""
 
     def __post_init__(self) -> None:
         self.links.setdefault("lo", _observed(Link("lo", Device(), mtu=65536, mac="00:00:00:00:00:00", up=False)))
@@ -45,7 +60,7 @@ class FakeNetns:
         return NetState(
             links=dict(self.links),
             addresses=frozenset(self.addresses),
-            routes=frozenset(self.routes.values()),
+            routes=frozenset(route for route in self.routes.values() if route.protocol == ROUTE_PROTOCOL),
             neighbours=frozenset(self.neighbours.values()),
             fdb=frozenset(self.fdb.values()),
             sysctls=dict(self.sysctls),

@@ -226,7 +226,7 @@ def dump_addresses() -> bytes:
 
 
 def set_route(route: Route, indices: Mapping[str, int]) -> bytes:
-    """Add or replace a unicast route of the main table, marked with ROUTE_PROTOCOL."""
+    """Add or replace a unicast route of the main table, marked with its protocol."""
     scope = RT_SCOPE_UNIVERSE
     if route.dst.version == 4 and route.via is None and not route.nexthops:
         scope = RT_SCOPE_LINK
@@ -261,7 +261,7 @@ def dump_routes(af: int, protocol: int = ROUTE_PROTOCOL) -> bytes:
 
 def _rtmsg(route: Route, scope: int, flags: int) -> bytes:
     af = family(route.dst.network_address)
-    return RTMSG.pack(af, route.dst.prefixlen, 0, 0, RT_TABLE_MAIN, ROUTE_PROTOCOL, scope, RTN_UNICAST, flags)
+    return RTMSG.pack(af, route.dst.prefixlen, 0, 0, RT_TABLE_MAIN, route.protocol, scope, RTN_UNICAST, flags)
 
 
 def _gateway(route: Route, via: IPAddress) -> bytes:

@@ -1,0 +1,77 @@
+"""What a lab can be asked beyond the Kubernetes API: HTTP routes on the same port, behind the same token.
+
+GET    /lab/v1/status              {"name", "nodes": [{"name", "ready", "pods", …}]}
+POST   /lab/v1/nodes               add a node → {"name"}, when it is ready
+DELETE /lab/v1/nodes/{node}        remove one
+POST   /lab/v1/nodes/{node}/restart  kill its agent and start another
+POST   /lab/v1/paths?pod=&to=      probe → the paths report (`podwire.lab.report.document`)
+POST   /lab/v1/shutdown            end the lab
+"""
+
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from podwire.lab.errors import LabError
+from podwire.model.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from podwire.lab.cluster import LabCluster
+
+
+def add_routes(app: web.Application, cluster: "LabCluster") -> None:
+    """Serve the lab's own requests on the API server's application, before it starts."""
+    control = _Control(cluster)
+    app.router.add_get("/lab/v1/status", control.status)
+    app.router.add_post("/lab/v1/nodes", control.add_node)
+    app.router.add_delete("/lab/v1/nodes/{node}", control.remove_node)
+    app.router.add_post("/lab/v1/nodes/{node}/restart", control.restart_node)
+    app.router.add_post("/lab/v1/paths", control.paths)
+    app.router.add_post("/lab/v1/shutdown", control.shutdown)
+
+
+T = TypeVar("T")
+
+
+class _Control:
+    def __init__(self, cluster: "LabCluster") -> None:
+        self._cluster = cluster
+
+    async def status(self, request: web.Request) -> web.Response:
+        return _json(self._cluster.status())
+
+    async def add_node(self, request: web.Request) -> web.Response:
+        return _json({"name": await _asked(self._cluster.add_node())})
+
+    async def remove_node(self, request: web.Request) -> web.Response:
+        await _asked(self._cluster.remove_node(request.match_info["node"]))
+        return _json({})
+
+    async def restart_node(self, request: web.Request) -> web.Response:
+        await _asked(self._cluster.restart_node(request.match_info["node"]))
+        return _json({})
+
+    async def paths(self, request: web.Request) -> web.Response:
+        from podwire.lab.paths import probe_paths
+        from podwire.lab.report import document
+
+        results = await probe_paths(self._cluster, request.query.get("pod", ""), request.query.get("to", ""))
+        return _json(document(results))
+
+    async def shutdown(self, request: web.Request) -> web.Response:
+        self._cluster.request_stop()
+        return _json({})
+
+
+async def _asked(work: Awaitable[T]) -> T:
+    """A LabError here is the asker's to hear, as the API's errors are."""
+    try:
+        return await work
+    except LabError as error:
+        raise InvalidInput(str(error)) from error
+
+
+def _json(content: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(content), content_type="application/json")
