@@ -5,7 +5,6 @@ Every back end (nftables, later iptables and IPVS) programs the same `ServiceTab
 
 import enum
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from podwire.model.addr import IPAddress, IPNetwork
 
@@ -25,11 +24,22 @@ class NodeFacts:
     zone: str = ""
 
 
-class Backend(NamedTuple):
-    """One endpoint: its packed address (4 or 16 bytes) and port."""
+Backend = bytes
+"""One endpoint, packed: its address (4 or 16 bytes), its port (2, network order), two zeros.
 
-    address: bytes
-    port: int
+Bytes and no object, because a node holds one for every endpoint of the cluster; it is also what a map's element holds."""
+
+
+def backend(address: bytes, port: int) -> Backend:
+    return address + port.to_bytes(4, "big")[2:] + b"\0\0"
+
+
+def backend_address(packed: Backend) -> bytes:
+    return packed[:-4]
+
+
+def backend_port(packed: Backend) -> int:
+    return int.from_bytes(packed[-4:-2], "big")
 
 
 class FrontendKind(enum.Enum):

@@ -160,10 +160,11 @@ class ServicePlanner:
 
     def _count(self, old: ServiceTable, new: ServiceTable) -> None:
         """Elements that several owners may want."""
-        for address in new.local_addresses - old.local_addresses:
-            self._maps[len(address)].hairpin.want(address + address)
-        for address in old.local_addresses - new.local_addresses:
-            self._maps[len(address)].hairpin.release(address + address)
+        if new.local_addresses != old.local_addresses:
+            for address in new.local_addresses - old.local_addresses:
+                self._maps[len(address)].hairpin.want(address + address)
+            for address in old.local_addresses - new.local_addresses:
+                self._maps[len(address)].hairpin.release(address + address)
         before, after = _cluster_ips(old), _cluster_ips(new)
         for address in after - before:
             self._maps[len(address)].cluster_ips.want(address)

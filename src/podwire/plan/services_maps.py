@@ -29,7 +29,7 @@ from podwire.model.nft import (
     TableState,
 )
 from podwire.model.nftexpr import Verdict
-from podwire.model.servicetable import Backend, Frontend, NodeFacts, Pool
+from podwire.model.servicetable import Frontend, NodeFacts, Pool
 from podwire.plan.nftdiff import ChainChanges, ElementChanges
 from podwire.plan.services_rules import (
     DROPPED,
@@ -62,10 +62,6 @@ def _pack_index(index: int) -> bytes:
 def frontend_key(frontend: Frontend) -> bytes:
     """address . protocol . port, as the registers hold them."""
     return frontend.address + bytes((frontend.protocol, 0, 0, 0)) + _pack_port(frontend.port)
-
-
-def _pack_backend(backend: Backend) -> bytes:
-    return backend.address + _pack_port(backend.port)
 
 
 class ElementBook:
@@ -243,7 +239,7 @@ class FamilyMaps:
         self._programmed[key] = new
 
     def _place(self, book: ElementBook, key: bytes, order: Sequence[bytes], pool: Pool) -> Sequence[bytes]:
-        new = arrange(order, [_pack_backend(b) for b in pool.backends])
+        new = arrange(order, pool.backends)
         for index, data in enumerate(new):
             book.put(key + _pack_index(index), data)
         for index in range(len(new), len(order)):

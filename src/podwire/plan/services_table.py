@@ -1,13 +1,11 @@
 """Service + EndpointSlices (or a Pod's host ports) → `ServiceTable`: kube-proxy's semantics by name (compat.md D5)."""
 
 import ipaddress
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from podwire.model.addr import Family
-from podwire.model.objects import Endpoint, EndpointSlice, Pod, Service, ServicePort
-from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFacts, Pool, ServiceTable
+from podwire.model.objects import Endpoint, EndpointSlice, Pod, Service, ServicePort, ServiceSpec
+from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFacts, Pool, ServiceTable, backend
 
 PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 
@@ -15,17 +13,20 @@ _PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 _HEADLESS_LABEL = "service.kubernetes.io/headless"
 
 _NOTHING = ServiceTable()
+_ADDRESS_BYTES = {"IPv4": 4, "IPv6": 16}
+_OCTETS = {str(n): n for n in range(256)}
 
 
 def pack_address(text: str) -> bytes:
     """An address → its 4 or 16 bytes. Raises ValueError."""
     if ":" in text:
         return ipaddress.IPv6Address(text).packed
-    # int() also takes "+1" and " 1"; isdigit does not. Plain splitting is four times as fast as ipaddress.
-    parts = text.split(".")
-    if len(parts) != 4 or not all(p.isdigit() for p in parts):
-        raise ValueError(f"{text!r} is no IP address")
-    return bytes(map(int, parts))
+    # A dictionary of the 256 spellings is ten times as fast as ipaddress, and takes neither " 1" nor "01".
+    try:
+        a, b, c, d = text.split(".")
+        return bytes((_OCTETS[a], _OCTETS[b], _OCTETS[c], _OCTETS[d]))
+    except (KeyError, ValueError):
+        raise ValueError(f"{text!r} is no IP address") from None
 
 
 def _packed_or_none(text: str) -> bytes | None:
@@ -44,64 +45,61 @@ def ignored(service: Service) -> bool:
 # --- endpoints ----------------------------------------------------------------------------------------------------
 
 
-class _Candidate(NamedTuple):
-    """One endpoint of one slice. `usable`: ready; `last_resort`: not ready, but serving while it terminates."""
-
-    address: bytes
-    usable: bool
-    last_resort: bool
-    local: bool
-    endpoint: Endpoint
+_Candidate = tuple[bytes, Endpoint]
+"""An endpoint and its packed address."""
 
 
-def _candidates(slices: Sequence[EndpointSlice], node: str) -> Iterator[tuple[EndpointSlice, list[_Candidate]]]:
+class _Source(NamedTuple):
+    """One slice: its endpoints that are ready, and those that are not but still serve while they terminate."""
+
+    piece: EndpointSlice
+    length: int
+    ready: list[_Candidate]
+    leaving: list[_Candidate]
+
+
+def _sources(slices: Sequence[EndpointSlice]) -> Iterator[_Source]:
     for piece in slices:
-        length = 4 if piece.address_type == "IPv4" else 16 if piece.address_type == "IPv6" else 0
+        length = _ADDRESS_BYTES.get(piece.address_type, 0)
         if not length or _HEADLESS_LABEL in piece.metadata.labels:
             continue
-        found = []
+        source = _Source(piece, length, [], [])
         for endpoint in piece.endpoints:
             if not endpoint.addresses or not (address := _packed_or_none(endpoint.addresses[0])) or len(address) != length:
                 continue
             conditions = endpoint.conditions
-            ready = conditions.ready is not False
-            serving = ready if conditions.serving is None else conditions.serving
-            last_resort = not ready and serving and conditions.terminating is True
-            if ready or last_resort:
-                found.append(_Candidate(address, ready, last_resort, endpoint.node_name == node, endpoint))
-        yield piece, found
+            if conditions.ready is not False:
+                source.ready.append((address, endpoint))
+            elif conditions.serving and conditions.terminating:
+                source.leaving.append((address, endpoint))
+        yield source
 
 
-class _Found(NamedTuple):
-    """One backend and what speaks for or against it."""
-
-    backend: Backend
-    candidate: _Candidate
+_Found = tuple[Backend, Endpoint]
 
 
-def _choose(found: list[_Found]) -> list[_Found]:
+def _choose(ready: list[_Found], leaving: list[_Found]) -> list[_Found]:
     """The ready ones; if there are none, those that still serve while they terminate."""
-    return [f for f in found if f.candidate.usable] or [f for f in found if f.candidate.last_resort]
+    return ready or leaving
 
 
-def _by_topology(found: list[_Found], facts: NodeFacts) -> list[_Found]:
+def _by_topology(ready: list[_Found], facts: NodeFacts) -> list[_Found]:
     """PreferSameNode, else PreferSameZone, else all. Only ever for the whole list: every ready endpoint must have a hint."""
-    ready = [f for f in found if f.candidate.usable]
-    hints = [f.candidate.endpoint.hints for f in ready]
-    if not hints or any(h is None for h in hints):
-        return found
+    hints = [endpoint.hints for _, endpoint in ready]
+    if not all(hints):
+        return ready
     for value, names in (
         (facts.name, [[n.name for n in h.for_nodes] for h in hints if h]),
         (facts.zone, [[z.name for z in h.for_zones] for h in hints if h]),
     ):
         if value and all(names) and any(value in n for n in names):
             return [f for f, n in zip(ready, names, strict=True) if value in n]
-    return found
+    return ready
 
 
 def _pool(found: list[_Found], *, drop: bool = False) -> Pool:
-    # Sorted: the order must not depend on the order of slices.
-    return Pool(tuple(sorted({f.backend for f in found})), drop=drop)
+    # Sorted: the order must not depend on the order of slices. A set: slices may overlap while they are reshuffled.
+    return Pool(tuple(sorted({b for b, _ in found})), drop=drop)
 
 
 class _Pools(NamedTuple):
@@ -111,33 +109,33 @@ class _Pools(NamedTuple):
     local: Pool
 
 
-def _pools(
-    port: ServicePort, sources: list[tuple[EndpointSlice, list[_Candidate]]], facts: NodeFacts, needs_local: bool
-) -> _Pools:
-    found: list[_Found] = []
-    for piece, candidates in sources:
-        for number in [p.port for p in piece.ports if p.name == port.name and p.port]:
-            found += [_Found(Backend(c.address, number), c) for c in candidates]
-    chosen = _choose(found)
-    cluster = _pool(_by_topology(chosen, facts))
+def _pools(port: ServicePort, sources: list[_Source], facts: NodeFacts, needs_local: bool) -> _Pools:
+    ready: list[_Found] = []
+    leaving: list[_Found] = []
+    for source in sources:
+        for target in source.piece.ports:
+            if target.name == port.name and target.port:
+                tail = backend(b"", target.port)
+                ready += [(address + tail, endpoint) for address, endpoint in source.ready]
+                leaving += [(address + tail, endpoint) for address, endpoint in source.leaving]
+    chosen = _by_topology(ready, facts) if ready else leaving
+    cluster = _pool(chosen)
     if not needs_local:
         return _Pools(cluster, cluster)
-    local = _choose([f for f in found if f.candidate.local])
+    here = facts.name
+    local = _choose([f for f in ready if f[1].node_name == here], [f for f in leaving if f[1].node_name == here])
     return _Pools(cluster, _pool(local, drop=bool(chosen)))
 
 
 # --- frontends ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Context:
-    """What all frontends of one Service have in common."""
+class _Place(NamedTuple):
+    """One address that a Service is reached at, and how."""
 
-    service: Service
-    facts: NodeFacts
-    affinity_s: int
-    inside_local: bool
-    outside_local: bool
+    address: bytes
+    kind: FrontendKind
+    source_ranges: tuple[tuple[bytes, bytes], ...] | None = None
 
 
 def service_table(service: Service | None, slices: Sequence[EndpointSlice], facts: NodeFacts) -> ServiceTable:
@@ -145,24 +143,21 @@ def service_table(service: Service | None, slices: Sequence[EndpointSlice], fact
     if service is None or ignored(service):
         return _NOTHING
     spec = service.spec
-    context = _Context(
-        service,
-        facts,
-        affinity_s=spec.session_affinity_config.client_ip.timeout_seconds if spec.session_affinity == "ClientIP" else 0,
-        inside_local=spec.internal_traffic_policy == "Local",
-        outside_local=spec.external_traffic_policy == "Local" and _reached_from_outside(service),
-    )
-    sources = list(_candidates(slices, facts.name))
+    inside_local = spec.internal_traffic_policy == "Local"
+    outside_local = spec.external_traffic_policy == "Local" and _reached_from_outside(service)
+    sources = list(_sources(slices))
     frontends: dict[tuple[bytes, int, int], Frontend] = {}
     for length in _address_lengths(service):
-        of_family = [(piece, found) for piece, found in sources if found and len(found[0].address) == length]
-        addresses = _Addresses.of(context, length)
+        of_family = [source for source in sources if source.length == length]
+        places = list(_places(service, facts, length))
         for port in spec.ports:
-            pools = _pools(port, of_family, facts, context.inside_local or context.outside_local)
-            for frontend in _frontends(context, port, pools, addresses):
+            pools = _pools(port, of_family, facts, inside_local or outside_local)
+            inside = pools.local if inside_local else pools.cluster
+            for frontend in _frontends(service, port, places, inside, pools, outside_local):
                 frontends.setdefault((frontend.address, frontend.protocol, frontend.port), frontend)
-    local = frozenset(c.address for _, found in sources for c in found if c.local)
-    return ServiceTable(tuple(frontends.values()), local)
+    here = facts.name
+    local = [a for s in sources for found in (s.ready, s.leaving) for a, endpoint in found if endpoint.node_name == here]
+    return ServiceTable(tuple(frontends.values()), frozenset(local))
 
 
 def _reached_from_outside(service: Service) -> bool:
@@ -174,69 +169,56 @@ def _address_lengths(service: Service) -> tuple[int, ...]:
     if not families:
         ips = service.spec.cluster_ips or (service.spec.cluster_ip,)
         families = tuple(dict.fromkeys("IPv6" if ":" in ip else "IPv4" for ip in ips if ip))
-    return tuple(Family(f).bits // 8 for f in families if f in ("IPv4", "IPv6"))
+    return tuple(_ADDRESS_BYTES[f] for f in families if f in _ADDRESS_BYTES)
 
 
-class _Addresses(NamedTuple):
-    """A Service's own addresses of one family, by kind."""
-
-    cluster: tuple[bytes, ...]
-    node: tuple[bytes, ...]
-    external: tuple[bytes, ...]
-    balancer: tuple[bytes, ...]
-    source_ranges: Callable[[bytes], tuple[tuple[bytes, bytes], ...] | None]
-
-    @classmethod
-    def of(cls, context: _Context, length: int) -> "_Addresses":
-        service = context.service
-        spec = service.spec
-
-        def pick(texts: Sequence[str]) -> tuple[bytes, ...]:
-            packed = (_packed_or_none(t) for t in texts if t)
-            return tuple(p for p in packed if p is not None and len(p) == length)
-
-        balancer: tuple[bytes, ...] = ()
-        if spec.type == "LoadBalancer":
-            # ipMode Proxy: the balancer itself answers on that address, so packets to it have to leave the node.
-            balancer = pick([i.ip for i in service.status.load_balancer.ingress if i.ip_mode != "Proxy"])
-        return cls(
-            cluster=pick(spec.cluster_ips or (spec.cluster_ip,)),
-            node=tuple(ip.packed for ip in context.facts.node_ips if ip.max_prefixlen == 8 * length),
-            external=pick(spec.external_ips),
-            balancer=balancer,
-            source_ranges=lambda address: _source_ranges(context, address),
-        )
+def _places(service: Service, facts: NodeFacts, length: int) -> Iterator[_Place]:
+    """A Service's addresses of one family."""
+    spec = service.spec
+    for address in _packed_of(spec.cluster_ips or (spec.cluster_ip,), length):
+        yield _Place(address, FrontendKind.CLUSTER_IP)
+    if spec.type in ("NodePort", "LoadBalancer"):
+        for ip in facts.node_ips:
+            if ip.max_prefixlen == 8 * length:
+                yield _Place(ip.packed, FrontendKind.NODE_PORT)
+    if spec.type == "LoadBalancer":
+        # ipMode Proxy: the balancer itself answers on that address, so packets to it have to leave the node.
+        texts = [i.ip for i in service.status.load_balancer.ingress if i.ip_mode != "Proxy"]
+        for address in _packed_of(texts, length):
+            yield _Place(address, FrontendKind.LOAD_BALANCER, _source_ranges(spec, facts, address))
+    for address in _packed_of(spec.external_ips, length):
+        yield _Place(address, FrontendKind.EXTERNAL_IP)
 
 
-def _frontends(context: _Context, port: ServicePort, pools: _Pools, addresses: _Addresses) -> Iterator[Frontend]:
+def _packed_of(texts: Sequence[str], length: int) -> Iterator[bytes]:
+    for text in texts:
+        packed = _packed_or_none(text)
+        if packed is not None and len(packed) == length:
+            yield packed
+
+
+def _frontends(
+    service: Service, port: ServicePort, places: list[_Place], inside: Pool, pools: _Pools, outside_local: bool
+) -> Iterator[Frontend]:
     protocol = PROTOCOLS.get(port.protocol)
     if protocol is None:
         return
-    inside = pools.local if context.inside_local else pools.cluster
-    for address in addresses.cluster:
-        yield Frontend(address, protocol, port.port, FrontendKind.CLUSTER_IP, inside, affinity_s=context.affinity_s)
-    outside = pools.local if context.outside_local else None
-
-    def external(address: bytes, number: int, kind: FrontendKind) -> Frontend:
-        ranges = addresses.source_ranges(address) if kind is FrontendKind.LOAD_BALANCER else None
-        return Frontend(
-            address, protocol, number, kind, pools.cluster, outside,
-            masquerade=outside is None, affinity_s=context.affinity_s, source_ranges=ranges,
-        )  # fmt: skip
-
-    if port.node_port and context.service.spec.type in ("NodePort", "LoadBalancer"):
-        for address in addresses.node:
-            yield external(address, port.node_port, FrontendKind.NODE_PORT)
-    for address in addresses.balancer:
-        yield external(address, port.port, FrontendKind.LOAD_BALANCER)
-    for address in addresses.external:
-        yield external(address, port.port, FrontendKind.EXTERNAL_IP)
+    spec = service.spec
+    affinity = spec.session_affinity_config.client_ip.timeout_seconds if spec.session_affinity == "ClientIP" else 0
+    for address, kind, ranges in places:
+        if kind is FrontendKind.CLUSTER_IP:
+            yield Frontend(address, protocol, port.port, kind, inside, affinity_s=affinity)
+            continue
+        number = port.node_port if kind is FrontendKind.NODE_PORT else port.port
+        if number:
+            outside = pools.local if outside_local else None
+            yield Frontend(address, protocol, number, kind, pools.cluster, outside, not outside_local, affinity, ranges)
 
 
-def _source_ranges(context: _Context, address: bytes) -> tuple[tuple[bytes, bytes], ...] | None:
+def _source_ranges(spec: ServiceSpec, facts: NodeFacts, address: bytes) -> tuple[tuple[bytes, bytes], ...] | None:
     """The family's loadBalancerSourceRanges without overlaps; None: not restricted. The node itself, whose address is
     among them, may also use the balancer's address as its source."""
-    texts = context.service.spec.load_balancer_source_ranges
+    texts = spec.load_balancer_source_ranges
     if not texts:
         return None
     version = 4 if len(address) == 4 else 6
@@ -250,7 +232,7 @@ def _source_ranges(context: _Context, address: bytes) -> tuple[tuple[bytes, byte
             networks.append(network)
     if not networks:
         return None
-    if any(ip in network for ip in context.facts.node_ips for network in networks):
+    if any(ip in network for ip in facts.node_ips for network in networks):
         networks.append(ipaddress.ip_network(address))
     merged: Iterator[ipaddress.IPv4Network | ipaddress.IPv6Network] = ipaddress.collapse_addresses(networks)  # type: ignore[type-var]
     return tuple((n.network_address.packed, n.broadcast_address.packed) for n in merged)
@@ -271,7 +253,7 @@ def host_port_table(pod: Pod | None, facts: NodeFacts) -> ServiceTable:
             if not port.host_port or protocol is None:
                 continue
             for pod_address in addresses:
-                pool = Pool((Backend(pod_address, port.container_port),))
+                pool = Pool((backend(pod_address, port.container_port),))
                 for address in _host_addresses(port.host_ip, len(pod_address), facts):
                     key = (address, protocol, port.host_port)
                     frontends.setdefault(key, Frontend(*key, FrontendKind.HOST_PORT, pool))
