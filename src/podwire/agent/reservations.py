@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ipaddress
 import sqlite3
+import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -58,6 +59,9 @@ class Reservations:
         self._last = {ipaddress.ip_network(prefix): ipaddress.ip_address(address) for prefix, address in given}
         self._pending: list[tuple[Sequence[_Statement], asyncio.Future[None]]] = []
         self._writing = asyncio.Lock()
+        self._in_use = threading.Lock()
+        """Held by whoever uses the connection in another thread: it may not be closed under a transaction."""
+        self._closed = False
 
     def of(self, uid: str) -> tuple[IPAddress, ...]:
         """The pod's addresses, in the order of their reservation; empty where it has none."""
@@ -112,12 +116,16 @@ class Reservations:
             self._by_address.pop(address, None)
 
     def close(self) -> None:
-        self._db.close()
+        """Waits for a transaction that runs, and lets none begin any more."""
+        with self._in_use:
+            self._closed = True
+            self._db.close()
 
     async def _write(self, statements: Sequence[_Statement]) -> None:
         if not statements:
             return
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        written.add_done_callback(_retrieve)  # whoever waits for it may have been cancelled
         self._pending.append((statements, written))
         async with self._writing:
             batch, self._pending = self._pending, []
@@ -139,12 +147,20 @@ class Reservations:
                     written.set_result(None)
 
     def _transact(self, statements: Sequence[_Statement]) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            for sql, values in statements:
-                self._db.execute(sql, values)
-            self._db.execute("COMMIT")
-        except sqlite3.Error:
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            raise
+        with self._in_use:
+            if self._closed:
+                raise sqlite3.ProgrammingError("the record of reservations is closed")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                for sql, values in statements:
+                    self._db.execute(sql, values)
+                self._db.execute("COMMIT")
+            except sqlite3.Error:
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                raise
+
+
+def _retrieve(written: asyncio.Future[None]) -> None:
+    if not written.cancelled():
+        written.exception()

@@ -197,7 +197,8 @@ class World:
             pod = await self.pod(name)
             return pod if condition(pod, "Ready") == "True" else None
 
-        return await self.until(running)
+        pod: Json = await self.until(running)
+        return pod
 
     async def until(self, probe: Callable[[], Any]) -> Any:
         """Ask again and again, with a deadline, until the answer is truthy."""
