@@ -17,10 +17,12 @@ from podwire.apiserver.hub import Hub
 from podwire.apiserver.kinds import REGISTRY
 from podwire.apiserver.objects import Objects
 from podwire.apiserver.patching import patch
+from podwire.apiserver.proxy import NodeProxy
 from podwire.apiserver.request import Target, negotiate, parse_path
+from podwire.apiserver.reviews import review
 from podwire.apiserver.storage import encode
 from podwire.apiserver.subresources import Serve, Subresources
-from podwire.apiserver.verbs import BODY_LIMIT, Call, Verbs
+from podwire.apiserver.verbs import BODY_LIMIT, Call, Verbs, read_document
 from podwire.model.errors import InvalidInput
 from podwire.store.port import Store, StoreError
 
@@ -43,7 +45,13 @@ class Api:
         self.objects = Objects(store, config.now, {"services": ServiceClaims(self._allocator)})
         self._verbs = Verbs(store, self.hub, self.objects, config.bookmark_seconds)
         self._authenticator = Authenticator(config.tokens, config.signing_key)
-        self._subresources = Subresources(self._verbs, self._authenticator).served
+        self._proxy = NodeProxy(self.objects, config.kubelet)
+        self._subresources: dict[tuple[str, str], Serve] = {
+            **Subresources(self._verbs, self._authenticator).served,
+            ("log", "GET"): self._proxy.log,
+            ("exec", "GET"): self._proxy.exec,
+            ("exec", "POST"): self._proxy.exec,
+        }
         self._ready = False
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
@@ -62,6 +70,7 @@ class Api:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self._proxy.close()
 
     async def end_watches(self, app: web.Application) -> None:
         """Lets the streams finish, so that a stop does not wait for them."""
@@ -90,7 +99,7 @@ class Api:
         """/api/… and /apis/…: discovery, or a verb on a resource."""
         target = parse_path(request.path)
         if target is None:
-            return self._discovery(request)
+            return await self._review(request) if request.method == "POST" else self._discovery(request)
         serve = self._serve(target, request.method)
         call = Call(request, target, negotiate(request.headers.get("Accept", ""), request.query), self._config.now())
         return await serve(call)
@@ -117,6 +126,18 @@ class Api:
 
     async def _patch(self, call: Call) -> web.StreamResponse:
         return await patch(call, self.objects)
+
+    async def _review(self, request: web.Request) -> web.Response:
+        """Resources that are asked and not stored."""
+        _, group, version, *plural = [*request.path.strip("/").split("/"), "", ""]
+        virtual = discovery.VIRTUAL.get((group, version), [])
+        kind = next((str(entry["kind"]) for entry in virtual if [entry["name"]] == plural[:1]), "")
+        if not kind:
+            raise status.unknown_path(request.method, request.path)
+        asked = await read_document(request, f"{group}/{version}", kind)
+        result = review(kind, asked, self.user_of(request), self._authenticator, self._config.now())
+        answer = {"apiVersion": f"{group}/{version}", "kind": kind, "metadata": {}, "spec": asked.get("spec"), "status": result}
+        return web.Response(body=encode(answer), status=201, content_type="application/json")
 
     def _discovery(self, request: web.Request) -> web.Response:
         parts = request.path.strip("/").split("/")

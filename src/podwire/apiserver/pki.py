@@ -1,0 +1,136 @@
+"""The cluster's certificates (EC P-256) and the kubeconfig that carries what a client needs. Nothing here touches a file."""
+
+import base64
+import ipaddress
+import ssl
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+CA_LIFE = timedelta(days=3650)
+CERTIFICATE_LIFE = timedelta(days=365)
+BACKDATED = timedelta(minutes=5)
+"""Certificates start a little in the past: clocks differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPair:
+    """A certificate and its private key, PEM."""
+
+    certificate: bytes
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """A certificate authority: `pair` is its own certificate and key."""
+
+    pair: KeyPair
+
+    @classmethod
+    def create(cls, name: str, now: datetime) -> "Authority":
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        usage = x509.KeyUsage(
+            digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
+            key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
+        )  # fmt: skip
+        certificate = (
+            _builder(subject, subject, key, now, CA_LIFE)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(usage, critical=True)
+            .sign(key, hashes.SHA256())
+        )
+        return cls(_pem(certificate, key))
+
+    def issue(self, name: str, hosts: Sequence[str], now: datetime, *, organisations: Sequence[str] = ()) -> KeyPair:
+        """A certificate for servers at `hosts` (DNS names and addresses) and for clients called `name`."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        attributes = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, o) for o in organisations]
+        subject = x509.Name([*attributes, x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        ca = x509.load_pem_x509_certificate(self.pair.certificate)
+        ca_key = serialization.load_pem_private_key(self.pair.key, None)
+        assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
+        builder = (
+            _builder(subject, ca.subject, key, now, CERTIFICATE_LIFE)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(
+                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
+            )
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        )
+        if hosts:
+            builder = builder.add_extension(x509.SubjectAlternativeName([_alternative(host) for host in hosts]), critical=False)
+        return _pem(builder.sign(ca_key, hashes.SHA256()), key)
+
+    def server_context(self, pair: KeyPair) -> ssl.SSLContext:
+        """A TLS server with `pair`."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        load_pair(context, pair)
+        return context
+
+    def client_context(self, pair: KeyPair | None = None) -> ssl.SSLContext:
+        """A TLS client that trusts this authority and nobody else."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=self.pair.certificate.decode())
+        if pair is not None:
+            load_pair(context, pair)
+        return context
+
+
+def load_pair(context: ssl.SSLContext, pair: KeyPair) -> None:
+    """The ssl module reads keys from files only: one that nobody else can read and that is gone at once."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(pair.key + pair.certificate)
+        file.flush()
+        context.load_cert_chain(file.name)
+
+
+def kubeconfig(name: str, server: str, ca: bytes, token: str, *, namespace: str = "default") -> str:
+    """A kubeconfig (YAML text) with one context `name`: the server's URL, its CA and a bearer token embedded. Secret."""
+    cluster = {"server": server, "certificate-authority-data": base64.b64encode(ca).decode()}
+    document = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": name, "cluster": cluster}],
+        "users": [{"name": name, "user": {"token": token}}],
+        "contexts": [{"name": name, "context": {"cluster": name, "user": name, "namespace": namespace}}],
+        "current-context": name,
+    }
+    return str(yaml.safe_dump(document, sort_keys=False))
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, now: datetime, life: timedelta
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATED)
+        .not_valid_after(now + life)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _pem(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> KeyPair:
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return KeyPair(certificate.public_bytes(serialization.Encoding.PEM), secret)
