@@ -150,13 +150,12 @@ class NodeAgent:
     # --- the node's own network -----------------------------------------------------------------------------------
 
     async def _own_network(self) -> NodeNetwork:
-        """Wait until the node has been given a subnet for each family that it has an address of and the cluster uses."""
+        """Wait until the node has been given its subnets. All families come at once: the API lets nobody change them."""
         await self._nodes.synced()
-        wanted = {cidr.version for cidr in self.config.cluster_cidrs} & {ip.version for ip in self.config.node_ips}
         while True:
             node = self._nodes.get(ObjectKey("", self.config.node_name))
             cidrs = pod_cidrs(node) if node else ()
-            if cidrs and wanted <= {cidr.version for cidr in cidrs}:
+            if cidrs:
                 break
             self._presence.set_state(NodeState(message="the node has no podCIDR yet"))
             self._own_node.clear()

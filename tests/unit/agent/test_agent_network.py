@@ -1,0 +1,265 @@
+"""The node's own network: peers, Services, and what others break."""
+
+import asyncio
+import errno
+import ipaddress
+from typing import Any
+
+import pytest
+from agentworld import CLUSTER, DUAL, Machine, World, condition
+
+from podwire.model.addr import Family
+from podwire.model.ids import pod_netns
+from podwire.model.kernelstate import Route
+from podwire.model.meta import Json
+from podwire.model.nft import Batch, DelTable
+from podwire.model.ops import CommitNft, DelAddress, DelLink, DelNeighbour, DelRoute, SetRoute
+from podwire.model.resources import ENDPOINTSLICES, LEASES, NODES, SERVICES
+from podwire.plan.naming import host_veth
+
+TABLE = "podwire"
+
+
+async def routes(machine: Machine) -> dict[str, str]:
+    return {str(route.dst): route.dev for route in (await machine.kernel.observe()).routes}
+
+
+async def test_nodes_that_come_and_go_are_reached_and_forgotten(cluster: World) -> None:
+    one, two = cluster.machine(1), cluster.machine(2)
+    async with cluster.agent(one), cluster.agent(two):
+        await cluster.until(lambda: _has(routes(one), "10.244.2.0/24"))
+        assert await routes(one) == {"10.244.2.0/24": "flannel.1", "fd00:10:244:2::/64": "flannel-v6.1"}
+        state = await one.kernel.observe()
+        assert {str(entry.dst) for entry in state.fdb} == {"198.18.0.12", "2001:db8:1::c"}
+        assert {str(n.ip) for n in state.neighbours} == {"10.244.2.0", "fd00:10:244:2::"}
+        await cluster.until(lambda: _has(routes(two), "10.244.1.0/24"))
+    async with cluster.agent(one):
+        await cluster.client.delete(NODES, "n2")
+        await cluster.until(lambda: _empty(routes(one)))
+        state = await one.kernel.observe()
+        assert (state.fdb, state.neighbours) == (frozenset(), frozenset())
+
+
+async def test_a_node_deleted_while_no_agent_ran_is_forgotten_by_the_next(cluster: World) -> None:
+    one, two = cluster.machine(1), cluster.machine(2)
+    async with cluster.agent(one), cluster.agent(two):
+        await cluster.until(lambda: _has(routes(one), "10.244.2.0/24"))
+    await cluster.client.delete(NODES, "n2")
+    async with cluster.agent(one):
+        assert await routes(one) == {}
+
+
+async def test_a_peer_that_the_kernel_refuses_is_programmed_later(cluster: World) -> None:
+    one, two = cluster.machine(1, (Family.IPV4,)), cluster.machine(2, (Family.IPV4,))
+    async with cluster.agent(one):
+        one.kernel.fail_next("SetRoute", errno.ENOBUFS, times=2)
+        async with cluster.agent(two):
+            await cluster.until(lambda: _has(routes(one), "10.244.2.0/24"))
+
+
+@pytest.mark.parametrize("what", ["route", "neighbour", "address", "bridge", "tunnel", "veth", "changed route"])
+async def test_what_someone_else_breaks_is_put_back_within_a_second(cluster: World, what: str) -> None:
+    one, two = cluster.machine(1), cluster.machine(2)
+    async with cluster.agent(one) as agent, cluster.agent(two):
+        pod = await cluster.create_pod("web", "n1")
+        await cluster.until_running("web")
+        await cluster.until(lambda: _has(routes(one), "10.244.2.0/24"))
+        whole = _content(one)
+        state = await one.kernel.observe()
+        route = next(r for r in state.routes if r.dst.version == 4)
+        broken: dict[str, Any] = {
+            "route": DelRoute(route),
+            "neighbour": DelNeighbour(next(iter(state.neighbours))),
+            "address": DelAddress(next(a for a in state.addresses if str(a.interface) == "10.244.1.1/24")),
+            "bridge": DelLink("cni0"),
+            "tunnel": DelLink("flannel.1"),
+            "veth": DelLink(host_veth(pod["metadata"]["uid"])),
+            "changed route": SetRoute(Route(route.dst, dev="cni0")),
+        }
+        one.kernel.drift(broken[what])
+        assert _content(one) != whole
+        async with asyncio.timeout(1.5):  # a second, and something for a busy test machine
+            await cluster.until(lambda: _content(one) == whole)
+        assert agent.status().repairs >= 1
+
+
+async def test_rules_that_someone_flushes_come_back(cluster: World) -> None:
+    machine = cluster.machine(1, (Family.IPV4,))
+    async with cluster.agent(machine) as agent:
+        whole = await machine.kernel.observe_nft(TABLE)
+        assert whole.tables
+        tables = tuple(DelTable(table) for table in whole.tables)
+        machine.kernel.drift(CommitNft(Batch(tables)))
+        assert not (await machine.kernel.observe_nft(TABLE)).tables
+        await cluster.until(lambda: _same_rules(machine, whole))
+        assert agent.status().degraded == {}
+
+
+async def test_a_service_is_programmed_and_follows_its_endpoints(cluster: World) -> None:
+    machine = cluster.machine(1, (Family.IPV4,))
+    async with cluster.agent(machine) as agent:
+        await create_service(cluster, "web", "10.96.0.50")
+        await create_slice(cluster, "web", "10.244.1.9")
+        await cluster.until(lambda: _rules_name(machine, "10.244.1.9"))
+        assert await _rules_name(machine, "10.96.0.50")
+        before = agent.status().commits
+        await cluster.client.patch(ENDPOINTSLICES, "web-1", {"endpoints": [{"addresses": ["10.244.1.7"]}]}, "default")
+        await cluster.until(lambda: _rules_name(machine, "10.244.1.7"))
+        assert not await _rules_name(machine, "10.244.1.9")
+        assert agent.status().commits == before + 1
+        await cluster.client.delete(SERVICES, "web", "default")
+        await cluster.until(lambda: _no_rules_name(machine, "10.96.0.50"))
+
+
+async def test_a_new_agent_leaves_the_rules_alone(cluster: World) -> None:
+    machine = cluster.machine(1, (Family.IPV4,))
+    ports = [{"name": "app", "image": "web", "ports": [{"containerPort": 80, "hostPort": 8080}]}]
+    async with cluster.agent(machine):
+        await create_service(cluster, "web", "10.96.0.50")
+        await create_slice(cluster, "web", "10.244.1.9")
+        await cluster.create_pod("front", "n1", containers=ports)
+        await cluster.until_running("front")
+        await cluster.until(lambda: _rules_name(machine, "10.244.1.9"))
+    rules = await machine.kernel.observe_nft(TABLE)
+    machine.kernel.applied.clear()
+    async with cluster.agent(machine):
+        assert machine.kernel.applied == []
+        assert await machine.kernel.observe_nft(TABLE) == rules
+
+
+async def test_a_refused_transaction_is_planned_again_in_full(cluster: World) -> None:
+    machine = cluster.machine(1, (Family.IPV4,))
+    async with cluster.agent(machine) as agent:
+        machine.kernel.fail_next("CommitNft", errno.ENOBUFS)
+        await create_service(cluster, "web", "10.96.0.50")
+        await create_slice(cluster, "web", "10.244.1.9")
+        await cluster.until(lambda: _rules_name(machine, "10.244.1.9"))
+        await cluster.until(lambda: not agent.status().degraded)
+
+
+async def test_a_switch_that_the_machine_lacks_is_told_and_the_node_is_ready(cluster: World) -> None:
+    machine = cluster.machine(1, (Family.IPV4,))
+    machine.kernel.fail_next("SetSysctl", errno.ENOENT, message="no such file", times=1)
+    async with cluster.agent(machine) as agent:
+        assert list(agent.status().degraded.values()) == ["no such file"]
+        assert agent.status().ready
+
+
+async def test_the_truth_answers_a_verdict_of_unknown(cluster: World) -> None:
+    """The node life-cycle controller marks a node whose heartbeats were late; the agent, alive, says so."""
+    machine = cluster.machine(1)
+    async with cluster.agent(machine):
+        await cluster.until(lambda: _ready_is(cluster, "True"))
+        unknown = {"status": {"conditions": [{"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown"}]}}
+        await cluster.client.patch(NODES, "n1", unknown, subresource="status")
+        await cluster.until(lambda: _ready_is(cluster, "True"))
+
+
+async def test_the_lease_is_renewed_and_made_anew(cluster: World) -> None:
+    machine = cluster.machine(1, heartbeat_seconds=0.05)
+    async with cluster.agent(machine):
+        first = await cluster.until(lambda: cluster.exists(LEASES, "n1", "kube-node-lease"))
+        await cluster.until(lambda: _lease_changed(cluster, first))
+        await cluster.client.delete(LEASES, "n1", "kube-node-lease")
+        await cluster.until(lambda: cluster.exists(LEASES, "n1", "kube-node-lease"))
+
+
+async def test_a_node_without_subnets_waits_and_says_so(cluster: World) -> None:
+    machine = cluster.machine(1)
+    async with cluster.agent(machine, subnets=False) as agent:
+        await cluster.until(lambda: _says(cluster, "no podCIDR"))
+        assert not agent.status().ready
+        await cluster.give_subnets(machine)
+        await asyncio.wait_for(agent.ready(), 5)
+
+
+async def test_a_packet_finds_its_way_between_pods_of_two_nodes(cluster: World) -> None:
+    """Walked by hand over what the fake kernels hold: pod → bridge → tunnel → the other node's bridge → pod."""
+    machines = cluster.machine(1), cluster.machine(2)
+    async with cluster.agent(machines[0]), cluster.agent(machines[1]):
+        one = await cluster.create_pod("one", "n1")
+        two = await cluster.create_pod("two", "n2")
+        await cluster.until_running("one")
+        ips = [ipaddress.ip_address(entry["ip"]) for entry in (await cluster.until_running("two"))["status"]["podIPs"]]
+        await cluster.until(lambda: _has(routes(machines[0]), "10.244.2.0/24"))
+        inside = machines[0].kernel.space(pod_netns(one["metadata"]["uid"])).state()
+        here, there = await machines[0].kernel.observe(), await machines[1].kernel.observe()
+        target = machines[1].kernel.space(pod_netns(two["metadata"]["uid"])).state()
+        for ip in ips:
+            assert ip in CLUSTER[DUAL[ip.version == 6]]
+            gateway = next(r.via for r in inside.routes if r.dst.version == ip.version)
+            assert gateway in [a.interface.ip for a in here.addresses if a.dev == "cni0"]
+            route = next(r for r in here.routes if ip in r.dst)
+            mac = next(n.mac for n in here.neighbours if (n.dev, n.ip) == (route.dev, route.via))
+            outer = next(e.dst for e in here.fdb if (e.dev, e.mac) == (route.dev, mac))
+            assert outer in machines[1].config.node_ips
+            assert there.links[route.dev].mac == mac
+            final = next(n for n in there.neighbours if n.ip == ip)
+            assert (final.dev, final.mac) == ("cni0", target.links["eth0"].mac)
+            assert there.links[host_veth(two["metadata"]["uid"])].master == "cni0"
+
+
+async def create_service(cluster: World, name: str, address: str) -> None:
+    port = {"name": "http", "port": 80, "targetPort": 8080, "protocol": "TCP"}
+    meta = {"name": name, "namespace": "default"}
+    await cluster.client.create(SERVICES, {"metadata": meta, "spec": {"clusterIP": address, "ports": [port]}})
+
+
+async def create_slice(cluster: World, service: str, *addresses: str) -> None:
+    meta = {"name": f"{service}-1", "namespace": "default", "labels": {"kubernetes.io/service-name": service}}
+    await cluster.client.create(
+        ENDPOINTSLICES,
+        {
+            "metadata": meta,
+            "addressType": "IPv4",
+            "endpoints": [{"addresses": [address]} for address in addresses],
+            "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+        },
+    )
+
+
+def _content(machine: Machine) -> tuple[Any, ...]:
+    """What the node's namespace holds of ours, without what the kernel chooses."""
+    state = machine.kernel.host.state()
+    links = {(link.name, link.up, link.mtu, link.master) for link in state.links.values()}
+    addresses = {a for a in state.addresses if not a.interface.is_link_local}
+    return links, addresses, state.routes, state.neighbours, state.fdb
+
+
+async def _has(found: Any, key: str) -> bool:
+    return key in await found
+
+
+async def _empty(found: Any) -> bool:
+    return not await found
+
+
+async def _same_rules(machine: Machine, rules: Any) -> bool:
+    return bool(await machine.kernel.observe_nft(TABLE) == rules)
+
+
+async def _rules_name(machine: Machine, address: str) -> bool:
+    """Whether an element of our tables holds the address, in its key or in its data."""
+    packed = ipaddress.ip_address(address).packed
+    rules = await machine.kernel.observe_nft(TABLE)
+    elements = [e for table in rules.tables.values() for state in table.sets.values() for e in state.elements.items()]
+    return any(packed in key or (isinstance(data, bytes) and packed in data) for key, data in elements)
+
+
+async def _no_rules_name(machine: Machine, address: str) -> bool:
+    return not await _rules_name(machine, address)
+
+
+async def _says(cluster: World, words: str) -> bool:
+    node = await cluster.exists(NODES, "n1")
+    return node is not None and words in str(node["status"].get("conditions"))
+
+
+async def _ready_is(cluster: World, status: str) -> bool:
+    node = await cluster.exists(NODES, "n1")
+    return node is not None and condition(node, "Ready") == status
+
+
+async def _lease_changed(cluster: World, first: Json) -> bool:
+    lease = await cluster.client.get(LEASES, "n1", "kube-node-lease")
+    return bool(lease["spec"]["renewTime"] != first["spec"]["renewTime"])
