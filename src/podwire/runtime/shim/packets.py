@@ -1,5 +1,6 @@
 """Packets with descriptors over a SOCK_SEQPACKET Unix socket, on asyncio. Both ends use it."""
 
+import array
 import asyncio
 import contextlib
 import json
@@ -86,7 +87,7 @@ class PacketSocket:
     def _readable(self) -> None:
         for _ in range(_PACKETS_A_TURN):
             try:
-                raw, fds, _, _ = socket.recv_fds(self._sock, MAX_PACKET, _MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+                raw, fds = self._receive()
             except BlockingIOError:
                 return
             except OSError:
@@ -97,6 +98,16 @@ class PacketSocket:
             self._on_packet(json.loads(raw), fds)
             if self._closed:
                 return
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        # Not socket.recv_fds: Python 3.11's forgets its flags, and the descriptors would leak into every container.
+        fds = array.array("i")
+        space = socket.CMSG_SPACE(_MAX_DESCRIPTORS * fds.itemsize)
+        raw, control, _, _ = self._sock.recvmsg(MAX_PACKET, space, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in control:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+        return raw, fds.tolist()
 
     def _lost(self) -> None:
         if not self._closed:
