@@ -95,7 +95,7 @@ class WorkQueue(Generic[K]):
     async def run(
         self, work: Callable[[K], Awaitable[None]], *, expected: tuple[type[Exception], ...], workers: int = 1
     ) -> None:
-        """Work on keys until cancelled. Errors of the `expected` kinds are retried with back-off; others end the run."""
+        """Work on keys until cancelled, each failure retried with back-off. `expected` errors are logged in a line, others whole."""
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
                 group.create_task(self._worker(work, expected))
@@ -108,6 +108,9 @@ class WorkQueue(Generic[K]):
             except expected as error:
                 delay = self.failed(key)
                 log.log(logging.INFO if delay < 1 else logging.WARNING, "%s: %s; again in %.2f s", key, error, delay)
+            except Exception:
+                # The boundary of one key's work: an object that nobody foresaw must not hold up all the others.
+                log.exception("%s failed; again in %.2f s", key, self.failed(key))
             except BaseException:
                 self._release(key)
                 raise

@@ -54,19 +54,27 @@ async def test_failures_are_retried_with_growing_delay_and_success_forgets_them(
     queue.close()
 
 
-async def test_run_retries_what_is_expected_and_ends_with_what_is_not() -> None:
+async def test_run_retries_what_fails_and_no_failure_holds_up_other_keys(caplog: pytest.LogCaptureFixture) -> None:
     queue: WorkQueue[str] = WorkQueue(Random(1), initial_delay=0.001)
     attempts: list[str] = []
+    done = asyncio.Event()
 
     async def work(key: str) -> None:
         attempts.append(key)
-        if len(attempts) < 3:
-            raise PodwireError("not yet")
-        raise ValueError("a bug")
+        match attempts.count("bad"):
+            case 1 if key == "bad":
+                raise PodwireError("not yet")
+            case 2 if key == "bad":
+                raise ValueError("a bug")
+            case 3:
+                done.set()
 
-    queue.add("a")
-    with pytest.raises(ExceptionGroup) as caught:
-        async with asyncio.timeout(5):
-            await queue.run(work, expected=(PodwireError,))
-    assert caught.value.subgroup(ValueError) is not None
-    assert attempts == ["a", "a", "a"]
+    queue.add("bad")
+    queue.add("good")
+    running = asyncio.create_task(queue.run(work, expected=(PodwireError,)))
+    async with asyncio.timeout(5):
+        await done.wait()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert attempts == ["bad", "good", "bad", "bad"]
+    assert [record.exc_info is not None for record in caplog.records if "bad" in record.getMessage()][-1]

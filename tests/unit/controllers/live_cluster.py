@@ -67,11 +67,11 @@ class FakeKubelet:
         if pod.status.phase == "Running" or stays == "pending":
             return
         number = next(self._numbers)
-        now = format_time(datetime.now(UTC))
+        now, ip = format_time(datetime.now(UTC)), f"10.244.{number >> 8}.{number & 255}"
         status = {
             "phase": "Running",
-            "podIP": f"10.244.0.{number}",
-            "podIPs": [{"ip": f"10.244.0.{number}"}, {"ip": f"fd00:10:244::{number:x}"}],
+            "podIP": ip,
+            "podIPs": [{"ip": ip}, {"ip": f"fd00:10:244::{number:x}"}],
             "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": now}],
         }
         await self._client.patch(PODS, key.name, {"status": status}, key.namespace, subresource="status")
@@ -145,7 +145,7 @@ class LiveCluster:
                             return list(state.values())
         except TimeoutError:
             pass
-        raise AssertionError(f"{resource.plural} never got there; they are {list(state.values())}")
+        raise AssertionError(f"{resource.plural} never got there; they are {str(list(state.values()))[:4000]}")
 
 
 @asynccontextmanager
