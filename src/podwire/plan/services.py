@@ -1,7 +1,6 @@
 """Services → nftables elements, incrementally: one Service changed costs what it holds, not what exists."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
@@ -16,19 +15,6 @@ from podwire.plan.services_table import host_port_table, service_table
 __all__ = ["TABLE", "NodeFacts", "ServicePlanner"]
 
 _RANK = {kind: rank for rank, kind in enumerate(FrontendKind)}
-
-
-class _Claim(NamedTuple):
-    """Who wants an address and port. The smallest gets it, whatever the order they came in: a ClusterIP before a node
-    port, that before balancer addresses, external IPs and host ports; then by name."""
-
-    rank: int
-    owner: str
-    frontend: Frontend
-
-    @property
-    def order(self) -> tuple[int, str]:
-        return self.rank, self.owner
 
 
 class ServicePlanner:
@@ -46,8 +32,10 @@ class ServicePlanner:
     def _reset(self) -> None:
         self._maps = {length: FamilyMaps(f, self._facts) for length, f in ((4, Family.IPV4), (16, Family.IPV6))}
         self._tables: dict[str, ServiceTable] = {}
-        self._claims: dict[bytes, _Claim] = {}
-        self._rivals: dict[bytes, list[_Claim]] = {}
+        self._holders: dict[bytes, str] = {}
+        """Whose frontend is programmed under a key."""
+        self._rivals: dict[bytes, dict[str, Frontend]] = {}
+        """Keys that several owners want, with all of their frontends."""
 
     def set_facts(self, facts: NodeFacts) -> None:
         """The node changed (address, CIDRs, zone): everything is planned again. Follow it with `resync`."""
@@ -112,48 +100,48 @@ class ServicePlanner:
             self._tables[owner] = new
         else:
             self._tables.pop(owner, None)
+        self._count(old, new)
         before = {frontend_key(f): f for f in old.frontends}
         after = {frontend_key(f): f for f in new.frontends}
-        self._count(old, new)
         for key in before:
             if key not in after:
                 self._withdraw(key, owner)
         for key, frontend in after.items():
             if before.get(key) != frontend:
-                self._claim(key, _Claim(_RANK[frontend.kind], owner, frontend))
+                self._claim(key, owner, frontend)
 
-    def _claim(self, key: bytes, claim: _Claim) -> None:
-        held = self._claims.get(key)
-        if held is None or held.owner == claim.owner:
-            rivals = self._rivals.get(key)
-            if rivals is None:
-                self._win(key, claim)
-                return
-            self._settle(key, [claim, *rivals])
-        else:
-            others = [c for c in (held, *self._rivals.get(key, ())) if c.owner != claim.owner]
-            self._settle(key, [claim, *others])
+    def _claim(self, key: bytes, owner: str, frontend: Frontend) -> None:
+        holder = self._holders.get(key)
+        rivals = self._rivals.get(key)
+        if rivals is None and (holder is None or holder == owner):
+            self._win(key, owner, frontend)
+            return
+        if rivals is None and holder is not None:
+            rivals = self._rivals[key] = {holder: self._maps_of(key).frontend(key)}
+        if rivals is not None:
+            rivals[owner] = frontend
+            self._settle(key, rivals)
 
     def _withdraw(self, key: bytes, owner: str) -> None:
-        held = self._claims.get(key)
-        claims = [c for c in (held, *self._rivals.get(key, ())) if c is not None and c.owner != owner]
-        self._settle(key, claims)
-
-    def _settle(self, key: bytes, claims: list[_Claim]) -> None:
-        claims.sort(key=lambda c: c.order)
-        if len(claims) > 1:
-            self._rivals[key] = claims[1:]
-        else:
-            self._rivals.pop(key, None)
-        if not claims:
-            self._claims.pop(key, None)
+        rivals = self._rivals.get(key)
+        if rivals is None:
+            del self._holders[key]
             self._maps_of(key).program(key, None)
-        elif claims[0] is not self._claims.get(key):
-            self._win(key, claims[0])
+        else:
+            del rivals[owner]
+            self._settle(key, rivals)
 
-    def _win(self, key: bytes, claim: _Claim) -> None:
-        self._claims[key] = claim
-        self._maps[len(claim.frontend.address)].program(key, claim.frontend)
+    def _settle(self, key: bytes, rivals: dict[str, Frontend]) -> None:
+        """The smallest gets it, whatever the order they came in: a ClusterIP before a node port, that before balancer
+        addresses, external IPs and host ports; then by name."""
+        winner = min(rivals, key=lambda owner: (_RANK[rivals[owner].kind], owner))
+        self._win(key, winner, rivals[winner])
+        if len(rivals) == 1:
+            del self._rivals[key]
+
+    def _win(self, key: bytes, owner: str, frontend: Frontend) -> None:
+        self._holders[key] = owner
+        self._maps[len(frontend.address)].program(key, frontend)
 
     def _maps_of(self, key: bytes) -> FamilyMaps:
         return self._maps[len(key) - _PROTOCOL_AND_PORT]

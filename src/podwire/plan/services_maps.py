@@ -6,8 +6,8 @@ to the end: a change of one endpoint moves two or three elements, whatever the p
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
@@ -29,7 +29,7 @@ from podwire.model.nft import (
     TableState,
 )
 from podwire.model.nftexpr import Verdict
-from podwire.model.servicetable import Frontend, NodeFacts, Pool
+from podwire.model.servicetable import Frontend, FrontendKind, NodeFacts, Pool
 from podwire.plan.nftdiff import ChainChanges, ElementChanges
 from podwire.plan.services_rules import (
     DROPPED,
@@ -47,6 +47,8 @@ from podwire.plan.services_rules import (
 )
 
 _ABSENT: Final = object()
+_ALWAYS = 8
+"""Pools of up to so many backends have their chain at all times."""
 
 
 @lru_cache(maxsize=1 << 16)
@@ -78,6 +80,13 @@ class ElementBook:
             return
         self._before.setdefault(key, old)
         self.elements[key] = data
+
+    def put_pool(self, key: bytes, backends: Sequence[bytes]) -> None:
+        """The indexed elements of a frontend that has none so far."""
+        for index, data in enumerate(backends):
+            indexed = key + _pack_index(index)
+            self._before.setdefault(indexed, _ABSENT)
+            self.elements[indexed] = data
 
     def drop(self, key: bytes) -> None:
         old = self.elements.pop(key, _ABSENT)
@@ -123,19 +132,19 @@ class ChainBook:
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._users: Counter[ChainKey] = Counter()
+        # A new chain makes the kernel check the whole table again (5 ms at 10,000 Services): the usual ones are always there.
+        self._users = Counter({_chain_key(ChainKind.PICK, n): 1 for n in range(1, _ALWAYS + 1)})
         self._taken: set[ChainKey] = set()
 
     @property
     def in_use(self) -> Iterable[ChainKey]:
         return self._users.keys()
 
-    def use(self, key: ChainKey) -> Verdict:
+    def use(self, key: ChainKey) -> None:
         needed = needed_by(key)
         if needed is not None:
             self._users[needed] += 1
         self._users[key] += 1
-        return chain_verdict(key)
 
     def release(self, key: ChainKey) -> None:
         for k in filter(None, (key, needed_by(key))):
@@ -164,9 +173,23 @@ class _Programmed:
     """A frontend as it stands in the maps: its backends' elements in index order."""
 
     frontend: Frontend
-    cluster: Sequence[bytes] = ()
-    local: Sequence[bytes] = ()
-    chains: list[ChainKey] = field(default_factory=list)
+    cluster: Sequence[bytes]
+    local: Sequence[bytes]
+
+    def chains(self) -> Iterator[ChainKey]:
+        """Those that its elements lead to: from `services`, `outside` and `sticky`."""
+        sticky = self.frontend.affinity_s > 0
+        if self.cluster:
+            yield _chain_key(ChainKind.STICKY if sticky else ChainKind.PICK, len(self.cluster))
+        if self.local:
+            yield _chain_key(ChainKind.STICKY_LOCAL if sticky else ChainKind.PICK_LOCAL, len(self.local))
+        if sticky:
+            yield _chain_key(ChainKind.REMEMBER, self.frontend.affinity_s)
+
+
+@lru_cache(maxsize=4096)
+def _chain_key(kind: ChainKind, number: int) -> ChainKey:
+    return ChainKey(kind, number)
 
 
 def arrange(order: Sequence[bytes], wanted: Sequence[bytes]) -> Sequence[bytes]:
@@ -212,6 +235,10 @@ class FamilyMaps:
 
     # --- programming ------------------------------------------------------------------------------------------
 
+    def frontend(self, key: bytes) -> Frontend:
+        """What is served under `key`."""
+        return self._programmed[key].frontend
+
     def program(self, key: bytes, frontend: Frontend | None) -> None:
         """Make the maps serve `frontend` under `key`; None: nothing any more."""
         old = self._programmed.get(key)
@@ -219,50 +246,48 @@ class FamilyMaps:
             if old is not None:
                 self._clear(key, old)
             return
-        new = _Programmed(frontend)
-        new.cluster = self._place(self._endpoints, key, old.cluster if old else (), frontend.inside)
-        outside = frontend.outside
-        new.local = self._place(self._local, key, old.local if old else (), outside or Pool())
-        sticky = frontend.affinity_s > 0
-        cluster_kind, local_kind = (
-            (ChainKind.STICKY, ChainKind.STICKY_LOCAL) if sticky else (ChainKind.PICK, ChainKind.PICK_LOCAL)
-        )
-        self._services.put(key, self._verdict(new, frontend.inside, len(new.cluster), cluster_kind))
-        if outside is None:
-            self._outside.drop(key)
+        outside = frontend.outside.backends if frontend.outside else ()
+        if old is None:
+            new = _Programmed(frontend, frontend.inside.backends, outside)
+            self._endpoints.put_pool(key, new.cluster)
+            self._local.put_pool(key, new.local)
+        elif old.frontend == frontend:
+            return
         else:
-            self._outside.put(key, self._verdict(new, outside, len(new.local), local_kind))
-        self._note_affinity(key, old, new)
+            new = _Programmed(frontend, arrange(old.cluster, frontend.inside.backends), arrange(old.local, outside))
+            self._move(self._endpoints, key, old.cluster, new.cluster)
+            self._move(self._local, key, old.local, new.local)
+        for chain in new.chains():
+            self._chains.use(chain)
+        self._lead(key, new, old)
         self._flags(key, old.frontend if old else None, frontend)
         if old is not None:
             self._release(old)
+            if old.frontend.affinity_s:
+                self._forget(key, old, new)
         self._programmed[key] = new
 
-    def _place(self, book: ElementBook, key: bytes, order: Sequence[bytes], pool: Pool) -> Sequence[bytes]:
-        new = arrange(order, pool.backends)
+    def _move(self, book: ElementBook, key: bytes, old: Sequence[bytes], new: Sequence[bytes]) -> None:
         for index, data in enumerate(new):
-            book.put(key + _pack_index(index), data)
-        for index in range(len(new), len(order)):
+            if index >= len(old) or old[index] != data:
+                book.put(key + _pack_index(index), data)
+        for index in range(len(new), len(old)):
             book.drop(key + _pack_index(index))
-        return new
 
-    def _verdict(self, new: _Programmed, pool: Pool, count: int, kind: ChainKind) -> Verdict:
-        if not count:
-            return DROPPED if pool.drop else REFUSED
-        chain = ChainKey(kind, count)
-        new.chains.append(chain)
-        return self._chains.use(chain)
-
-    def _note_affinity(self, key: bytes, old: _Programmed | None, new: _Programmed) -> None:
-        seconds = new.frontend.affinity_s
-        if seconds:
-            chain = ChainKey(ChainKind.REMEMBER, seconds)
-            new.chains.append(chain)
-            self._sticky.put(key, self._chains.use(chain))
-        else:
+    def _lead(self, key: bytes, new: _Programmed, old: _Programmed | None) -> None:
+        """The maps of verdicts: where packets to this frontend go."""
+        frontend = new.frontend
+        sticky = frontend.affinity_s > 0
+        kind = ChainKind.STICKY if sticky else ChainKind.PICK
+        self._services.put(key, _verdict(frontend.inside, kind))
+        if frontend.outside is not None:
+            self._outside.put(key, _verdict(frontend.outside, ChainKind.STICKY_LOCAL if sticky else ChainKind.PICK_LOCAL))
+        elif old is not None:
+            self._outside.drop(key)
+        if sticky:
+            self._sticky.put(key, chain_verdict(_chain_key(ChainKind.REMEMBER, frontend.affinity_s)))
+        elif old is not None:
             self._sticky.drop(key)
-        if old is not None and old.frontend.affinity_s:
-            self._forget(key, old, new)
 
     def _forget(self, key: bytes, old: _Programmed, new: _Programmed) -> None:
         """Clients must not go on to backends that are gone, nor by an answer given under another traffic policy."""
@@ -272,22 +297,19 @@ class FamilyMaps:
             self._prune[key] = kept
 
     def _flags(self, key: bytes, old: Frontend | None, new: Frontend) -> None:
-        self._set_flag("masquerade", key, new.masquerade)
-        self._set_flag("keep-source", key, new.outside is not None)
-        self._set_flag("restricted", key, new.source_ranges is not None)
+        flags = _flags_of(new)
+        for name in _flags_of(old) if old is not None else ():
+            if name not in flags:
+                self._books[name].drop(key)
+        for name in flags:
+            self._books[name].put(key)
         if old is not None and old.source_ranges == new.source_ranges:
             return
         book = self._books["source-ranges"]
-        for first, last in old.source_ranges or () if old else ():
+        for first, last in old.source_ranges or () if old is not None else ():
             book.drop(key + first + key + last)
         for first, last in new.source_ranges or ():
             book.put(key + first + key + last)
-
-    def _set_flag(self, name: str, key: bytes, wanted: bool) -> None:
-        if wanted:
-            self._books[name].put(key)
-        else:
-            self._books[name].drop(key)
 
     def _clear(self, key: bytes, old: _Programmed) -> None:
         self._services.drop(key)
@@ -296,7 +318,7 @@ class FamilyMaps:
             for index in range(len(order)):
                 book.drop(key + _pack_index(index))
         self._sticky.drop(key)
-        for name in ("masquerade", "keep-source", "restricted"):
+        for name in _flags_of(old.frontend):
             self._books[name].drop(key)
         for first, last in old.frontend.source_ranges or ():
             self._books["source-ranges"].drop(key + first + key + last)
@@ -306,7 +328,7 @@ class FamilyMaps:
         del self._programmed[key]
 
     def _release(self, old: _Programmed) -> None:
-        for chain in old.chains:
+        for chain in old.chains():
             self._chains.release(chain)
 
     def adopt_order(self, observed: Ruleset) -> None:
@@ -367,6 +389,24 @@ class FamilyMaps:
             chains[key.name] = ChainState(Chain(key.name), self._chains.rules(key))
         sets = {of.name: SetState(of, dict(self._books[of.name].elements) if not of.dynamic else {}) for of in self._sets.all()}
         return TableState(chains, sets)
+
+
+def _verdict(pool: Pool, kind: ChainKind) -> Verdict:
+    if not pool.backends:
+        return DROPPED if pool.drop else REFUSED
+    return chain_verdict(_chain_key(kind, len(pool.backends)))
+
+
+def _flags_of(frontend: Frontend) -> tuple[str, ...]:
+    """The sets that hold the frontend's key."""
+    if frontend.kind is FrontendKind.CLUSTER_IP:
+        return ()
+    flags = (
+        ("masquerade", frontend.masquerade),
+        ("keep-source", frontend.outside is not None),
+        ("restricted", frontend.source_ranges is not None),
+    )
+    return tuple(name for name, wanted in flags if wanted)
 
 
 def _observed_order(state: SetState, key: bytes) -> list[bytes]:

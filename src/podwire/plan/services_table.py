@@ -17,22 +17,15 @@ _ADDRESS_BYTES = {"IPv4": 4, "IPv6": 16}
 _OCTETS = {str(n): n for n in range(256)}
 
 
-def pack_address(text: str) -> bytes:
-    """An address → its 4 or 16 bytes. Raises ValueError."""
-    if ":" in text:
-        return ipaddress.IPv6Address(text).packed
+def pack_address(text: str) -> bytes | None:
+    """An address → its 4 or 16 bytes; None for anything else (one bad object must not stop the others)."""
     # A dictionary of the 256 spellings is ten times as fast as ipaddress, and takes neither " 1" nor "01".
     try:
+        if ":" in text:
+            return ipaddress.IPv6Address(text).packed
         a, b, c, d = text.split(".")
         return bytes((_OCTETS[a], _OCTETS[b], _OCTETS[c], _OCTETS[d]))
     except (KeyError, ValueError):
-        raise ValueError(f"{text!r} is no IP address") from None
-
-
-def _packed_or_none(text: str) -> bytes | None:
-    try:
-        return pack_address(text)
-    except ValueError:
         return None
 
 
@@ -65,7 +58,7 @@ def _sources(slices: Sequence[EndpointSlice]) -> Iterator[_Source]:
             continue
         source = _Source(piece, length, [], [])
         for endpoint in piece.endpoints:
-            if not endpoint.addresses or not (address := _packed_or_none(endpoint.addresses[0])) or len(address) != length:
+            if not endpoint.addresses or not (address := pack_address(endpoint.addresses[0])) or len(address) != length:
                 continue
             conditions = endpoint.conditions
             if conditions.ready is not False:
@@ -192,7 +185,7 @@ def _places(service: Service, facts: NodeFacts, length: int) -> Iterator[_Place]
 
 def _packed_of(texts: Sequence[str], length: int) -> Iterator[bytes]:
     for text in texts:
-        packed = _packed_or_none(text)
+        packed = pack_address(text)
         if packed is not None and len(packed) == length:
             yield packed
 
@@ -245,7 +238,7 @@ def host_port_table(pod: Pod | None, facts: NodeFacts) -> ServiceTable:
     """The host ports of a pod of this node: to the pod alone, its clients' addresses kept."""
     if pod is None or pod.spec.host_network or pod.finished:
         return _NOTHING
-    addresses = [a for a in map(_packed_or_none, pod.ips) if a]
+    addresses = [a for a in map(pack_address, pod.ips) if a]
     frontends: dict[tuple[bytes, int, int], Frontend] = {}
     for container in pod.spec.containers:
         for port in container.ports:
@@ -262,7 +255,7 @@ def host_port_table(pod: Pod | None, facts: NodeFacts) -> ServiceTable:
 
 def _host_addresses(host_ip: str, length: int, facts: NodeFacts) -> tuple[bytes, ...]:
     """Where a host port listens: on the address it names, or on all of the node's of the pod address's family."""
-    packed = _packed_or_none(host_ip) if host_ip else None
+    packed = pack_address(host_ip) if host_ip else None
     if packed is not None and any(packed):
         return (packed,) if len(packed) == length else ()
     if packed is not None and len(packed) != length:
