@@ -120,7 +120,9 @@ async def test_new_namespace_has_lo_only(kernel: Kernel) -> None:
     assert set(state.links) == {"lo"}
     lo = state.links["lo"]
     assert (lo.kind, lo.up, lo.mtu, lo.master, lo.hairpin) == (Device(), False, 65536, "", False)
-    assert not (state.routes or state.neighbours or state.fdb)
+    assert not state.routes
+    assert not state.neighbours
+    assert not state.fdb
 
 
 async def test_bridge_is_observed_as_made(kernel: Kernel) -> None:
@@ -374,6 +376,10 @@ async def test_independent_operations_go_on_after_a_failure(kernel: Kernel) -> N
     assert applied.done == 3
     assert not applied.ok
     assert {"br0", "br1"} <= set((await kernel.observe()).links)
+
+
+async def test_flows_of_a_new_namespace(kernel: Kernel) -> None:
+    assert await kernel.forget_flows(lambda _: True) == 0
 
 
 async def test_unknown_namespaces(kernel: Kernel) -> None:

@@ -12,12 +12,14 @@ from itertools import chain, groupby
 from typing import TypeVar
 
 from podwire.kernel import opcodes
+from podwire.kernel.conntrack import ConntrackClient, forget_flows
 from podwire.kernel.events import EventStream
 from podwire.kernel.netns import current_netns
 from podwire.kernel.nftclient import NftClient
 from podwire.kernel.port import KernelError
 from podwire.kernel.rtnlsocket import RtnlSocket, open_netlink
 from podwire.kernel.sysctl import read_sysctls, write_sysctls
+from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import NetState, Veth, Vxlan
 from podwire.model.nft import Ruleset
@@ -38,6 +40,7 @@ class _Space:
     _rtnl: RtnlSocket | None = None
     _netfilter: socket.socket | None = None
     _nft: NftClient | None = None
+    _conntrack: socket.socket | None = None
 
     @property
     def rtnl(self) -> RtnlSocket:
@@ -57,13 +60,19 @@ class _Space:
             self._nft = NftClient(self.netfilter)
         return self._nft
 
+    @property
+    def conntrack(self) -> ConntrackClient:
+        if self._conntrack is None:
+            self._conntrack = open_netlink(self.fd, NETLINK_NETFILTER)
+        return ConntrackClient(self._conntrack)
+
     def own_ports(self) -> tuple[int, int]:
         """The numbers by which the kernel's notices name our sockets."""
         address: tuple[int, int] = self.netfilter.getsockname()
         return self.rtnl.port_id, address[0]
 
     def close(self) -> None:
-        for sock in (self._rtnl, self._netfilter):
+        for sock in (self._rtnl, self._netfilter, self._conntrack):
             if sock is not None:
                 sock.close()
         os.close(self.fd)
@@ -106,6 +115,10 @@ class LinuxKernel:
     async def observe_nft(self, table: str, ns: NetnsName = HOST) -> Ruleset:
         space = self._space(ns)
         return await self._off_loop(lambda: space.nft.observe(table))
+
+    async def forget_flows(self, wanted: Callable[[Flow], bool], ns: NetnsName = HOST) -> int:
+        space = self._space(ns)
+        return await self._off_loop(lambda: forget_flows(space.conntrack, wanted))
 
     async def apply(self, plan: Plan) -> Applied:
         if not plan:

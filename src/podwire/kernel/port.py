@@ -1,10 +1,12 @@
 """The kernel as the rest of podwire sees it: observe, apply, listen. Two implementations: `linux.LinuxKernel`,
 and `podwire.testing.FakeKernel`, which really executes the operations in memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 from podwire.model.errors import PodwireError
+from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import NetState
 from podwire.model.nft import Ruleset
@@ -63,6 +65,11 @@ class Kernel(Protocol):
 
     async def observe_nft(self, table: str, ns: NetnsName = HOST) -> Ruleset:
         """What the named table holds in both families; an empty ruleset where there is none."""
+        ...
+
+    async def forget_flows(self, wanted: Callable[[Flow], bool], ns: NetnsName = HOST) -> int:
+        """Remove the tracked connections for which `wanted` is true (it runs in a thread); returns how many.
+        Their next packet is judged by the rules anew: a UDP client of an endpoint that is gone finds another."""
         ...
 
     async def apply(self, plan: Plan) -> Applied:

@@ -4,9 +4,11 @@ through it (`testing.fakefabric`). Failures are ordered by name: `fail_next`. Wh
 import asyncio
 import errno
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import Self
 
 from podwire.kernel.port import KernelError, KernelEvent
+from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import Address, FdbEntry, Link, Neighbour, NetState, Route, Veth
 from podwire.model.nft import NftConflict, Ruleset
@@ -89,6 +91,13 @@ class FakeKernel:
 
     async def observe_nft(self, table: str, ns: NetnsName = HOST) -> Ruleset:
         return self._attached_space(ns).ruleset.only(table)
+
+    async def forget_flows(self, wanted: Callable[[Flow], bool], ns: NetnsName = HOST) -> int:
+        space = self._attached_space(ns)
+        kept = [flow for flow in space.flows if not wanted(flow)]
+        gone = len(space.flows) - len(kept)
+        space.flows[:] = kept
+        return gone
 
     async def apply(self, plan: Plan) -> Applied:
         await asyncio.sleep(0)  # as the real one, it lets others run

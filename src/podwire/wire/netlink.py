@@ -143,16 +143,21 @@ def attr_str(type: int, text: str) -> bytes:
 
 
 def as_u8(data: bytes) -> int:
-    return data[0]
+    return _number(_U8, data)
 
 
 def as_u16(data: bytes) -> int:
-    value: int = _U16.unpack_from(data)[0]
-    return value
+    return _number(_U16, data)
 
 
 def as_u32(data: bytes) -> int:
-    value: int = _U32.unpack_from(data)[0]
+    return _number(_U32, data)
+
+
+def _number(layout: struct.Struct, data: bytes) -> int:
+    if len(data) < layout.size:
+        raise NetlinkError(f"a number of {layout.size} bytes has {len(data)}")
+    value: int = layout.unpack_from(data)[0]
     return value
 
 

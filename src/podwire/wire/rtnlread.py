@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from podwire.model.addr import IPAddress
+from podwire.model.addr import IPAddress, IPInterface
 from podwire.model.kernelstate import (
     ROUTE_PROTOCOL,
     Address,
@@ -98,9 +98,9 @@ def _kind(raw: RawLink, names: Mapping[int, str]) -> Device | Bridge | Veth | Vx
             return Vxlan(
                 vni=_u32(raw.data, rtnl.IFLA_VXLAN_ID),
                 port=as_be(raw.data.get(rtnl.IFLA_VXLAN_PORT, b"\0\0")),
-                local=ipaddress.ip_address(local),
+                local=_ip(local),
                 underlay=names.get(_u32(raw.data, rtnl.IFLA_VXLAN_LINK), ""),
-                learning=bool(raw.data.get(rtnl.IFLA_VXLAN_LEARNING, b"\0")[0]),
+                learning=bool(as_u8(raw.data.get(rtnl.IFLA_VXLAN_LEARNING, b"\0"))),
             )
         case _:
             return Device()
@@ -114,7 +114,7 @@ def read_address(msg: Message, names: Mapping[int, str]) -> Address | None:
     raw = attrs.get(rtnl.IFA_LOCAL, attrs.get(rtnl.IFA_ADDRESS))
     if raw is None or index not in names:
         return None
-    return Address(names[index], ipaddress.ip_interface((raw, prefixlen)))
+    return Address(names[index], _interface(raw, prefixlen))
 
 
 def read_route(msg: Message, names: Mapping[int, str]) -> Route | None:
@@ -131,10 +131,10 @@ def read_route(msg: Message, names: Mapping[int, str]) -> Route | None:
     legs = tuple(_legs(attrs.get(rtnl.RTA_MULTIPATH, b""), names))
     src = attrs.get(rtnl.RTA_PREFSRC)
     return Route(
-        dst=ipaddress.ip_network((dst, dst_len)),
+        dst=_interface(dst, dst_len).network,
         dev=names.get(_u32(attrs, rtnl.RTA_OIF), "") if not legs else "",
         via=_via(attrs) if not legs else None,
-        src=ipaddress.ip_address(src) if src else None,
+        src=_ip(src) if src else None,
         onlink=bool(flags & rtnl.RTNH_F_ONLINK) or any(onlink for _, onlink in legs),
         metric=0 if af == rtnl.AF_INET6 and metric == rtnl.IP6_RT_PRIO_USER else metric,
         nexthops=tuple(hop for hop, _ in legs),
@@ -155,10 +155,10 @@ def _legs(data: bytes, names: Mapping[int, str]) -> Iterator[tuple[NextHop, bool
 
 def _via(attrs: Mapping[int, bytes]) -> IPAddress | None:
     if rtnl.RTA_GATEWAY in attrs:
-        return ipaddress.ip_address(attrs[rtnl.RTA_GATEWAY])
+        return _ip(attrs[rtnl.RTA_GATEWAY])
     if rtnl.RTA_VIA in attrs:
         raw = attrs[rtnl.RTA_VIA]
-        return ipaddress.ip_address(raw[2:6] if as_u16(raw) == rtnl.AF_INET else raw[2:18])
+        return _ip(raw[2:6] if as_u16(raw) == rtnl.AF_INET else raw[2:18])
     return None
 
 
@@ -171,7 +171,7 @@ def read_neighbour(msg: Message, names: Mapping[int, str]) -> Neighbour | None:
     if not state & rtnl.NUD_PERMANENT and msg.type != rtnl.RTM_DELNEIGH:
         return None
     mac = attrs.get(rtnl.NDA_LLADDR, b"")
-    return Neighbour(names[index], ipaddress.ip_address(attrs[rtnl.NDA_DST]), mac.hex(":"))
+    return Neighbour(names[index], _ip(attrs[rtnl.NDA_DST]), mac.hex(":"))
 
 
 def read_fdb(msg: Message, names: Mapping[int, str]) -> FdbEntry | None:
@@ -182,7 +182,7 @@ def read_fdb(msg: Message, names: Mapping[int, str]) -> FdbEntry | None:
         return None
     if rtnl.NDA_DST not in attrs or rtnl.NDA_LLADDR not in attrs:
         return None
-    return FdbEntry(names[index], attrs[rtnl.NDA_LLADDR].hex(":"), ipaddress.ip_address(attrs[rtnl.NDA_DST]))
+    return FdbEntry(names[index], attrs[rtnl.NDA_LLADDR].hex(":"), _ip(attrs[rtnl.NDA_DST]))
 
 
 class Notice(NamedTuple):
@@ -240,3 +240,17 @@ def _header(layout: struct.Struct, msg: Message) -> tuple[int, ...]:
 def _u32(attrs: Mapping[int, bytes], type_: int) -> int:
     raw = attrs.get(type_)
     return as_u32(raw) if raw else 0
+
+
+def _ip(raw: bytes) -> IPAddress:
+    try:
+        return ipaddress.ip_address(raw)
+    except ValueError as error:
+        raise NetlinkError(f"an address has {len(raw)} bytes") from error
+
+
+def _interface(raw: bytes, prefixlen: int) -> IPInterface:
+    try:
+        return ipaddress.ip_interface((raw, prefixlen))
+    except ValueError as error:
+        raise NetlinkError(f"an address of {len(raw)} bytes has a prefix of {prefixlen} bits") from error
