@@ -6,7 +6,6 @@ import ipaddress
 from typing import Any
 
 import pytest
-from agentworld import CLUSTER, DUAL, Machine, World, condition
 
 from podwire.model.addr import Family
 from podwire.model.ids import pod_netns
@@ -16,21 +15,23 @@ from podwire.model.nft import Batch, DelTable
 from podwire.model.ops import CommitNft, DelAddress, DelLink, DelNeighbour, DelRoute, SetRoute
 from podwire.model.resources import ENDPOINTSLICES, LEASES, NODES, SERVICES
 from podwire.plan.naming import host_veth
+from podwire.testing.fakekernel import FakeKernel
+from podwire.testing.memorycluster import CLUSTER, DUAL, Machine, MemoryCluster, condition
 
 TABLE = "podwire"
 
 
-async def routes(machine: Machine) -> dict[str, str]:
+async def routes(machine: Machine[FakeKernel]) -> dict[str, str]:
     return {str(route.dst): route.dev for route in (await machine.kernel.observe()).routes}
 
 
-async def test_nodes_that_come_and_go_are_reached_and_forgotten(cluster: World) -> None:
+async def test_nodes_that_come_and_go_are_reached_and_forgotten(cluster: MemoryCluster) -> None:
     one, two = cluster.machine(1), cluster.machine(2)
     async with cluster.agent(one), cluster.agent(two):
         await cluster.until(lambda: _has(routes(one), "10.244.2.0/24"))
         assert await routes(one) == {"10.244.2.0/24": "flannel.1", "fd00:10:244:2::/64": "flannel-v6.1"}
         state = await one.kernel.observe()
-        assert {str(entry.dst) for entry in state.fdb} == {"198.18.0.12", "2001:db8:1::c"}
+        assert {str(entry.dst) for entry in state.fdb} == {"198.18.0.12", "2001:db8:1::12"}
         assert {str(n.ip) for n in state.neighbours} == {"10.244.2.0", "fd00:10:244:2::"}
         await cluster.until(lambda: _has(routes(two), "10.244.1.0/24"))
     async with cluster.agent(one):
@@ -40,7 +41,7 @@ async def test_nodes_that_come_and_go_are_reached_and_forgotten(cluster: World) 
         assert (state.fdb, state.neighbours) == (frozenset(), frozenset())
 
 
-async def test_a_node_deleted_while_no_agent_ran_is_forgotten_by_the_next(cluster: World) -> None:
+async def test_a_node_deleted_while_no_agent_ran_is_forgotten_by_the_next(cluster: MemoryCluster) -> None:
     one, two = cluster.machine(1), cluster.machine(2)
     async with cluster.agent(one), cluster.agent(two):
         await cluster.until(lambda: _has(routes(one), "10.244.2.0/24"))
@@ -49,7 +50,7 @@ async def test_a_node_deleted_while_no_agent_ran_is_forgotten_by_the_next(cluste
         assert await routes(one) == {}
 
 
-async def test_a_peer_that_the_kernel_refuses_is_programmed_later(cluster: World) -> None:
+async def test_a_peer_that_the_kernel_refuses_is_programmed_later(cluster: MemoryCluster) -> None:
     one, two = cluster.machine(1, (Family.IPV4,)), cluster.machine(2, (Family.IPV4,))
     async with cluster.agent(one):
         one.kernel.fail_next("SetRoute", errno.ENOBUFS, times=2)
@@ -58,7 +59,7 @@ async def test_a_peer_that_the_kernel_refuses_is_programmed_later(cluster: World
 
 
 @pytest.mark.parametrize("what", ["route", "neighbour", "address", "bridge", "tunnel", "veth", "changed route"])
-async def test_what_someone_else_breaks_is_put_back_within_a_second(cluster: World, what: str) -> None:
+async def test_what_someone_else_breaks_is_put_back_within_a_second(cluster: MemoryCluster, what: str) -> None:
     one, two = cluster.machine(1), cluster.machine(2)
     async with cluster.agent(one) as agent, cluster.agent(two):
         pod = await cluster.create_pod("web", "n1")
@@ -83,7 +84,7 @@ async def test_what_someone_else_breaks_is_put_back_within_a_second(cluster: Wor
         assert agent.status().repairs >= 1
 
 
-async def test_rules_that_someone_flushes_come_back(cluster: World) -> None:
+async def test_rules_that_someone_flushes_come_back(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1, (Family.IPV4,))
     async with cluster.agent(machine) as agent:
         whole = await machine.kernel.observe_nft(TABLE)
@@ -95,7 +96,7 @@ async def test_rules_that_someone_flushes_come_back(cluster: World) -> None:
         assert agent.status().degraded == {}
 
 
-async def test_a_service_is_programmed_and_follows_its_endpoints(cluster: World) -> None:
+async def test_a_service_is_programmed_and_follows_its_endpoints(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1, (Family.IPV4,))
     async with cluster.agent(machine) as agent:
         await create_service(cluster, "web", "10.96.0.50")
@@ -111,7 +112,7 @@ async def test_a_service_is_programmed_and_follows_its_endpoints(cluster: World)
         await cluster.until(lambda: _no_rules_name(machine, "10.96.0.50"))
 
 
-async def test_a_new_agent_leaves_the_rules_alone(cluster: World) -> None:
+async def test_a_new_agent_leaves_the_rules_alone(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1, (Family.IPV4,))
     ports = [{"name": "app", "image": "web", "ports": [{"containerPort": 80, "hostPort": 8080}]}]
     async with cluster.agent(machine):
@@ -127,7 +128,7 @@ async def test_a_new_agent_leaves_the_rules_alone(cluster: World) -> None:
         assert await machine.kernel.observe_nft(TABLE) == rules
 
 
-async def test_a_refused_transaction_is_planned_again_in_full(cluster: World) -> None:
+async def test_a_refused_transaction_is_planned_again_in_full(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1, (Family.IPV4,))
     async with cluster.agent(machine) as agent:
         machine.kernel.fail_next("CommitNft", errno.ENOBUFS)
@@ -137,7 +138,7 @@ async def test_a_refused_transaction_is_planned_again_in_full(cluster: World) ->
         await cluster.until(lambda: not agent.status().degraded)
 
 
-async def test_a_switch_that_the_machine_lacks_is_told_and_the_node_is_ready(cluster: World) -> None:
+async def test_a_switch_that_the_machine_lacks_is_told_and_the_node_is_ready(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1, (Family.IPV4,))
     machine.kernel.fail_next("SetSysctl", errno.ENOENT, message="no such file", times=1)
     async with cluster.agent(machine) as agent:
@@ -145,7 +146,7 @@ async def test_a_switch_that_the_machine_lacks_is_told_and_the_node_is_ready(clu
         assert agent.status().ready
 
 
-async def test_the_truth_answers_a_verdict_of_unknown(cluster: World) -> None:
+async def test_the_truth_answers_a_verdict_of_unknown(cluster: MemoryCluster) -> None:
     """The node life-cycle controller marks a node whose heartbeats were late; the agent, alive, says so."""
     machine = cluster.machine(1)
     async with cluster.agent(machine):
@@ -155,7 +156,7 @@ async def test_the_truth_answers_a_verdict_of_unknown(cluster: World) -> None:
         await cluster.until(lambda: _ready_is(cluster, "True"))
 
 
-async def test_the_lease_is_renewed_and_made_anew(cluster: World) -> None:
+async def test_the_lease_is_renewed_and_made_anew(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1, heartbeat_seconds=0.05)
     async with cluster.agent(machine):
         first = await cluster.until(lambda: cluster.exists(LEASES, "n1", "kube-node-lease"))
@@ -164,7 +165,7 @@ async def test_the_lease_is_renewed_and_made_anew(cluster: World) -> None:
         await cluster.until(lambda: cluster.exists(LEASES, "n1", "kube-node-lease"))
 
 
-async def test_a_node_without_subnets_waits_and_says_so(cluster: World) -> None:
+async def test_a_node_without_subnets_waits_and_says_so(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine, subnets=False) as agent:
         await cluster.until(lambda: _says(cluster, "no podCIDR"))
@@ -173,7 +174,7 @@ async def test_a_node_without_subnets_waits_and_says_so(cluster: World) -> None:
         await asyncio.wait_for(agent.ready(), 5)
 
 
-async def test_a_packet_finds_its_way_between_pods_of_two_nodes(cluster: World) -> None:
+async def test_a_packet_finds_its_way_between_pods_of_two_nodes(cluster: MemoryCluster) -> None:
     """Walked by hand over what the fake kernels hold: pod → bridge → tunnel → the other node's bridge → pod."""
     machines = cluster.machine(1), cluster.machine(2)
     async with cluster.agent(machines[0]), cluster.agent(machines[1]):
@@ -199,13 +200,13 @@ async def test_a_packet_finds_its_way_between_pods_of_two_nodes(cluster: World) 
             assert there.links[host_veth(two["metadata"]["uid"])].master == "cni0"
 
 
-async def create_service(cluster: World, name: str, address: str) -> None:
+async def create_service(cluster: MemoryCluster, name: str, address: str) -> None:
     port = {"name": "http", "port": 80, "targetPort": 8080, "protocol": "TCP"}
     meta = {"name": name, "namespace": "default"}
     await cluster.client.create(SERVICES, {"metadata": meta, "spec": {"clusterIP": address, "ports": [port]}})
 
 
-async def create_slice(cluster: World, service: str, *addresses: str) -> None:
+async def create_slice(cluster: MemoryCluster, service: str, *addresses: str) -> None:
     meta = {"name": f"{service}-1", "namespace": "default", "labels": {"kubernetes.io/service-name": service}}
     await cluster.client.create(
         ENDPOINTSLICES,
@@ -218,7 +219,7 @@ async def create_slice(cluster: World, service: str, *addresses: str) -> None:
     )
 
 
-def _content(machine: Machine) -> tuple[Any, ...]:
+def _content(machine: Machine[FakeKernel]) -> tuple[Any, ...]:
     """What the node's namespace holds of ours, without what the kernel chooses."""
     state = machine.kernel.host.state()
     links = {(link.name, link.up, link.mtu, link.master) for link in state.links.values()}
@@ -234,11 +235,11 @@ async def _empty(found: Any) -> bool:
     return not await found
 
 
-async def _same_rules(machine: Machine, rules: Any) -> bool:
+async def _same_rules(machine: Machine[FakeKernel], rules: Any) -> bool:
     return bool(await machine.kernel.observe_nft(TABLE) == rules)
 
 
-async def _rules_name(machine: Machine, address: str) -> bool:
+async def _rules_name(machine: Machine[FakeKernel], address: str) -> bool:
     """Whether an element of our tables holds the address, in its key or in its data."""
     packed = ipaddress.ip_address(address).packed
     rules = await machine.kernel.observe_nft(TABLE)
@@ -246,20 +247,20 @@ async def _rules_name(machine: Machine, address: str) -> bool:
     return any(packed in key or (isinstance(data, bytes) and packed in data) for key, data in elements)
 
 
-async def _no_rules_name(machine: Machine, address: str) -> bool:
+async def _no_rules_name(machine: Machine[FakeKernel], address: str) -> bool:
     return not await _rules_name(machine, address)
 
 
-async def _says(cluster: World, words: str) -> bool:
+async def _says(cluster: MemoryCluster, words: str) -> bool:
     node = await cluster.exists(NODES, "n1")
     return node is not None and words in str(node["status"].get("conditions"))
 
 
-async def _ready_is(cluster: World, status: str) -> bool:
+async def _ready_is(cluster: MemoryCluster, status: str) -> bool:
     node = await cluster.exists(NODES, "n1")
     return node is not None and condition(node, "Ready") == status
 
 
-async def _lease_changed(cluster: World, first: Json) -> bool:
+async def _lease_changed(cluster: MemoryCluster, first: Json) -> bool:
     lease = await cluster.client.get(LEASES, "n1", "kube-node-lease")
     return bool(lease["spec"]["renewTime"] != first["spec"]["renewTime"])

@@ -4,7 +4,6 @@ import asyncio
 import errno
 
 import pytest
-from agentworld import Machine, World, condition
 
 from podwire.agent.reservations import Reservations
 from podwire.model.ids import pod_netns
@@ -12,9 +11,11 @@ from podwire.model.meta import Json
 from podwire.model.ops import AddLink, DelLink
 from podwire.model.resources import EVENTS, PODS
 from podwire.plan.naming import host_veth
+from podwire.testing.fakekernel import FakeKernel
+from podwire.testing.memorycluster import Machine, MemoryCluster, condition
 
 
-def reserved(machine: Machine) -> set[str]:
+def reserved(machine: Machine[FakeKernel]) -> set[str]:
     book = Reservations(machine.config.state_dir / "reservations.db")
     try:
         return {str(r.address) for r in book.all()}
@@ -22,23 +23,23 @@ def reserved(machine: Machine) -> set[str]:
         book.close()
 
 
-async def gone(cluster: World, name: str) -> bool:
+async def gone(cluster: MemoryCluster, name: str) -> bool:
     return await cluster.exists(PODS, name, "default") is None
 
 
-async def test_a_host_network_pod_has_the_nodes_addresses_and_no_link(cluster: World) -> None:
+async def test_a_host_network_pod_has_the_nodes_addresses_and_no_link(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine):
         created = await cluster.create_pod("host", "n1", hostNetwork=True)
         pod = await cluster.until_running("host")
-        assert [entry["ip"] for entry in pod["status"]["podIPs"]] == ["198.18.0.11", "2001:db8:1::b"]
+        assert [entry["ip"] for entry in pod["status"]["podIPs"]] == ["198.18.0.11", "2001:db8:1::11"]
         assert host_veth(created["metadata"]["uid"]) not in (await machine.kernel.observe()).links
         assert reserved(machine) == set()
         await cluster.client.delete(PODS, "host", "default")
         await cluster.until(lambda: gone(cluster, "host"))
 
 
-async def test_a_second_pod_with_the_same_host_port_is_rejected(cluster: World) -> None:
+async def test_a_second_pod_with_the_same_host_port_is_rejected(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     ports = [{"name": "app", "image": "web", "ports": [{"containerPort": 80, "hostPort": 8080}]}]
     async with cluster.agent(machine):
@@ -53,7 +54,7 @@ async def test_a_second_pod_with_the_same_host_port_is_rejected(cluster: World) 
         assert len(machine.runtime.boxes) == 1
 
 
-async def test_more_pods_than_the_node_takes_are_rejected(cluster: World) -> None:
+async def test_more_pods_than_the_node_takes_are_rejected(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1, max_pods=1)
     async with cluster.agent(machine):
         await cluster.create_pod("first", "n1")
@@ -63,7 +64,7 @@ async def test_more_pods_than_the_node_takes_are_rejected(cluster: World) -> Non
         assert pod["status"]["reason"] == "OutOfpods"
 
 
-async def test_a_finished_pod_gives_its_address_back_and_keeps_its_status(cluster: World) -> None:
+async def test_a_finished_pod_gives_its_address_back_and_keeps_its_status(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine):
         created = await cluster.create_pod("job", "n1", restartPolicy="Never")
@@ -83,7 +84,7 @@ async def test_a_finished_pod_gives_its_address_back_and_keeps_its_status(cluste
         await cluster.until(lambda: not machine.runtime.boxes)
 
 
-async def test_deletion_by_force_ends_the_pod_at_once(cluster: World) -> None:
+async def test_deletion_by_force_ends_the_pod_at_once(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine):
         created = await cluster.create_pod("web", "n1")
@@ -94,7 +95,7 @@ async def test_deletion_by_force_ends_the_pod_at_once(cluster: World) -> None:
         await cluster.until(lambda: not reserved(machine))
 
 
-async def test_a_grace_that_is_cut_short_counts(cluster: World) -> None:
+async def test_a_grace_that_is_cut_short_counts(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine):
         created = await cluster.create_pod("web", "n1")
@@ -109,7 +110,7 @@ async def test_a_grace_that_is_cut_short_counts(cluster: World) -> None:
 
 
 @pytest.mark.parametrize("method", ["create_sandbox", "start"])
-async def test_what_the_runtime_fails_is_tried_again_and_told(cluster: World, method: str) -> None:
+async def test_what_the_runtime_fails_is_tried_again_and_told(cluster: MemoryCluster, method: str) -> None:
     machine = cluster.machine(1)
     machine.runtime.fail_next(method, times=2)
     async with cluster.agent(machine):
@@ -121,7 +122,7 @@ async def test_what_the_runtime_fails_is_tried_again_and_told(cluster: World, me
 
 
 @pytest.mark.parametrize("op", ["AddLink", "AddAddress", "SetRoute", "SetNeighbour"])
-async def test_what_the_kernel_refuses_once_does_not_matter(cluster: World, op: str) -> None:
+async def test_what_the_kernel_refuses_once_does_not_matter(cluster: MemoryCluster, op: str) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine):
         machine.kernel.fail_next(op, errno.ENOBUFS)
@@ -132,7 +133,7 @@ async def test_what_the_kernel_refuses_once_does_not_matter(cluster: World, op: 
         assert {str(r.dst) for r in inside.routes} == {"0.0.0.0/0", "::/0"}
 
 
-async def test_a_new_agent_takes_over_without_touching_anything(cluster: World) -> None:
+async def test_a_new_agent_takes_over_without_touching_anything(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine):
         for name in ("a", "b"):
@@ -152,7 +153,7 @@ async def test_a_new_agent_takes_over_without_touching_anything(cluster: World) 
     assert again["status"]["conditions"] == first["status"]["conditions"]
 
 
-async def test_pods_deleted_while_no_agent_ran_are_ended_by_the_next(cluster: World) -> None:
+async def test_pods_deleted_while_no_agent_ran_are_ended_by_the_next(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine):
         for name in ("forced", "graceful", "stays"):
@@ -169,7 +170,7 @@ async def test_pods_deleted_while_no_agent_ran_are_ended_by_the_next(cluster: Wo
         assert condition(await cluster.pod("stays"), "Ready") == "True"
 
 
-async def test_an_agent_killed_at_any_step_of_a_pods_start_leaks_nothing(cluster: World) -> None:
+async def test_an_agent_killed_at_any_step_of_a_pods_start_leaks_nothing(cluster: MemoryCluster) -> None:
     """Kill it after each number of event loop turns, delete the pod, start a new agent: no address, no link stays."""
     machine = cluster.machine(1)
     async with cluster.agent(machine):
@@ -186,7 +187,7 @@ async def test_an_agent_killed_at_any_step_of_a_pods_start_leaks_nothing(cluster
         assert not [name for name in (await machine.kernel.observe()).links if name.startswith("veth")]
 
 
-async def test_two_pods_never_share_an_address(cluster: World) -> None:
+async def test_two_pods_never_share_an_address(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine):
         await asyncio.gather(*(cluster.create_pod(f"p{n}", "n1") for n in range(20)))
@@ -195,11 +196,11 @@ async def test_two_pods_never_share_an_address(cluster: World) -> None:
     assert len(set(addresses)) == 40
 
 
-async def _in_phase(cluster: World, name: str, phase: str) -> Json | None:
+async def _in_phase(cluster: MemoryCluster, name: str, phase: str) -> Json | None:
     pod = await cluster.pod(name)
     return pod if pod["status"].get("phase") == phase else None
 
 
-async def _events(cluster: World, reason: str) -> list[Json]:
+async def _events(cluster: MemoryCluster, reason: str) -> list[Json]:
     found = await cluster.client.list(EVENTS, "default")
     return [event for event in found.items if event["reason"] == reason]

@@ -1,10 +1,9 @@
-from agentworld import World, condition
-
 from podwire.model.resources import LEASES, NODES, PODS
 from podwire.plan.naming import host_veth
+from podwire.testing.memorycluster import MemoryCluster, condition
 
 
-async def test_a_node_registers_and_becomes_ready(cluster: World) -> None:
+async def test_a_node_registers_and_becomes_ready(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1, labels={"tier": "test"})
     async with cluster.agent(machine):
         node = await cluster.until(lambda: _ready_node(cluster, "n1"))
@@ -14,16 +13,16 @@ async def test_a_node_registers_and_becomes_ready(cluster: World) -> None:
         "kubernetes.io/arch": "",
         "tier": "test",
     }
-    assert node["metadata"]["annotations"]["flannel.alpha.coreos.com/public-ipv6"] == "2001:db8:1::b"
+    assert node["metadata"]["annotations"]["flannel.alpha.coreos.com/public-ipv6"] == "2001:db8:1::11"
     assert condition(node, "NetworkUnavailable") == "False"
     assert node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"] == 10250
-    assert [a["address"] for a in node["status"]["addresses"]] == ["198.18.0.11", "2001:db8:1::b", "n1"]
+    assert [a["address"] for a in node["status"]["addresses"]] == ["198.18.0.11", "2001:db8:1::11", "n1"]
     lease = await cluster.client.get(LEASES, "n1", "kube-node-lease")
     assert lease["spec"]["holderIdentity"] == "n1"
     assert {"cni0", "flannel.1", "flannel-v6.1"} <= set((await machine.kernel.observe()).links)
 
 
-async def test_a_pod_runs_and_is_deleted_without_a_trace(cluster: World) -> None:
+async def test_a_pod_runs_and_is_deleted_without_a_trace(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine):
         before = await machine.kernel.observe()
@@ -43,10 +42,10 @@ async def test_a_pod_runs_and_is_deleted_without_a_trace(cluster: World) -> None
         assert (set(after.links), after.neighbours) == (set(before.links), before.neighbours)
 
 
-async def _ready_node(cluster: World, name: str) -> object:
+async def _ready_node(cluster: MemoryCluster, name: str) -> object:
     node = await cluster.client.get(NODES, name)
     return node if condition(node, "Ready") == "True" else None
 
 
-async def _gone(cluster: World, name: str) -> bool:
+async def _gone(cluster: MemoryCluster, name: str) -> bool:
     return await cluster.exists(PODS, name, "default") is None

@@ -1,6 +1,7 @@
-"""A cluster in one process for the agent's tests: podwire's real API server on memory, fake kernels, pods that run in memory.
+"""A cluster in one process: podwire's real API server on memory, nodes with fake kernels (or others), pods without processes.
 
-The fakes execute: an agent is tested by what the API and the kernel hold afterwards, never by what it called."""
+The fakes execute: an agent is tested by what the API and the kernel hold afterwards, never by what it called.
+"""
 
 import asyncio
 import ipaddress
@@ -10,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from podwire.agent.config import AgentConfig
 from podwire.agent.node import NodeAgent
@@ -20,7 +21,8 @@ from podwire.apiserver.config import ServerConfig
 from podwire.apiserver.server import ApiServer, Listener
 from podwire.client.api import ApiClient
 from podwire.client.errors import NotFound
-from podwire.model.addr import Family
+from podwire.kernel.port import Kernel
+from podwire.model.addr import Family, IPAddress
 from podwire.model.errors import PodwireError
 from podwire.model.kernelstate import Device, Link
 from podwire.model.meta import Json
@@ -28,7 +30,7 @@ from podwire.model.objects import Pod
 from podwire.model.podruntime import PodEvent, PodNetwork, PodReport, Sandbox
 from podwire.model.resources import NODES, PODS, Resource
 from podwire.store.memory import MemoryStore
-from podwire.testing import FakeKernel
+from podwire.testing.fakekernel import FakeKernel
 
 DEADLINE = 10.0
 CLUSTER = {Family.IPV4: ipaddress.ip_network("10.244.0.0/16"), Family.IPV6: ipaddress.ip_network("fd00:10:244::/56")}
@@ -39,7 +41,7 @@ DUAL = (Family.IPV4, Family.IPV6)
 class MemoryRuntime:
     """`PodRuntime` without processes: a sandbox is an entry, a started pod runs and is ready at once. Outlives agents.
 
-    `hold` keeps started pods from running until `finish` or `run`; `fail` makes the next calls of a method fail."""
+    `fail_next` makes the next calls of a method fail; with `hold_stop`, stopping takes until it is asked for without grace."""
 
     def __init__(self) -> None:
         self.boxes: dict[str, Sandbox] = {}
@@ -116,38 +118,47 @@ class MemoryRuntime:
             raise PodwireError(f"injected: {method}")
 
 
+K = TypeVar("K", bound=Kernel)
+
+
 @dataclass
-class Machine:
+class Machine(Generic[K]):
     """What outlives an agent: kernel, runtime, disk."""
 
     config: AgentConfig
-    kernel: FakeKernel
+    kernel: K
     runtime: MemoryRuntime = field(default_factory=MemoryRuntime)
 
 
-class World:
+def node_address(index: int, family: Family) -> IPAddress:
+    """The underlay address of `n<index>`."""
+    base = ipaddress.ip_address("198.18.0.10" if family is Family.IPV4 else "2001:db8:1::10")
+    return base + index
+
+
+class MemoryCluster:
     """The API and the machines. `client` is an administrator's."""
 
     def __init__(self, client: ApiClient, url: str, directory: Path) -> None:
         self.client, self.url, self.directory = client, url, directory
 
-    def machine(self, index: int, families: tuple[Family, ...] = DUAL, **settings: Any) -> Machine:
-        addresses = {
-            Family.IPV4: ipaddress.ip_address(f"198.18.0.{10 + index}"),
-            Family.IPV6: ipaddress.ip_address(f"2001:db8:1::{10 + index:x}"),
-        }
-        config = AgentConfig(
+    def machine(self, index: int, families: tuple[Family, ...] = DUAL, **settings: Any) -> Machine[FakeKernel]:
+        """A machine named `n<index>` with a fake kernel; `settings` go into its AgentConfig."""
+        uplink = Link("eth0", Device(), mtu=1500)
+        return Machine(self.config(index, families, **settings), FakeKernel(uplink))
+
+    def config(self, index: int, families: tuple[Family, ...] = DUAL, **settings: Any) -> AgentConfig:
+        return AgentConfig(
             node_name=f"n{index}",
-            node_ips=tuple(addresses[family] for family in families),
+            node_ips=tuple(node_address(index, family) for family in families),
             cluster_cidrs=tuple(CLUSTER[family] for family in families),
             service_cidrs=tuple(SERVICES[family] for family in families),
             state_dir=self.directory / f"n{index}",
             **settings,
         )
-        return Machine(config, FakeKernel(Link("eth0", Device(), mtu=1500)))
 
     @asynccontextmanager
-    async def agent(self, machine: Machine, *, subnets: bool = True) -> AsyncIterator[NodeAgent]:
+    async def agent(self, machine: Machine[Any], *, subnets: bool = True) -> AsyncIterator[NodeAgent]:
         """Run an agent on the machine until the block is left, which is as abrupt as killing it. With `subnets`, the node
         gets podCIDRs (as the controller would give) and is ready when the block begins."""
         async with ApiClient(self.url) as client:
@@ -165,7 +176,7 @@ class World:
                 with suppress(asyncio.CancelledError):
                     await task
 
-    async def give_subnets(self, machine: Machine) -> None:
+    async def give_subnets(self, machine: Machine[Any]) -> None:
         name = machine.config.node_name
         index = int(name.removeprefix("n"))
         texts = {4: f"10.244.{index}.0/24", 6: f"fd00:10:244:{index:x}::/64"}
@@ -232,7 +243,7 @@ def condition(obj: Json, kind: str) -> str | None:
 
 
 @asynccontextmanager
-async def world(directory: Path) -> AsyncIterator[World]:
+async def memory_cluster(directory: Path) -> AsyncIterator[MemoryCluster]:
     async with AsyncExitStack() as stack:
         store = MemoryStore()
         stack.push_async_callback(store.close)
@@ -242,4 +253,4 @@ async def world(directory: Path) -> AsyncIterator[World]:
         await server.start([Listener(listener)])
         stack.push_async_callback(server.stop)
         client = await stack.enter_async_context(ApiClient(url))
-        yield World(client, url, directory)
+        yield MemoryCluster(client, url, directory)
