@@ -136,7 +136,7 @@ def _row(directory: "LabDirectory", record: "LabRecord") -> dict[str, Any]:
 def execute(lab_name: str, namespace: str, tty: bool | None, target: str, command: tuple[str, ...]) -> None:
     """Run a command inside the lab: podwire lab exec TARGET -- COMMAND…
 
-    TARGET is a pod ([NAMESPACE/]POD[/CONTAINER]), a node (node1), `world` (the clients outside the cluster) or `balancer`.
+    TARGET is a pod ([NAMESPACE/]POD[/CONTAINER]), a node (node-1), `world` (the clients outside the cluster) or `balancer`.
     The exit status is the command's own.
     """
     command = command[1:] if command[0] == "--" else command

@@ -4,9 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import socket
-import ssl
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
@@ -14,8 +12,7 @@ from typing import Any
 
 from podwire import __version__
 from podwire.apiserver.app import create_app
-from podwire.apiserver.auth import ADMIN, User
-from podwire.apiserver.config import KubeletAccess, ServerConfig
+from podwire.apiserver.config import ServerConfig
 from podwire.apiserver.server import ApiServer, Listener
 from podwire.client.api import ApiClient
 from podwire.client.errors import NotFound
@@ -25,6 +22,7 @@ from podwire.kernel.linux import LinuxKernel
 from podwire.lab.balancer import Balancer
 from podwire.lab.boot import NETNS_DIR, RUNTIME_DIR
 from podwire.lab.control import add_routes
+from podwire.lab.credentials import Credentials
 from podwire.lab.errors import LabError
 from podwire.lab.fabric import Fabric
 from podwire.lab.machine import LabEnvironment, LabNode
@@ -59,8 +57,7 @@ class LabCluster:
         self.topology = Topology(spec.families, spec.balancer_pools)
         self._directory = LabDirectory(path.parent, path.name)
         self._listener = listener
-        self._token = secrets.token_urlsafe(32)
-        self._internal_token = secrets.token_urlsafe(32)
+        self._credentials = Credentials()
         self._stop = asyncio.Event()
         self._changing = asyncio.Lock()
         self._closing = contextlib.AsyncExitStack()
@@ -111,14 +108,14 @@ class LabCluster:
     async def _start_api(self) -> None:
         store = SqliteStore.open(self._directory.database)
         self._closing.push_async_callback(store.close)
-        self._kubelet = KubeletAccess(token=secrets.token_urlsafe(32))
+        services = self.spec.service_prefixes
         config = ServerConfig(
-            tokens={self._token: ADMIN, self._internal_token: User("system:podwire", ("system:masters",))},
-            service_cidrs=tuple(self.spec.service_prefixes.values()),
+            tokens=self._credentials.users,
+            service_cidrs=tuple(services.values()),
             node_ports=range(self.spec.node_ports[0], self.spec.node_ports[1] + 1),
             advertise=tuple(self.topology.fabric.values()),
             advertise_port=API_PORT,
-            kubelet=self._kubelet,
+            kubelet=self._credentials.kubelet_access,
             build=__version__,
         )
         app = create_app(store, config)
@@ -126,23 +123,12 @@ class LabCluster:
         server = ApiServer(app)
         self._closing.push_async_callback(server.stop)
         self._closing.push_async_callback(self.client.close)
-        tls = self._tls()
+        tls = self._credentials.server_context([*self.topology.fabric.values(), *(net[1] for net in services.values())])
         outside = socket.socket(fileno=self._listener)
         inside = [_listen(str(address), API_PORT) for address in self.topology.fabric.values()]
         await server.start([Listener(outside, tls), *(Listener(sock, tls) for sock in inside), Listener(self._listen_inside())])
-        write_private(self._directory.kubeconfig, self._kubeconfig(outside.getsockname()[1]))
-
-    def _tls(self) -> ssl.SSLContext | None:
-        return None
-
-    def _kubeconfig(self, port: int) -> str:
-        return f"""apiVersion: v1
-kind: Config
-current-context: lab
-clusters: [{{name: lab, cluster: {{server: "http://127.0.0.1:{port}"}}}}]
-contexts: [{{name: lab, context: {{cluster: lab, user: admin}}}}]
-users: [{{name: admin, user: {{token: "{self._token}"}}}}]
-"""
+        port: int = outside.getsockname()[1]
+        write_private(self._directory.kubeconfig, self._credentials.kubeconfig(f"podwire-{self.spec.name}", port))
 
     def _listen_inside(self) -> socket.socket:
         """An abstract Unix socket: it exists in the lab's own network namespace only, where no pod is."""
@@ -152,12 +138,13 @@ users: [{{name: admin, user: {{token: "{self._token}"}}}}]
         return sock
 
     def _connect(self, user_agent: str) -> ApiClient:
-        return ApiClient("http://lab", unix_socket=_INSIDE, token=self._internal_token, user_agent=user_agent)
+        return ApiClient("http://lab", unix_socket=_INSIDE, token=self._credentials.inside_token, user_agent=user_agent)
 
     async def _controllers(self) -> None:
         config = ControllersConfig(
             cluster_cidrs=tuple(ClusterCidr(net, 24 if net.version == 4 else 64) for net in self.spec.pod_prefixes.values()),
             load_balancer_pools=tuple(self.spec.balancer_pools.values()),
+            ca_certificate=self._credentials.ca_certificate,
         )
         async with self._connect("podwire/controllers") as client:
             await run_controllers(client, config)
@@ -169,7 +156,7 @@ users: [{{name: admin, user: {{token: "{self._token}"}}}}]
         self._shim = shim = start_shim(root / "shim")
         asyncio.get_running_loop().add_reader(shim.pidfd, self._shim_ended, shim)
         self._closing.callback(self._stop_shim, shim)
-        self._environment = LabEnvironment(self.spec, root, shim.socket_path, self._connect, self._kubelet.token)
+        self._environment = LabEnvironment(self.spec, root, shim.socket_path, self._connect, self._credentials)
 
     def _stop_shim(self, shim: ShimProcess) -> None:
         asyncio.get_running_loop().remove_reader(shim.pidfd)

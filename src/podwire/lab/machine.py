@@ -5,7 +5,6 @@ import contextlib
 import logging
 import shutil
 import socket
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,6 +17,7 @@ from podwire.client.api import ApiClient
 from podwire.client.backoff import Backoff
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import in_netns, open_netns
+from podwire.lab.credentials import Credentials
 from podwire.lab.spec import LabSpec
 from podwire.lab.topology import FABRIC_MTU, Place
 from podwire.runtime.kubelet import PORT, KubeletServer
@@ -37,8 +37,7 @@ class LabEnvironment:
     root: Path
     shim_socket: Path
     connect: Callable[[str], ApiClient]
-    kubelet_token: str = field(repr=False)
-    kubelet_ssl: ssl.SSLContext | None = None
+    credentials: Credentials = field(repr=False)
 
 
 class LabNode:
@@ -50,6 +49,7 @@ class LabNode:
         self.place = place
         self._netns, self._netns_path, self._env = netns, netns_path, env
         self._root = env.root / "nodes" / place.name
+        self._tls = env.credentials.node_context(place)
         self._agent: NodeAgent | None = None
         self._runtime: NodeRuntime | None = None
         self._task: asyncio.Task[None] | None = None
@@ -130,9 +130,9 @@ class LabNode:
             stack.push_async_callback(client.close)
             runtime = self._new_runtime()
             stack.push_async_callback(runtime.close)
-            kubelet = KubeletServer(runtime, self._env.kubelet_token)
+            kubelet = KubeletServer(runtime, self._env.credentials.kubelet_token)
             stack.push_async_callback(kubelet.stop)
-            await kubelet.start(await in_netns(self._netns, self._listen), self._env.kubelet_ssl)
+            await kubelet.start(await in_netns(self._netns, self._listen), self._tls)
             self._agent, self._runtime = NodeAgent(self._config(), kernel, client, runtime), runtime
             stack.callback(self._forget)
             self._started.set()

@@ -2,7 +2,7 @@
 
     world ── eth0 ┐                     198.18.1.1   2001:db8:1::1:1   clients; the nodes' default gateway
     balancer eth0 ┤  fabric (bridge)    198.18.2.1   2001:db8:1::2:1   picks a node for each LoadBalancer connection
-    node<i>  eth0 ┘  198.18.0.1         198.18.0.(10+i)  2001:db8:1::(10+i)
+    node-<i> eth0 ┘  198.18.0.1         198.18.0.(10+i)  2001:db8:1::(10+i)
 
 A node's place follows from its index alone, so nodes come and go without moving another.
 """
@@ -34,14 +34,14 @@ _WORLD = {Family.IPV4: "198.18.1.1", Family.IPV6: "2001:db8:1::1:1"}
 _BALANCER = {Family.IPV4: "198.18.2.1", Family.IPV6: "2001:db8:1::2:1"}
 _RTPROT_BOOT = 3
 """rtm_protocol of routes that were set when the machine started (linux/rtnetlink.h)."""
-_NODE_NAME = re.compile(r"node([1-9][0-9]{0,2})")
+_NODE_NAME = re.compile(r"node-([1-9][0-9]{0,2})")
 
 
 def node_name(index: int) -> str:
     """The name of the node with this index (from 1)."""
     if not 1 <= index <= MAX_NODES:
         raise ValueError(f"node index {index} is not within 1 to {MAX_NODES}")
-    return f"node{index}"
+    return f"node-{index}"
 
 
 def node_index(name: str) -> int | None:

@@ -32,7 +32,7 @@ def test_every_place_has_its_own_addresses_and_mac(ip_family: str) -> None:
 
 def test_a_node_is_found_where_its_index_says() -> None:
     node = topology("dual").node(1)
-    assert node.name == "node1"
+    assert node.name == "node-1"
     assert [str(address) for address in node.addresses.values()] == ["198.18.0.11", "2001:db8:1::11"]
 
 
@@ -41,7 +41,7 @@ def test_names_and_indexes_are_each_others_inverse(index: int) -> None:
     assert node_index(node_name(index)) == index
 
 
-@pytest.mark.parametrize("name", ["world", "node", "node0", "node01", f"node{MAX_NODES + 1}", "node-1", "mynode1"])
+@pytest.mark.parametrize("name", ["world", "node", "node-0", "node-01", f"node-{MAX_NODES + 1}", "node1", "my-node-1"])
 def test_other_names_are_no_nodes(name: str) -> None:
     assert node_index(name) is None
 
@@ -58,7 +58,7 @@ def test_a_nodes_plan_cables_it_to_the_fabric_and_points_at_the_world(ip_family:
     place = lab.node(7)
     plan = lab.plan_node(place)
     links = [op for op in plan if isinstance(op, AddLink)]
-    assert [(op.link.name, op.link.master, op.link.kind) for op in links] == [("node7", FABRIC, Veth("eth0", place.netns))]
+    assert [(op.link.name, op.link.master, op.link.kind) for op in links] == [("node-7", FABRIC, Veth("eth0", place.netns))]
     assert [op.peer.name for op in links if op.peer] == ["eth0"]
     routes = [op.route for op in plan if isinstance(op, SetRoute)]
     assert [(route.dst, route.via) for route in routes] == [(f.any, lab.world.addresses[f]) for f in lab.families]
