@@ -96,6 +96,7 @@ class LiveCluster:
 
     async def deploy(self, name: str, replicas: int, *, namespace: str = "default", image: str = "web:1", **spec: Any) -> Json:
         labels = {"app": name} | spec.pop("labels", {})
+        pod = spec.pop("pod", {})
         container = {"name": "web", "image": image, "ports": [{"name": "http", "containerPort": 8080}]}
         document = {
             "apiVersion": "apps/v1",
@@ -104,7 +105,7 @@ class LiveCluster:
             "spec": {
                 "replicas": replicas,
                 "selector": {"matchLabels": {"app": name}},
-                "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]}},
+                "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]} | pod},
                 **spec,
             },
         }
