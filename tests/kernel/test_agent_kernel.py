@@ -1,0 +1,294 @@
+"""Two whole agents on the real kernel: namespaces as machines, a bridge as the underlay, packets between pods."""
+
+import asyncio
+import ipaddress
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from podwire.agent.node import NodeAgent
+from podwire.kernel.linux import LinuxKernel
+from podwire.kernel.netns import create_netns, run_in_netns
+from podwire.model.addr import Family, IPAddress
+from podwire.model.ids import HOST, NetnsName
+from podwire.model.kernelstate import Address, Bridge, Link, NetState, Veth
+from podwire.model.objects import Pod
+from podwire.model.ops import DelAddress, DelLink, DelNeighbour, DelRoute
+from podwire.model.podruntime import Sandbox
+from podwire.model.resources import ENDPOINTSLICES, SERVICES
+from podwire.plan.diff import diff
+from podwire.plan.naming import host_veth
+from podwire.testing.memorycluster import DUAL, Machine, MemoryCluster, MemoryRuntime, memory_cluster, node_address
+
+pytestmark = [pytest.mark.kernel, pytest.mark.needs("VXLAN devices", "bridge devices", "IPv6", "nftables")]
+
+Node = Machine[LinuxKernel]
+
+
+class NetnsRuntime(MemoryRuntime):
+    """Sandboxes are real network namespaces, without processes in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fds: dict[str, int] = {}
+
+    async def create_sandbox(self, pod: Pod) -> Sandbox:
+        uid = pod.metadata.uid
+        if uid not in self.fds:
+            self.fds[uid] = create_netns()
+        sandbox = await super().create_sandbox(pod)
+        self.boxes[uid] = Sandbox(uid, sandbox.namespace, sandbox.name, 1, f"/proc/self/fd/{self.fds[uid]}")
+        return self.boxes[uid]
+
+    async def remove(self, uid: str) -> None:
+        await super().remove(uid)
+        if uid in self.fds:
+            os.close(self.fds.pop(uid))
+
+    async def close(self) -> None:
+        for uid in list(self.fds):
+            await self.remove(uid)
+
+
+@dataclass
+class Site:
+    """Nodes n1 and n2 on one underlay, and the API."""
+
+    cluster: MemoryCluster
+    nodes: tuple[Node, Node]
+    netns: tuple[int, int]
+
+    async def pod(self, name: str, node: str) -> "RunningPod":
+        await self.cluster.create_pod(name, node)
+        document = await self.cluster.until_running(name)
+        uid = document["metadata"]["uid"]
+        machine = self.nodes[int(node.removeprefix("n")) - 1]
+        assert isinstance(machine.runtime, NetnsRuntime)
+        ips = [ipaddress.ip_address(entry["ip"]) for entry in document["status"]["podIPs"]]
+        return RunningPod(uid, {DUAL[ip.version == 6]: ip for ip in ips}, machine.runtime.fds[uid])
+
+
+@dataclass
+class RunningPod:
+    uid: str
+    ips: dict[Family, IPAddress]
+    netns: int
+
+
+async def underlay(nodes: list[tuple[int, int]]) -> LinuxKernel:
+    """A namespace with a bridge to which the `eth0` of each node (index, namespace) is plugged."""
+    fabric = LinuxKernel(create_netns())
+    links: dict[str, Link] = {"fabric": Link("fabric", Bridge(), alias="podwire")}
+    states: dict[NetnsName, NetState] = {}
+    for index, fd in nodes:
+        label = NetnsName(f"n{index}")
+        fabric.attach(label, fd)
+        links[f"port{index}"] = Link(f"port{index}", Veth("eth0", label), master="fabric", alias="podwire")
+        held = frozenset(
+            Address("eth0", ipaddress.ip_interface(f"{node_address(index, family)}/{15 if family is Family.IPV4 else 48}"))
+            for family in DUAL
+        )
+        states[label] = NetState(links={"eth0": Link("eth0", Veth(f"port{index}", HOST))}, addresses=held)
+    applied = await fabric.apply(diff({HOST: NetState(links=links), **states}, {}))
+    assert applied.ok, applied.failures
+    return fabric
+
+
+@pytest_asyncio.fixture
+async def site(tmp_path: Path, make_netns: Callable[[], int]) -> AsyncIterator[Site]:
+    fds = {index: make_netns() for index in (1, 2)}
+    fabric = await underlay(list(fds.items()))
+    async with memory_cluster(tmp_path) as cluster:
+        nodes = [Machine(cluster.config(index), LinuxKernel(fd), NetnsRuntime()) for index, fd in fds.items()]
+        try:
+            yield Site(cluster, (nodes[0], nodes[1]), (fds[1], fds[2]))
+        finally:
+            for node in nodes:
+                await node.runtime.close()
+                await node.kernel.close()
+            await fabric.close()
+
+
+@contextmanager
+def echo_server(netns: int, family: Family, port: int = 8080) -> Iterator[None]:
+    """Answers every connection in the namespace with the client's address and all that it sends."""
+    kind = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
+    server = run_in_netns(netns, lambda: socket.socket(kind, socket.SOCK_STREAM))
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server.bind(("0.0.0.0" if family is Family.IPV4 else "::", port))
+    server.listen(64)
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, peer = server.accept()
+            except OSError:
+                return
+            with connection:
+                connection.sendall(f"{peer[0]}\n".encode())
+                while data := connection.recv(65536):
+                    connection.sendall(data)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join(5)
+
+
+def call(netns: int, target: IPAddress, port: int = 8080, payload: bytes = b"x" * 4000) -> str:
+    """The client's address as the server saw it. Raises OSError where the server cannot be reached."""
+    kind = socket.AF_INET if target.version == 4 else socket.AF_INET6
+    with run_in_netns(netns, lambda: socket.socket(kind, socket.SOCK_STREAM)) as client:
+        client.settimeout(3)
+        client.connect((str(target), port))
+        client.sendall(payload)
+        client.shutdown(socket.SHUT_WR)
+        answer = b""
+        while data := client.recv(65536):
+            answer += data
+    seen, _, rest = answer.partition(b"\n")
+    assert rest == payload
+    return seen.decode()
+
+
+@pytest.mark.parametrize("family", DUAL)
+async def test_pods_reach_each_other_under_their_own_addresses(site: Site, family: Family) -> None:
+    async with site.cluster.agent(site.nodes[0]), site.cluster.agent(site.nodes[1]):
+        near, far = await site.pod("near", "n1"), await site.pod("far", "n2")
+        beside = await site.pod("beside", "n1")
+        await programmed(site)
+        with echo_server(beside.netns, family), echo_server(far.netns, family):
+            for server in (beside, far):
+                seen = await asyncio.to_thread(call, near.netns, server.ips[family])
+                assert seen == str(near.ips[family])
+
+
+@pytest.mark.parametrize("family", DUAL)
+async def test_service_address_leads_to_a_pod_on_another_node(site: Site, family: Family) -> None:
+    address = ipaddress.ip_address("10.96.0.77" if family is Family.IPV4 else "fd00:10:96::77")
+    async with site.cluster.agent(site.nodes[0]) as agent, site.cluster.agent(site.nodes[1]):
+        near, far = await site.pod("near", "n1"), await site.pod("far", "n2")
+        await programmed(site)
+        before = agent.status().commits
+        await publish(site.cluster, address, far.ips[family])
+        await site.cluster.until(lambda: agent.status().commits > before)
+        with echo_server(far.netns, family):
+            await site.cluster.until(lambda: _reachable(near.netns, address, 80))
+            assert await asyncio.to_thread(call, near.netns, address, 80) == str(near.ips[family])
+
+
+async def test_what_someone_else_breaks_is_put_back_within_a_second(site: Site) -> None:
+    kernel = site.nodes[0].kernel
+    async with site.cluster.agent(site.nodes[0]) as agent, site.cluster.agent(site.nodes[1]):
+        near, far = await site.pod("near", "n1"), await site.pod("far", "n2")
+        await programmed(site)
+        whole = content(await kernel.observe())
+        stranger = LinuxKernel(site.netns[0])
+        try:
+            state = await stranger.observe()
+            for broken in (
+                DelRoute(next(r for r in state.routes if r.dst.version == 4)),
+                DelNeighbour(next(n for n in state.neighbours if n.dev == "flannel.1")),
+                DelLink("flannel.1"),
+                DelAddress(next(a for a in state.addresses if str(a.interface) == "10.244.1.1/24")),
+                DelLink(host_veth(near.uid)),
+                DelLink("cni0"),
+            ):
+                repairs = agent.status().repairs
+                assert (await stranger.apply((broken,))).ok
+                async with asyncio.timeout(3):
+                    await site.cluster.until(partial(_repaired, agent, repairs))
+                    await site.cluster.until(lambda: _is(kernel, whole))
+        finally:
+            await stranger.close()
+        with echo_server(far.netns, Family.IPV4):
+            assert await asyncio.to_thread(call, near.netns, far.ips[Family.IPV4])
+
+
+async def test_an_agent_restarts_under_traffic_without_a_lost_byte(site: Site) -> None:
+    async with site.cluster.agent(site.nodes[1]):
+        async with site.cluster.agent(site.nodes[0]):
+            near, far = await site.pod("near", "n1"), await site.pod("far", "n2")
+            await programmed(site)
+        with echo_server(far.netns, Family.IPV4), open_connection(near.netns, far.ips[Family.IPV4]) as exchange:
+            events = site.nodes[0].kernel.events()
+            for _ in range(3):
+                async with site.cluster.agent(site.nodes[0]):
+                    await asyncio.to_thread(exchange)
+                await asyncio.to_thread(exchange)
+            await events.aclose()
+            changed = [event async for event in events if event.what != "nft"]
+        assert [event for event in changed if event.removed] == []
+
+
+@contextmanager
+def open_connection(netns: int, target: IPAddress) -> Iterator[Callable[[], None]]:
+    """A connection to an echo server; calling what is given sends and receives over it."""
+    with run_in_netns(netns, lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as client:
+        client.settimeout(3)
+        client.connect((str(target), 8080))
+        with client.makefile("rwb") as stream:
+            stream.readline()
+
+            def exchange() -> None:
+                stream.write(b"still there\n")
+                stream.flush()
+                assert stream.readline() == b"still there\n"
+
+            yield exchange
+
+
+async def publish(cluster: MemoryCluster, address: IPAddress, endpoint: IPAddress) -> None:
+    """A Service at `address`, port 80, with one endpoint at port 8080."""
+    family = DUAL[address.version == 6]
+    spec = {"clusterIP": str(address), "ipFamilies": [family.value], "ports": [{"port": 80, "targetPort": 8080}]}
+    await cluster.client.create(SERVICES, {"metadata": {"name": "web", "namespace": "default"}, "spec": spec})
+    meta = {"name": "web-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}}
+    body: dict[str, Any] = {"metadata": meta, "addressType": family.value, "ports": [{"port": 8080, "protocol": "TCP"}]}
+    await cluster.client.create(ENDPOINTSLICES, body | {"endpoints": [{"addresses": [str(endpoint)]}]})
+
+
+async def programmed(site: Site) -> None:
+    """Each node has a route to the other's subnet of either family."""
+    for node in site.nodes:
+        await site.cluster.until(partial(_has_routes, node.kernel, 2))
+
+
+def content(state: NetState) -> tuple[Any, ...]:
+    """What a node holds of ours, without what the kernel chooses."""
+    links = {(link.name, link.up, link.mtu, link.master) for link in state.links.values() if link.owned}
+    addresses = {a for a in state.addresses if not a.interface.is_link_local}
+    return links, addresses, state.routes, state.neighbours, state.fdb
+
+
+async def _has_routes(kernel: LinuxKernel, number: int) -> bool:
+    return len((await kernel.observe()).routes) == number
+
+
+async def _is(kernel: LinuxKernel, whole: tuple[Any, ...]) -> bool:
+    return content(await kernel.observe()) == whole
+
+
+def _repaired(agent: NodeAgent, before: int) -> bool:
+    return agent.status().repairs > before
+
+
+async def _reachable(netns: int, target: IPAddress, port: int) -> bool:
+    try:
+        await asyncio.to_thread(call, netns, target, port)
+    except OSError:
+        return False
+    return True
