@@ -75,7 +75,9 @@ def held(service: Json | None) -> set[str]:
     addresses = spec.get("clusterIPs") or [spec.get("clusterIP")]
     keys = {ip_key(address) for address in addresses if address and address != "None"}
     if spec.get("type") in ("NodePort", "LoadBalancer"):
-        ports = [port.get("nodePort") for port in spec.get("ports") or []] + [spec.get("healthCheckNodePort")]
+        ports = [port.get("nodePort") for port in spec.get("ports") or []]
+        if spec["type"] == "LoadBalancer":
+            ports.append(spec.get("healthCheckNodePort"))
         keys |= {port_key(port) for port in ports if port}
     return keys
 
