@@ -34,11 +34,11 @@ def follow_file(directory: LabDirectory, *, tail: int | None, follow: bool) -> N
 
 async def stream_pod_log(client: ApiClient, target: PodTarget, *, tail: int | None, follow: bool) -> None:
     """Print a container's log. Raises ApiError."""
-    params = {"follow": "true"} if follow else {}
+    params = {"container": target.container}
+    if follow:
+        params["follow"] = "true"
     if tail is not None:
         params["tailLines"] = str(tail)
-    if target.container:
-        params["container"] = target.container
     path = PODS.path(target.namespace, target.name, "log")
     async with aclosing(client.stream("GET", path, params=params)) as chunks:
         async for chunk in chunks:

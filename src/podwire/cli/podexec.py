@@ -29,8 +29,7 @@ async def run_in_pod(client: ApiClient, target: PodTarget, command: Sequence[str
     tty = terminal if tty is None else tty
     params = [("command", part) for part in command]
     params += [("stdin", "true"), ("stdout", "true"), ("stderr", "false" if tty else "true"), ("tty", str(tty).lower())]
-    if target.container:
-        params.append(("container", target.container))
+    params.append(("container", target.container))
     path = PODS.path(target.namespace, target.name, "exec")
     ws = await client.websocket(path, params=params, protocols=PROTOCOLS)
     try:

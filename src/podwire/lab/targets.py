@@ -7,6 +7,9 @@ from podwire.lab.topology import BALANCER, WORLD
 from podwire.model.errors import InvalidInput
 from podwire.model.objects import Pod
 
+DEFAULT_CONTAINER = "kubectl.kubernetes.io/default-container"
+"""The annotation by which a pod says which of its containers is meant when none is named."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlaceTarget:
@@ -17,11 +20,11 @@ class PlaceTarget:
 
 @dataclass(frozen=True, slots=True)
 class PodTarget:
-    """A container of a pod; `container` is empty for the first."""
+    """A container of a pod."""
 
     namespace: str
     name: str
-    container: str = ""
+    container: str
 
 
 Target = PlaceTarget | PodTarget
@@ -30,7 +33,9 @@ Target = PlaceTarget | PodTarget
 def find_target(text: str, nodes: Collection[str], pods: Sequence[Pod], namespace: str = "") -> Target:
     """`world`, `balancer`, a node, `pod`, `pod/container`, `namespace/pod` or `namespace/pod/container` → what it names.
 
-    Without `namespace` a pod may be in any. Raises InvalidInput for what does not exist or could be several."""
+    Without `namespace` a pod may be in any; without a container its default one is meant.
+
+    Raises InvalidInput for what does not exist or could be several."""
     if text in (WORLD, BALANCER) or (text in nodes and not namespace):
         return PlaceTarget(text)
     pods = [pod for pod in pods if not namespace or pod.metadata.namespace == namespace]
@@ -41,7 +46,7 @@ def find_target(text: str, nodes: Collection[str], pods: Sequence[Pod], namespac
             f"there is no pod, node or place named {text!r}: nodes are {', '.join(sorted(nodes))}; pods are {names}"
         )
     if len(found) > 1:
-        choices = ", ".join("/".join(filter(None, (t.namespace, t.name, t.container))) for t in found)
+        choices = ", ".join(f"{t.namespace}/{t.name}/{t.container}" for t in found)
         raise InvalidInput(f"{text!r} could be {choices}: write it as namespace/pod/container")
     return found[0]
 
@@ -49,13 +54,14 @@ def find_target(text: str, nodes: Collection[str], pods: Sequence[Pod], namespac
 def _match(parts: Sequence[str], pod: Pod) -> PodTarget | None:
     namespace, name = pod.metadata.namespace, pod.metadata.name
     containers = [container.name for container in pod.spec.containers]
+    default = pod.metadata.annotations.get(DEFAULT_CONTAINER, containers[0] if containers else "")
     match list(parts):
         case [p] if p == name:
-            return PodTarget(namespace, name)
+            return PodTarget(namespace, name, default)
         case [p, c] if p == name and c in containers:
             return PodTarget(namespace, name, c)
         case [ns, p] if (ns, p) == (namespace, name):
-            return PodTarget(namespace, name)
+            return PodTarget(namespace, name, default)
         case [ns, p, c] if (ns, p) == (namespace, name) and c in containers:
             return PodTarget(namespace, name, c)
         case _:

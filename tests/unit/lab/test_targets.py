@@ -29,14 +29,14 @@ PODS = (
         ("world", "", PlaceTarget("world")),
         ("balancer", "", PlaceTarget("balancer")),
         ("node1", "", PlaceTarget("node1")),
-        ("node1", "test", PodTarget("test", "node1")),
-        ("test/node1", "", PodTarget("test", "node1")),
-        ("cart", "", PodTarget("shop", "cart")),
+        ("node1", "test", PodTarget("test", "node1", "main")),
+        ("test/node1", "", PodTarget("test", "node1", "main")),
+        ("cart", "", PodTarget("shop", "cart", "cart")),
         ("cart/cart", "", PodTarget("shop", "cart", "cart")),
-        ("shop/cart", "", PodTarget("shop", "cart")),
+        ("shop/cart", "", PodTarget("shop", "cart", "cart")),
         ("shop/cart/exporter", "", PodTarget("shop", "cart", "exporter")),
-        ("web", "test", PodTarget("test", "web")),
-        ("test/web", "", PodTarget("test", "web")),
+        ("web", "test", PodTarget("test", "web", "main")),
+        ("test/web", "", PodTarget("test", "web", "main")),
     ],
 )
 def test_names(text: str, namespace: str, expected: Target) -> None:
@@ -44,7 +44,7 @@ def test_names(text: str, namespace: str, expected: Target) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "choices"), [("web", "shop/web, test/web"), ("cart/exporter", "shop/cart/exporter, cart/exporter")]
+    ("text", "choices"), [("web", "shop/web/main, test/web/main"), ("cart/exporter", "shop/cart/exporter, cart/exporter/main")]
 )
 def test_what_could_be_several_is_refused_with_the_choices(text: str, choices: str) -> None:
     with pytest.raises(InvalidInput, match=choices):
@@ -55,3 +55,10 @@ def test_what_could_be_several_is_refused_with_the_choices(text: str, choices: s
 def test_what_does_not_exist_is_refused_with_what_does(text: str) -> None:
     with pytest.raises(InvalidInput, match="nodes are node1, node2; pods are cart/exporter"):
         find_target(text, NODES, PODS)
+
+
+def test_a_pod_may_say_which_container_is_meant() -> None:
+    plain = pod("shop", "mesh", "proxy", "app")
+    meta = ObjectMeta(namespace="shop", name="mesh", annotations={"kubectl.kubernetes.io/default-container": "app"})
+    assert find_target("mesh", NODES, [plain]) == PodTarget("shop", "mesh", "proxy")
+    assert find_target("mesh", NODES, [Pod(metadata=meta, spec=plain.spec)]) == PodTarget("shop", "mesh", "app")

@@ -1,0 +1,58 @@
+"""Labs for tests, with a state directory of their own, so nobody's lab is disturbed."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from labcommand import SHOP, Lab, Podwire
+
+
+@pytest.fixture(scope="session")
+def podwire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podwire]:
+    command = Podwire(tmp_path_factory.mktemp("labs") / "state")
+    yield command
+    command("lab", "down", "--all")
+
+
+@pytest.fixture(scope="session")
+def lab(podwire: Podwire) -> Iterator[Lab]:
+    """One lab of three nodes with the shop in it, for all tests that leave it as it is."""
+    podwire.ok("lab", "up", "--name", "shared", "-f", str(SHOP), "--wait")
+    kubeconfig = podwire.ok("lab", "kubeconfig", "shared", "--path").strip()
+    yield Lab(podwire, "shared", kubeconfig)
+    podwire.ok("lab", "down", "shared")
+
+
+@pytest.fixture
+def ordinary(tmp_path: Path) -> Iterator[Podwire]:
+    """The command as an ordinary user runs it: as ourselves, or, where we are root, as uid 12345.
+
+    Root's Python may live where others cannot look (/root). In a mount namespace of its own the directories above it are
+    made passable, which nobody else sees."""
+    state = tmp_path / "state"
+    if os.geteuid() != 0:
+        yield Podwire(state)
+        return
+    state.mkdir()
+    os.chown(state, 12345, 12345)
+    for parent in tmp_path.parents:
+        if parent.owner() == "root" and parent != Path("/") and str(parent).startswith("/tmp/"):
+            parent.chmod(0o755)
+    tmp_path.chmod(0o755)
+    command = Podwire(state, ("unshare", "--mount", "--propagation", "private", "sh", "-ec", _AS_USER, "sh"))
+    yield command
+    command("lab", "down", "--all")
+
+
+_PREFIX = Path(sys.base_prefix)
+_TOP = Path(*_PREFIX.parts[:2])
+_AS_USER = f"""
+if [ ! -x {_TOP} ] || [ "$(stat -c %a {_TOP})" = 700 ]; then
+  mkdir -p /mnt && mount -t tmpfs tmpfs /mnt && mkdir /mnt/python && mount --bind {_PREFIX} /mnt/python
+  mount -t tmpfs -o mode=755 tmpfs {_TOP} && mkdir -p {_PREFIX} && mount --move /mnt/python {_PREFIX}
+fi
+export HOME=/nonexistent; unset XDG_RUNTIME_DIR
+exec setpriv --reuid 12345 --regid 12345 --clear-groups "$@"
+"""

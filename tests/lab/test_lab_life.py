@@ -1,0 +1,171 @@
+"""Labs come up, live side by side, and go without a trace, however they end."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from labcommand import PODWIRE, ROOT, SHOP, Podwire, until
+
+from podwire.lab.state import start_time
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
+
+
+def members(pid: int) -> dict[int, int]:
+    """pid → start time of all processes in the same user namespace as `pid`, or in one below it."""
+    root = os.stat(f"/proc/{pid}/ns/user").st_ino
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and _user_namespace(entry) == root:
+            found[int(entry.name)] = start_time(int(entry.name))
+    return found
+
+
+def _user_namespace(process: Path) -> int:
+    try:
+        return (process / "ns" / "user").stat().st_ino
+    except OSError:
+        return 0
+
+
+def namespaces_in_use() -> set[tuple[str, int]]:
+    """(kind, inode) of every namespace that some process is in."""
+    found = set()
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            for kind in ("user", "net", "mnt", "pid", "uts", "ipc"):
+                try:
+                    found.add((kind, (process / "ns" / kind).stat().st_ino))
+                except OSError:
+                    break
+    return found
+
+
+def port_of(podwire: Podwire, name: str) -> int:
+    server = next(lab["server"] for lab in podwire.labs() if lab["name"] == name)
+    return int(server.rpartition(":")[2])
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_up_and_down(podwire: Podwire) -> None:
+    out = podwire.ok("lab", "up", "--name", "plain", "--nodes", "2")
+    kubeconfig = re.search(r"^export KUBECONFIG=(.+)$", out, re.MULTILINE)
+    assert kubeconfig
+    assert Path(kubeconfig[1]).stat().st_mode & 0o777 == 0o600
+    entry = next(lab for lab in podwire.labs() if lab["name"] == "plain")
+    assert entry["nodes"] == ["node-1", "node-2"]
+    assert entry["kubeconfig"] == kubeconfig[1]
+    assert podwire.ok("lab", "kubeconfig", "plain") == Path(kubeconfig[1]).read_text()
+    assert "plain" in podwire.ok("lab", "ls")
+    port, state = port_of(podwire, "plain"), Path(kubeconfig[1]).parent
+    assert listens(port)
+    podwire.ok("lab", "down", "plain")
+    assert not listens(port)
+    assert not state.exists()
+    assert "plain" not in podwire.ok("lab", "ls")
+
+
+def test_what_is_not_there_is_said_in_one_sentence(podwire: Podwire) -> None:
+    for arguments in (
+        ("down", "nobody"),
+        ("kubeconfig", "nobody"),
+        ("logs", "--name", "nobody"),
+        ("node", "add", "--name", "nobody"),
+    ):
+        done = podwire("lab", *arguments)
+        assert done.status == 1
+        assert done.err == (
+            "Error: no lab named 'nobody' is up: `podwire lab ls` shows those that are, `podwire lab up` starts one\n"
+        )
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--nodes", "0"), ("--name", "A/B"), ("--ip-family", "ipx"), ("--service-node-port-range", "x")]
+)
+def test_wrong_usage_has_status_2_and_starts_nothing(podwire: Podwire, arguments: tuple[str, str]) -> None:
+    before = podwire.labs()
+    assert podwire("lab", "up", *arguments).status == 2
+    assert podwire.labs() == before
+
+
+def test_labs_side_by_side_have_the_same_addresses_and_do_not_meet(podwire: Podwire) -> None:
+    ask = "import socket; print(socket.gethostname(), socket.create_connection(('198.18.0.11', 10250), 3).getsockname()[0])"
+    for name in ("left", "right"):
+        podwire.ok("lab", "up", "--name", name, "--nodes", "1")
+    try:
+        for name in ("left", "right"):
+            out = podwire.ok("lab", "exec", "--name", name, "world", "--", sys.executable, "-c", ask)
+            assert out.split() == [f"podwire-{name}", "198.18.1.1"]
+        again = podwire("lab", "up", "--name", "left")
+        assert again.status == 1
+        assert "a lab named 'left' is up already" in again.err
+        podwire.ok("lab", "down", "left")
+        assert podwire.ok("lab", "exec", "--name", "right", "world", "--", "true") == ""
+    finally:
+        podwire("lab", "down", "left")
+        podwire("lab", "down", "right")
+
+
+def test_sigkill_leaves_nothing(podwire: Podwire) -> None:
+    """No process, namespace, interface, mount or socket; and the name is free at once."""
+    interfaces, before = sorted(os.listdir("/sys/class/net")), namespaces_in_use()
+    mounts = Path("/proc/self/mountinfo").read_text()
+    podwire.ok("lab", "up", "--name", "doomed", "-f", str(SHOP), "--wait")
+    pid, port = podwire.pid("doomed"), port_of(podwire, "doomed")
+    alive = members(pid)
+    assert len(alive) > 5, "the lab process, the shim, and the pods' own processes"
+    made = namespaces_in_use() - before
+    assert {"user", "net", "mnt", "pid", "uts", "ipc"} <= {kind for kind, _ in made}
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not any(start_time(member) == born for member, born in alive.items()))
+    assert not made & namespaces_in_use()
+    assert sorted(os.listdir("/sys/class/net")) == interfaces
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+    assert "podwire" not in Path("/proc/net/unix").read_text()
+    assert not listens(port)
+    assert "doomed" not in {lab["name"] for lab in podwire.labs()}
+    assert not (podwire.state / "doomed").exists()
+
+
+def test_a_launcher_that_is_interrupted_takes_its_lab_with_it(podwire: Podwire) -> None:
+    process = subprocess.Popen(
+        [*PODWIRE, "lab", "up", "--name", "hasty", "--nodes", "20"],
+        env=podwire.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
+    )  # fmt: skip
+    until(lambda: (podwire.state / "hasty" / "lab.json").exists())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) != 0
+    assert "hasty" not in {lab["name"] for lab in podwire.labs()}
+
+
+def test_where_namespaces_are_forbidden_it_says_what_to_do(podwire: Podwire) -> None:
+    """A user namespace whose limit of further ones is 0 stands for a machine that forbids them."""
+    forbid = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    strict = Podwire(podwire.state, ("unshare", "--user", "--map-root-user", "sh", "-c", forbid, "sh"))
+    done = strict("lab", "up", "--name", "never")
+    assert done.status == 1
+    assert "a lab needs namespaces of its own and cannot have them here" in done.err
+    assert "max_" in done.err
+    assert "namespaces" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_an_ordinary_user_has_labs_too(ordinary: Podwire) -> None:
+    ordinary.ok("lab", "up", "--name", "mine", "-f", str(SHOP), "--wait")
+    pid = ordinary.pid("mine")
+    assert os.stat(f"/proc/{pid}").st_uid != 0
+    assert len(Path(f"/proc/{pid}/uid_map").read_text().splitlines()) == 1
+    assert ordinary("lab", "exec", "--name", "mine", "node-1", "--", "sh", "-c", "exit 5").status == 5
+    report = ordinary("paths", "--lab", "mine", "-o", "json")
+    assert report.status == 0, report.out + report.err
+    ordinary.ok("lab", "down", "mine")
+    assert not Path(f"/proc/{pid}").exists()
