@@ -95,7 +95,7 @@ def _refusal(pod: Pod, load: NodeLoad, wanted_ports: set[HostPort]) -> str:
 def _explain(refused: Counter[str], nodes: int) -> str:
     if not nodes:
         return "no nodes available to schedule pods"
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items()))
+    reasons = ", ".join(sorted(f"{count} {reason}" for reason, count in refused.items()))
     return f"0/{nodes} nodes are available: {reasons}."
 
 
