@@ -19,9 +19,13 @@ def main() -> None:
     """Serve pods until SIGTERM; ending ends them all."""
     root, listener_fd = sys.argv[1], int(sys.argv[2])
     os.setsid()
+    # Whatever else the starting process left open is not for us, and still less for containers.
+    os.closerange(listener_fd + 1, os.sysconf("SC_OPEN_MAX"))
+    os.set_inheritable(listener_fd, False)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s shim %(levelname)s %(message)s")
     syscalls.set_process_name("podwire-shim")
+    syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)  # see spawn_beside
     with contextlib.suppress(OSError, ValueError):  # two or three descriptors a pod
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -8,7 +8,7 @@ from podwire.kernel import syscalls
 from podwire.runtime.shim.logfile import LogFile, LogPipe
 from podwire.runtime.shim.messages import ContainerRecord, ContainerSpec, SandboxSpec
 from podwire.runtime.shim.mounts import enter_filesystem
-from podwire.runtime.shim.spawn import Home, execute, set_stdio, spawn
+from podwire.runtime.shim.spawn import execute, set_stdio, spawn, spawn_beside
 from podwire.runtime.shim.standin import StandIn
 
 _POD_NAMESPACES = syscalls.CLONE_NEWNET | syscalls.CLONE_NEWUTS | syscalls.CLONE_NEWIPC
@@ -35,7 +35,7 @@ class PodSandbox:
     containers: dict[str, Container] = field(default_factory=dict)
 
 
-def spawn_pause(home: Home, spec: SandboxSpec, program: str, node_net: int) -> int:
+def spawn_pause(spec: SandboxSpec, program: str, node_net: int) -> int:
     """Fork the pause process into new namespaces; returns its pid. Raises SpawnFailed."""
 
     def child() -> None:
@@ -47,19 +47,16 @@ def spawn_pause(home: Home, spec: SandboxSpec, program: str, node_net: int) -> i
         syscalls.unshare(flags)
         syscalls.sethostname(spec.hostname[:63])
         os.setsid()
-        # Without the shim nobody could ever end it.
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         set_stdio(null, null, null)
         os.chdir("/")
         os.execve(program, ["/pause"], {})
 
-    with home.new_pids():
-        return spawn(child)
+    return spawn(child)
 
 
-def spawn_container(home: Home, sandbox: PodSandbox, spec: ContainerSpec, output: tuple[int, int]) -> int:
+def spawn_container(sandbox: PodSandbox, spec: ContainerSpec, output: tuple[int, int]) -> int:
     """Fork a container's process as PID 1 of its own PID namespace (of the pod's, where that is shared). Raises SpawnFailed."""
 
     def child() -> None:
@@ -71,13 +68,10 @@ def spawn_container(home: Home, sandbox: PodSandbox, spec: ContainerSpec, output
         os.chdir(spec.cwd or "/")
         execute(spec.argv, spec.env)
 
-    with home.pids_of(sandbox.pidfd) if sandbox.spec.share_pids else home.new_pids():
-        return spawn(child)
+    return spawn_beside(sandbox.pidfd, child) if sandbox.spec.share_pids else spawn(child)
 
 
-def spawn_exec(
-    home: Home, sandbox: PodSandbox, container: Container, argv: tuple[str, ...], stdio: tuple[int, int, int], tty: bool
-) -> int:
+def spawn_exec(sandbox: PodSandbox, container: Container, argv: tuple[str, ...], stdio: tuple[int, int, int], tty: bool) -> int:
     """Fork another process into a container; with `tty`, descriptor 0 becomes its controlling terminal. Raises SpawnFailed."""
     spec = container.spec
     process = container.pidfd if container.stand_in is None else -1
@@ -95,8 +89,7 @@ def spawn_exec(
         os.chdir(spec.cwd or "/")
         execute(argv, spec.env)
 
-    with home.pids_of(process if process >= 0 else sandbox.pidfd):
-        return spawn(child)
+    return spawn_beside(process if process >= 0 else sandbox.pidfd, child)
 
 
 def _take_terminal() -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from podwire.kernel import syscalls
 from podwire.runtime.shim.logfile import LogFile, LogPipe
 from podwire.runtime.shim.messages import ContainerRecord, ContainerSpec, Message, SandboxSpec, fields_of
 from podwire.runtime.shim.packets import PacketSocket
@@ -118,7 +117,7 @@ class Shim:
         spec = SandboxSpec(**message["sandbox"])
         pod = self._pods.get(spec.uid)
         if pod is None:
-            pid = spawn_pause(self._home, spec, self._pause, client.net)
+            pid = spawn_pause(spec, self._pause, client.net)
             pod = PodSandbox(spec, client.node, pid, os.pidfd_open(pid))
             self._pods[spec.uid] = pod
             self._loop.add_reader(pod.pidfd, self._pause_ended, pod)
@@ -173,7 +172,7 @@ class Shim:
         out_read, out_write = os.pipe2(os.O_CLOEXEC)
         err_read, err_write = os.pipe2(os.O_CLOEXEC)
         try:
-            pid = spawn_container(self._home, pod, container.spec, (out_write, err_write))
+            pid = spawn_container(pod, container.spec, (out_write, err_write))
         except BaseException:
             os.close(out_read)
             os.close(err_read)
@@ -246,7 +245,7 @@ class Shim:
             raise ValueError(f"container {container.spec.name} is not running")
         pod = self._pods[message["uid"]]
         argv = tuple(str(word) for word in message["argv"])
-        pid = spawn_exec(self._home, pod, container, argv, (fds[0], fds[1], fds[2]), bool(message["tty"]))
+        pid = spawn_exec(pod, container, argv, (fds[0], fds[1], fds[2]), bool(message["tty"]))
         number, self._next_exec = self._next_exec, self._next_exec + 1
         pidfd = os.pidfd_open(pid)
         client.execs[number] = pidfd
@@ -269,8 +268,7 @@ class Shim:
     def _socket(self, client: "_Client", message: Message, fds: list[int]) -> Message:
         """A socket in the node's network namespace, or with `uid` in that pod's."""
         uid = message.get("uid")
-        target, nstype = (self._pods[uid].pidfd, syscalls.CLONE_NEWNET) if uid else (client.net, syscalls.CLONE_NEWNET)
-        with self._home.network(target, nstype):
+        with self._home.network(self._pods[uid].pidfd if uid else client.net):
             sock = socket.socket(int(message["family"]), int(message["type"]))
         client.packets.send({"id": message["id"], "ok": {}}, [sock.fileno()])
         sock.close()

@@ -1,11 +1,17 @@
 """Forking processes into a pod's namespaces. The shim has one thread, so it may move itself for a moment and come back."""
 
 import contextlib
+import ctypes
 import os
 import signal
 from collections.abc import Callable, Iterator
 
 from podwire.kernel import syscalls
+
+_SYS_CLONE = {"x86_64": 56, "aarch64": 220}
+# PyDLL keeps Python's lock over the call: the child continues with it held, as after os.fork.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
 
 _RESET = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -15,53 +21,87 @@ class SpawnFailed(Exception):
 
 
 class Home:
-    """The namespaces that the shim itself lives in, to return to."""
+    """The network namespace that the shim itself lives in, to return to."""
 
     def __init__(self) -> None:
         self._net = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        self._pid = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
 
     @contextlib.contextmanager
-    def network(self, fd: int, nstype: int = syscalls.CLONE_NEWNET) -> Iterator[None]:
+    def network(self, fd: int) -> Iterator[None]:
         """Be in the network namespace behind `fd` (a namespace descriptor or a pidfd): sockets opened here stay there."""
-        syscalls.setns(fd, nstype)
+        syscalls.setns(fd, syscalls.CLONE_NEWNET)
         try:
             yield
         finally:
             syscalls.setns(self._net, syscalls.CLONE_NEWNET)
 
-    @contextlib.contextmanager
-    def new_pids(self) -> Iterator[None]:
-        """The next child is PID 1 of a new PID namespace."""
-        syscalls.unshare(syscalls.CLONE_NEWPID)
-        try:
-            yield
-        finally:
-            syscalls.setns(self._pid, syscalls.CLONE_NEWPID)
-
-    @contextlib.contextmanager
-    def pids_of(self, pidfd: int) -> Iterator[None]:
-        """The next child goes to the PID namespace of the process behind `pidfd`."""
-        syscalls.setns(pidfd, syscalls.CLONE_NEWPID)
-        try:
-            yield
-        finally:
-            syscalls.setns(self._pid, syscalls.CLONE_NEWPID)
-
 
 def spawn(child: Callable[[], None]) -> int:
-    """Fork; `child` sets things up and executes the program, and never returns. Returns once it executes.
+    """Fork into a new PID namespace; `child` sets things up and executes the program, and never returns.
 
-    Raises SpawnFailed with the text of whatever `child` raised instead."""
+    Returns once it executes. Raises SpawnFailed with the text of whatever `child` raised instead."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
+    pid = _fork_with_new_pids()
+    if pid == 0:
+        _run_child(lambda: _die_with_shim(child), writing)
+    os.close(writing)
+    return _started(pid, reading)
+
+
+def _die_with_shim(child: Callable[[], None]) -> None:
+    # Without the shim nobody could ever end the process; and with it, PID 1, the kernel ends all in its namespace.
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    child()
+
+
+def spawn_beside(pidfd: int, child: Callable[[], None]) -> int:
+    """As `spawn`, but into the PID namespace of the process behind `pidfd`.
+
+    By way of a process in between, which the namespace is set for: the shim could not always return to its own (that
+    may belong to a user namespace outside). The shim must be a child subreaper, to inherit what that process leaves."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    pid_reading, pid_writing = os.pipe2(os.O_CLOEXEC)
+    between = os.fork()
+    if between == 0:
+        _run_child(lambda: _fork_beside(pidfd, pid_writing, lambda: _run_child(child, writing)), writing)
+    os.close(writing)
+    os.close(pid_writing)
+    with open(pid_reading, "rb") as pipe:
+        told = pipe.read()
+    os.waitpid(between, 0)
+    return _started(int(told), reading) if told else _started(0, reading)
+
+
+def _fork_beside(pidfd: int, pid_writing: int, child: Callable[[], None]) -> None:
+    syscalls.setns(pidfd, syscalls.CLONE_NEWPID)
     pid = os.fork()
     if pid == 0:
-        _run_child(child, writing)
-    os.close(writing)
+        child()
+    os.write(pid_writing, b"%d" % pid)
+    os._exit(0)
+
+
+def _fork_with_new_pids() -> int:
+    """clone(2) with nothing but CLONE_NEWPID: a fork whose child is PID 1. Python's own bookkeeping after a fork concerns
+    threads, of which there are none, so the child may run Python until it executes something."""
+    number = _SYS_CLONE.get(os.uname().machine)
+    if number is None:
+        raise SpawnFailed(f"pods cannot be made on {os.uname().machine}: only on {', '.join(_SYS_CLONE)}")
+    zero = ctypes.c_long(0)
+    flags = ctypes.c_long(syscalls.CLONE_NEWPID | signal.SIGCHLD)
+    pid = int(_libc.syscall(ctypes.c_long(number), flags, zero, zero, zero, zero))
+    if pid < 0:
+        code = ctypes.get_errno()
+        raise SpawnFailed(f"a new process could not be made: {os.strerror(code)}")
+    return pid
+
+
+def _started(pid: int, reading: int) -> int:
     with open(reading, "rb") as pipe:
         failure = pipe.read()
     if failure:
-        os.waitpid(pid, 0)
+        if pid:
+            os.waitpid(pid, 0)
         raise SpawnFailed(failure.decode("utf-8", "replace"))
     return pid
 
