@@ -1,0 +1,164 @@
+"""Case files of Services: short manifests → API objects, and packets with what must become of them. One address plan for all.
+
+    n1 is the node under test, 198.18.0.11; its pods 10.244.1.0/24, the cluster's 10.244.0.0/16, Services 10.96.0.0/12,
+    balancer addresses 203.0.113.0/24, outside 198.18.1.1, a friend outside 192.0.2.9.
+
+Every case also exists with each address turned into IPv6 (`to_ipv6`).
+"""
+
+import ipaddress
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from podwire.model.addr import Family
+from podwire.model.ids import ObjectKey
+from podwire.model.objects import EndpointSlice, Pod, Service
+from podwire.model.servicetable import NodeFacts
+from podwire.plan.services import ServicePlanner
+from podwire.plan.services_table import PROTOCOLS
+from podwire.trace.netfilter import Packet
+
+CASES = Path(__file__).parents[2] / "cases" / "services"
+
+SOURCES = {
+    "local-pod": "10.244.1.5",
+    "other-local-pod": "10.244.1.6",
+    "remote-pod": "10.244.2.5",
+    "node": "198.18.0.11",
+    "outside": "198.18.1.1",
+    "friend": "192.0.2.9",
+}
+
+FACTS = NodeFacts(
+    name="n1",
+    node_ips=(ipaddress.ip_address("198.18.0.11"), ipaddress.ip_address("2001:db8:1::b")),
+    pod_cidrs=(ipaddress.ip_network("10.244.1.0/24"), ipaddress.ip_network("fd00:10:244:1::/64")),
+    cluster_cidrs=(ipaddress.ip_network("10.244.0.0/16"), ipaddress.ip_network("fd00:10:244::/56")),
+    service_cidrs=(ipaddress.ip_network("10.96.0.0/12"), ipaddress.ip_network("fd00:10:96::/112")),
+    zone="z1",
+)
+
+
+def to_ipv6(text: str) -> str:
+    """The plan's IPv4 addresses and prefixes → its IPv6 ones; a /24 becomes /120."""
+
+    def turned(match: re.Match[str]) -> str:
+        a, b, c, d = (int(n) for n in match.group(1).split("."))
+        address = {
+            (10, 244): f"fd00:10:244:{c:x}::{d:x}",
+            (10, 96): f"fd00:10:96::{c:x}:{d:x}" if c else f"fd00:10:96::{d:x}",
+            (198, 18): f"2001:db8:1::{c:x}:{d:x}" if c else f"2001:db8:1::{d:x}",
+            (203, 0): f"2001:db8:2::{d:x}",
+            (192, 0): f"2001:db8:3::{d:x}",
+            (239, 1): f"ff0e::{d:x}",
+        }[a, b]
+        return address + (f"/{int(match.group(2)) + 96}" if match.group(2) else "")
+
+    return re.sub(r"\b(\d+\.\d+\.\d+\.\d+)(?:/(\d+))?\b", turned, text)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A packet, and its fate: where it may arrive, or how it is refused. `source`: "kept", "masqueraded", or "": either."""
+
+    label: str
+    packet: Packet
+    locally_made: bool
+    reaches: frozenset[tuple[str, int]]
+    fate: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    family: Family
+    objects: tuple[dict[str, Any], ...]
+    packets: tuple[Expectation, ...]
+
+    def feed(self, planner: ServicePlanner) -> None:
+        for number, item in enumerate(self.objects):
+            if "service" in item:
+                service = service_of(item["service"], self.family)
+                planner.set_service(service.key, service, (slice_of(item, self.family),))
+            else:
+                planner.set_host_ports(f"uid-{number}", pod_of(item["pod"]))
+
+
+def load_cases() -> Iterator[Case]:
+    """Every case of every file, in both families."""
+    for file in sorted(CASES.glob("*.yaml")):
+        text = file.read_text()
+        for family, variant in ((Family.IPV4, text), (Family.IPV6, to_ipv6(text))):
+            for item in yaml.safe_load(variant):
+                packets = tuple(_expectation(p, family) for p in item["packets"])
+                yield Case(f"{file.stem}: {item['name']} ({family.value})", family, tuple(item["objects"]), packets)
+
+
+def _expectation(item: dict[str, Any], family: Family) -> Expectation:
+    source = SOURCES[item["from"]]
+    address, port = item["to"].split()
+    number, protocol = port.split("/")
+    src = ipaddress.ip_address(source if family is Family.IPV4 else to_ipv6(source))
+    packet = Packet(src, ipaddress.ip_address(address), PROTOCOLS[protocol], 40000, int(number), item.get("mark", 0))
+    reaches = frozenset((a, int(p)) for a, p in (text.split() for text in item.get("reaches", ())))
+    label = f"{item['from']} → {item['to']}"
+    return Expectation(label, packet, item["from"] == "node", reaches, item.get("fate", "pass"), item.get("source", ""))
+
+
+def service_of(short: dict[str, Any], family: Family) -> Service:
+    spec = {k: v for k, v in short.items() if k not in ("name", "labels", "ingress")}
+    cluster_ip = spec.get("clusterIP", "")
+    document = {
+        "metadata": {"name": short["name"], "namespace": "shop", "labels": short.get("labels", {})},
+        "spec": {**spec, "clusterIPs": [cluster_ip], "ipFamilies": [family.value]},
+        "status": {"loadBalancer": {"ingress": short.get("ingress", [])}},
+    }
+    return msgspec.convert(document, Service)
+
+
+def slice_of(item: dict[str, Any], family: Family) -> EndpointSlice:
+    service = item["service"]
+    ports = [
+        {"name": p.get("name", ""), "port": p.get("targetPort", p["port"]), "protocol": p.get("protocol", "TCP")}
+        for p in service["ports"]
+    ]
+    document = {
+        "metadata": {
+            "name": service["name"] + "-x",
+            "namespace": "shop",
+            "labels": {"kubernetes.io/service-name": service["name"]},
+        },
+        "addressType": family.value,
+        "endpoints": [_endpoint(e) for e in item["endpoints"]],
+        "ports": ports,
+    }
+    return msgspec.convert(document, EndpointSlice)
+
+
+def _endpoint(short: dict[str, Any]) -> dict[str, Any]:
+    conditions = {k: short[k] for k in ("ready", "serving", "terminating") if k in short}
+    endpoint: dict[str, Any] = {"addresses": [short["ip"]], "nodeName": short.get("node", ""), "conditions": conditions}
+    hints = {
+        name: [{"name": n} for n in short[key]] for name, key in (("forZones", "zones"), ("forNodes", "nodes")) if key in short
+    }
+    return {**endpoint, "hints": hints} if hints else endpoint
+
+
+def pod_of(short: dict[str, Any]) -> Pod:
+    document = {
+        "metadata": {"name": short["name"], "namespace": "shop", "uid": short["name"]},
+        "spec": {"hostNetwork": short.get("hostNetwork", False), "containers": [{"name": "main", "ports": short["ports"]}]},
+        "status": {"phase": short.get("phase", "Running"), "podIP": short["ip"], "podIPs": [{"ip": short["ip"]}]},
+    }
+    return msgspec.convert(document, Pod)
+
+
+def key(name: str) -> ObjectKey:
+    return ObjectKey("shop", name)
