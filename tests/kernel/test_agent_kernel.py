@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from podwire.agent.node import NodeAgent
+from podwire.agent.repair import CHECK_INTERVAL, SETTLE_SECONDS
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import create_netns, run_in_netns
 from podwire.model.addr import Family, IPAddress
@@ -24,7 +25,7 @@ from podwire.model.kernelstate import Address, Bridge, Link, NetState, Veth
 from podwire.model.objects import Pod
 from podwire.model.ops import DelAddress, DelLink, DelNeighbour, DelRoute
 from podwire.model.podruntime import Sandbox
-from podwire.model.resources import ENDPOINTSLICES, SERVICES
+from podwire.model.resources import ENDPOINTSLICES, PODS, SERVICES
 from podwire.plan.diff import diff
 from podwire.plan.naming import host_veth
 from podwire.testing.memorycluster import DUAL, Machine, MemoryCluster, MemoryRuntime, memory_cluster, node_address
@@ -216,6 +217,20 @@ async def test_what_someone_else_breaks_is_put_back_within_a_second(site: Site) 
             await stranger.close()
         with echo_server(far.netns, Family.IPV4):
             assert await asyncio.to_thread(call, near.netns, far.ips[Family.IPV4])
+
+
+async def test_pods_that_come_and_go_are_nobodys_fault(site: Site) -> None:
+    """What the kernel changes by itself around them (a bridge's MTU and carrier, …) must not look like damage."""
+    kernel = site.nodes[0].kernel
+    async with site.cluster.agent(site.nodes[0]) as agent:
+        whole = content(await kernel.observe())
+        for name in ("one", "two"):
+            await site.pod(name, "n1")
+            await site.cluster.client.delete(PODS, name, "default", grace_period_seconds=0)
+            await site.cluster.until(lambda: not site.nodes[0].runtime.boxes)
+        await site.cluster.until(partial(_is, kernel, whole))
+        await asyncio.sleep(SETTLE_SECONDS + CHECK_INTERVAL)  # a repair would come in this time
+        assert agent.status().repairs == 0
 
 
 async def test_an_agent_restarts_under_traffic_without_a_lost_byte(site: Site) -> None:

@@ -7,6 +7,7 @@ The decoders are in `wire.rtnlread`.
 
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from podwire.model.addr import IPAddress
@@ -95,7 +96,9 @@ def new_link(link: Link, *, indices: Mapping[str, int], peer: Link | None = None
     What creation cannot set (alias, master, hairpin) and the up flag come after it, by `settle_link`. Raises ValueError
     for a Device: podwire does not make those."""
     info = nested(IFLA_LINKINFO, *_link_info(link, indices, peer, peer_ns_fd))
-    return message(RTM_NEWLINK, _CREATE, 0, _ifinfo(AF_UNSPEC), *_basics(link), info)
+    # A bridge's MTU only stays what it is, whatever its ports, if it is changed after creation (BROPT_MTU_SET_BY_USER).
+    given = replace(link, mtu=None) if isinstance(link.kind, Bridge) else link
+    return message(RTM_NEWLINK, _CREATE, 0, _ifinfo(AF_UNSPEC), *_basics(given), info)
 
 
 def _basics(link: Link) -> list[bytes]:
@@ -136,7 +139,7 @@ def _link_info(link: Link, indices: Mapping[str, int], peer: Link | None, peer_n
 
 
 def settle_link(link: Link, *, indices: Mapping[str, int]) -> list[bytes]:
-    """The requests that finish a link just made by `new_link`: master, alias, hairpin, then up."""
+    """The requests that finish a link just made by `new_link`: master, alias, a bridge's MTU, hairpin, then up."""
     requests: list[bytes] = []
     attrs: list[bytes] = []
     if link.master:
@@ -144,6 +147,8 @@ def settle_link(link: Link, *, indices: Mapping[str, int]) -> list[bytes]:
         # A bridge port has no use for an IPv6 link-local address; without it the kernel sends neither DAD nor MLD for it.
         mode = nested(AF_INET6, attr_u8(IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE))
         attrs.append(nested(IFLA_AF_SPEC, mode))
+    if isinstance(link.kind, Bridge) and link.mtu is not None:
+        attrs.append(attr_u32(IFLA_MTU, link.mtu))
     if link.alias:
         attrs.append(attr(IFLA_IFALIAS, link.alias.encode()))
     if attrs:
