@@ -38,9 +38,8 @@ def test_options_after_the_target_belong_to_the_command(lab: Lab) -> None:
 
 def test_each_place_has_its_own_network(lab: Lab) -> None:
     script = "import socket; print(sorted(name for _, name in socket.if_nameindex()))"
-    seen = {
-        target: lab.exec(target, sys.executable, "-c", script).out for target in ("world", "node-1", "cart", "cart/exporter")
-    }
+    targets = ("world", "node-1", "cart", "cart/exporter")
+    seen = {target: lab.exec(target, sys.executable, "-c", script).out for target in targets}
     assert seen["world"].strip() == "['eth0', 'lo']"
     assert "'cni0'" in seen["node-1"]
     assert "'flannel.1'" in seen["node-1"]

@@ -75,13 +75,8 @@ def test_up_and_down(podwire: Podwire) -> None:
 
 
 def test_what_is_not_there_is_said_in_one_sentence(podwire: Podwire) -> None:
-    for arguments in (
-        ("down", "nobody"),
-        ("kubeconfig", "nobody"),
-        ("logs", "--name", "nobody"),
-        ("node", "add", "--name", "nobody"),
-    ):
-        done = podwire("lab", *arguments)
+    for command in ("down", "kubeconfig", "logs", "node add", "exec"):
+        done = podwire("lab", *command.split(), "--name", "nobody", *(("world", "true") if command == "exec" else ()))
         assert done.status == 1
         assert done.err == (
             "Error: no lab named 'nobody' is up: `podwire lab ls` shows those that are, `podwire lab up` starts one\n"
@@ -89,11 +84,12 @@ def test_what_is_not_there_is_said_in_one_sentence(podwire: Podwire) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--nodes", "0"), ("--name", "A/B"), ("--ip-family", "ipx"), ("--service-node-port-range", "x")]
+    "wrong",
+    ["--nodes=0", "--name=A/B", "--ip-family=ipx", "--service-node-port-range=x", "--service-cluster-ip-range=10.0.0.0/16"],
 )
-def test_wrong_usage_has_status_2_and_starts_nothing(podwire: Podwire, arguments: tuple[str, str]) -> None:
+def test_wrong_usage_has_status_2_and_starts_nothing(podwire: Podwire, wrong: str) -> None:
     before = podwire.labs()
-    assert podwire("lab", "up", *arguments).status == 2
+    assert podwire("lab", "up", wrong).status == 2
     assert podwire.labs() == before
 
 

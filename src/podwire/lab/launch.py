@@ -32,12 +32,14 @@ def start_lab(directory: LabDirectory, spec: LabSpec, on_step: Callable[[Step], 
 
     Raises LabError; then nothing of the lab is left but its log."""
     lock = directory.create()
+    read_end, write_end = os.pipe()
     try:
-        with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
-            read_end = _spawn(directory, spec, listener, lock)
-    finally:
-        os.close(lock)
-    try:
+        try:
+            with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+                _spawn(directory, BootOrder(spec, str(directory.path), listener.fileno(), lock, write_end))
+        finally:
+            os.close(lock)
+            os.close(write_end)
         _await_ready(read_end, _BASE_TIMEOUT + _TIMEOUT_PER_NODE * spec.nodes, on_step)
         return directory.live_record()
     except BaseException as error:
@@ -56,29 +58,25 @@ class _Silence(Exception):
     """The lab process went away, or took too long, without a word."""
 
 
-def _spawn(directory: LabDirectory, spec: LabSpec, listener: socket.socket, lock: int) -> int:
-    """Execute `podwire.lab.boot`, which ends once the lab process is there; returns the pipe that it reports on."""
-    read_end, write_end = os.pipe()
-    order = BootOrder(spec, str(directory.path), listener.fileno(), lock, write_end)
+def _spawn(directory: LabDirectory, order: BootOrder) -> None:
+    """Execute `podwire.lab.boot`, which ends once the lab process is there and its record is written."""
+    with directory.log.open("ab") as log:
+        boot = subprocess.Popen(
+            [sys.executable, "-P", "-m", "podwire.lab.boot", order.to_argument()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            umask=0o077,
+            pass_fds=(order.listener, order.lock, order.report),
+            start_new_session=True,
+        )
     try:
-        with directory.log.open("ab") as log:
-            boot = subprocess.Popen(
-                [sys.executable, "-P", "-m", "podwire.lab.boot", order.to_argument()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                umask=0o077,
-                pass_fds=(listener.fileno(), lock, write_end),
-                start_new_session=True,
-            )
-    except BaseException:
-        os.close(read_end)
+        boot.wait()
+    except BaseException:  # interrupted: a lab process without a record ends by itself, one with it is ended by the caller
+        boot.kill()
+        boot.wait()
         raise
-    finally:
-        os.close(write_end)
-    boot.wait()
-    return read_end
 
 
 def _await_ready(read_end: int, timeout: float, on_step: Callable[[Step], None]) -> None:
