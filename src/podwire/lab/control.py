@@ -15,6 +15,8 @@ import msgspec
 from aiohttp import web
 
 from podwire.lab.errors import LabError
+from podwire.lab.paths import probe_paths
+from podwire.lab.report import document
 from podwire.model.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -54,9 +56,6 @@ class _Control:
         return _json({})
 
     async def paths(self, request: web.Request) -> web.Response:
-        from podwire.lab.paths import probe_paths
-        from podwire.lab.report import document
-
         results = await probe_paths(self._cluster, request.query.get("pod", ""), request.query.get("to", ""))
         return _json(document(results))
 

@@ -22,8 +22,10 @@ class Hop:
     conntrack: str = ""
 
 
-def hops_from(frames: Sequence[Captured]) -> list[Hop]:
-    """Frames that hold the probe's payload, by time → hops in order; repeats (retransmissions) are left out."""
+def hops_from(frames: Sequence[Captured], request: bytes = b"") -> list[Hop]:
+    """Frames that hold the probe's payload, by time → hops in order; repeats (retransmissions) are left out.
+
+    Only packets whose payload begins with `request` count: an answer that repeats it is on its way back already."""
     hops: list[Hop] = []
     seen: set[tuple[object, ...]] = set()
     previous: Packet | None = None
@@ -32,6 +34,8 @@ def hops_from(frames: Sequence[Captured]) -> list[Hop]:
         if parsed is None or parsed.packet is None:
             continue
         packet, outer = parsed.packet.innermost, parsed.packet if parsed.packet.inner is not None else None
+        if not packet.payload.startswith(request):
+            continue
         key = (frame.place, frame.device, frame.outgoing, packet.flow, outer is not None)
         if key in seen:
             continue

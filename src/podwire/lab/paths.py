@@ -104,13 +104,14 @@ async def run_probe(probe: Probe, namespaces: Mapping[str, int]) -> PathResult:
     nonce = secrets.token_hex(8).encode()
     async with Capture(lambda data: nonce in data) as capture:
         await capture.open(namespaces)
-        rtt_ms, reason = await _exchange(probe, namespaces[probe.origin], nonce)
-        hops = hops_from(capture.collect())
+        request = _request(probe, nonce)
+        rtt_ms, reason = await _exchange(probe, namespaces[probe.origin], request)
+        hops = hops_from(capture.collect(), request)
     hops = [await _with_conntrack(hop, previous, namespaces) for previous, hop in zip([None, *hops], hops, strict=False)]
     return PathResult(probe, tuple(hops), rtt_ms, reason or objection(probe, hops))
 
 
-async def _exchange(probe: Probe, netns: int, nonce: bytes) -> tuple[float | None, str]:
+async def _exchange(probe: Probe, netns: int, request: bytes) -> tuple[float | None, str]:
     """(round trip in ms or None, reason it failed or ""). The socket is made in the sender's namespace."""
     family = socket.AF_INET if probe.address.version == 4 else socket.AF_INET6
     kind = socket.SOCK_DGRAM if probe.protocol == "UDP" else socket.SOCK_STREAM
@@ -128,7 +129,7 @@ async def _exchange(probe: Probe, netns: int, nonce: bytes) -> tuple[float | Non
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 started = time.perf_counter()
-                await loop.sock_sendall(sock, _request(probe, nonce))
+                await loop.sock_sendall(sock, request)
                 answer = await loop.sock_recv(sock, 4096)
                 elapsed = time.perf_counter() - started
         except TimeoutError:
