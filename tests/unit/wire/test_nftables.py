@@ -1,0 +1,225 @@
+"""The nftables codec: expressions, sets and elements come back as they went."""
+
+import struct
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from podwire.model.addr import Family
+from podwire.model.nft import (
+    AddChain,
+    AddElements,
+    AddSet,
+    AddTable,
+    BaseHook,
+    Batch,
+    Chain,
+    Command,
+    Data,
+    DelElements,
+    Element,
+    FieldType,
+    Hook,
+    NftSet,
+    Prune,
+    ReplaceElements,
+    Rule,
+    SetRules,
+    TableRef,
+)
+from podwire.model.nftexpr import (
+    ACCEPT,
+    DROP,
+    RETURN,
+    Bitwise,
+    Cmp,
+    CmpOp,
+    Counter,
+    Ct,
+    CtKey,
+    Dnat,
+    Dynset,
+    DynsetOp,
+    Expression,
+    FibSaddrType,
+    Immediate,
+    Lookup,
+    Masquerade,
+    Meta,
+    MetaKey,
+    Numgen,
+    Payload,
+    PayloadBase,
+    Reject,
+    Unknown,
+    goto,
+    jump,
+)
+from podwire.wire import nftables
+from podwire.wire.netlink import attr_str, nested, parse_messages
+from podwire.wire.nftexpr import decode_expression, encode_expression
+
+TABLE = TableRef(Family.IPV4, "t")
+KEY = (FieldType.IPV4, FieldType.PROTO, FieldType.PORT)
+
+registers = st.integers(0, 15)
+names = st.from_regex(r"[a-z][a-z0-9-]{0,20}", fullmatch=True)
+values = st.binary(min_size=1, max_size=16)
+verdicts = st.one_of(st.sampled_from((ACCEPT, DROP, RETURN)), names.map(goto), names.map(jump))
+
+
+@st.composite
+def bitwise(draw: st.DrawFn) -> Bitwise:
+    mask = draw(values)
+    return Bitwise(draw(registers), draw(registers), mask, draw(st.binary(min_size=len(mask), max_size=len(mask))))
+
+
+@st.composite
+def lookups(draw: st.DrawFn) -> Lookup:
+    name, sreg = draw(names), draw(registers)
+    match draw(st.integers(0, 2)):
+        case 0:
+            return Lookup(name, sreg, inverted=draw(st.booleans()))
+        case 1:
+            return Lookup(name, sreg, dreg=draw(registers))
+        case _:
+            return Lookup(name, sreg, verdict=True)
+
+
+expressions: st.SearchStrategy[Expression] = st.one_of(
+    st.builds(Payload, st.sampled_from(PayloadBase), st.integers(0, 255), st.integers(1, 16), registers),
+    st.builds(Meta, st.sampled_from(MetaKey), registers),
+    st.builds(Ct, st.sampled_from(CtKey), registers, st.booleans()),
+    st.builds(Cmp, st.sampled_from(CmpOp), registers, values),
+    bitwise(),
+    lookups(),
+    st.builds(Numgen, registers, st.integers(1, 1 << 31)),
+    st.builds(Dnat, st.booleans(), registers, registers),
+    st.builds(Masquerade, st.booleans()),
+    st.builds(Immediate, verdicts),
+    st.builds(Dynset, st.sampled_from(DynsetOp), names, registers, st.none() | registers, st.integers(0, 86400)),
+    st.sampled_from((Reject(True, False), Reject(False, False), Reject(False, True))),
+    st.just(Counter()),
+    st.builds(FibSaddrType, registers),
+)
+
+
+@given(expressions)
+def test_expression_round_trip(expression: Expression) -> None:
+    encoded = encode_expression(expression)
+    length, _ = struct.unpack_from("=HH", encoded)
+    assert decode_expression(encoded[4:length]) == expression
+
+
+def test_expressions_of_others_are_unknown_and_cannot_be_sent() -> None:
+    payload = attr_str(1, "quota") + nested(2)
+    assert decode_expression(payload) == Unknown("quota")
+    shift = encode_expression(Ct(CtKey.STATUS, 0)).replace(b"ct\0\0", b"rt\0\0")
+    assert isinstance(decode_expression(shift[4:]), Unknown)
+    with pytest.raises(ValueError, match="cannot be written"):
+        encode_expression(Unknown("quota"))
+
+
+def test_a_register_beyond_the_last_is_refused() -> None:
+    with pytest.raises(ValueError, match="register 16"):
+        encode_expression(Numgen(16, 2))
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+
+def sent(*commands: Command) -> bytes:
+    return nftables.frame(list(nftables.encode_batch(Batch(commands))), 100)
+
+
+def test_a_transaction_is_framed_and_numbered() -> None:
+    messages = list(parse_messages(sent(AddTable(TABLE), AddChain(TABLE, Chain("c")))))
+    assert [m.type for m in messages] == [0x10, 0xA00, 0xA03, 0x11]
+    assert [m.seq for m in messages] == [100, 101, 102, 103]
+    assert messages[1].payload.hex() == "02000000" + "06000100" + "74000000"
+
+
+def test_chain_and_rule_round_trip() -> None:
+    chain = Chain("pre", BaseHook("nat", Hook.PREROUTING, -100))
+    rule = Rule((Counter(), Immediate(goto("x"))), "why")
+    _, new_chain, flush, new_rule, _ = parse_messages(sent(AddChain(TABLE, chain), SetRules(TABLE, "pre", (rule,))))
+    assert nftables.decode_chain(new_chain) == ("t", chain)
+    assert nftables.message_kind(flush) == nftables.DELRULE
+    assert nftables.decode_rule(new_rule) == ("t", "pre", rule)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        NftSet("plain", KEY),
+        NftSet("verdicts", KEY, verdicts=True),
+        NftSet("ranges", (*KEY, FieldType.IPV4), interval=True),
+        NftSet("dynamic", (FieldType.IPV6, FieldType.PROTO), data=(FieldType.IPV6, FieldType.PORT), timeout_s=60, size=4096),
+        NftSet("indexed", (*KEY, FieldType.INDEX), data=(FieldType.IPV4, FieldType.PORT)),
+    ],
+    ids=lambda of: of.name,
+)
+def test_set_round_trip(of: NftSet) -> None:
+    _, new_set, _ = parse_messages(sent(AddSet(TABLE, of)))
+    assert nftables.decode_set(new_set) == ("t", of)
+
+
+def decoded(raw: bytes, kind: int) -> dict[bytes, Data]:
+    found: dict[bytes, Data] = {}
+    for message in parse_messages(raw):
+        if nftables.message_kind(message) == kind:
+            found |= {key: data for key, data, _ in nftables.decode_elements(message)}
+    return found
+
+
+packed_keys = st.binary(min_size=12, max_size=12)
+
+
+@given(st.dictionaries(packed_keys, verdicts, max_size=40))
+def test_verdict_elements_round_trip(elements: dict[bytes, Data]) -> None:
+    of = NftSet("m", KEY, verdicts=True)
+    assert decoded(sent(AddElements(TABLE, of, tuple(elements.items()))), nftables.NEWSETELEM) == elements
+
+
+@given(st.dictionaries(packed_keys, st.binary(min_size=8, max_size=8), max_size=40))
+def test_data_elements_round_trip(elements: dict[bytes, bytes]) -> None:
+    of = NftSet("m", KEY, data=(FieldType.IPV4, FieldType.PORT))
+    pairs: tuple[Element, ...] = tuple(elements.items())
+    assert decoded(sent(AddElements(TABLE, of, pairs)), nftables.NEWSETELEM) == elements
+    assert decoded(sent(DelElements(TABLE, of, pairs)), nftables.DELSETELEM) == dict.fromkeys(elements)
+
+
+@given(st.sets(st.binary(min_size=24, max_size=24), max_size=40))
+def test_interval_elements_round_trip(keys: set[bytes]) -> None:
+    of = NftSet("m", KEY, interval=True)
+    assert decoded(sent(AddElements(TABLE, of, tuple((k, None) for k in keys))), nftables.NEWSETELEM) == dict.fromkeys(keys)
+
+
+def test_many_elements_are_cut_into_messages_and_a_replacement_is_never_split() -> None:
+    of = NftSet("m", KEY, data=(FieldType.IPV4, FieldType.PORT))
+    pairs: tuple[Element, ...] = tuple((n.to_bytes(12, "big"), bytes(8)) for n in range(5000))
+    units = list(nftables.encode_batch(Batch((AddElements(TABLE, of, pairs),))))
+    assert len(units) > 5
+    assert all(u.size < 20000 for u in units)
+    for unit in nftables.encode_batch(Batch((ReplaceElements(TABLE, of, pairs),))):
+        removed, added = (
+            decoded(raw, kind) for raw, kind in zip(unit.messages, (nftables.DELSETELEM, nftables.NEWSETELEM), strict=True)
+        )
+        assert removed.keys() == added.keys()
+
+
+def test_pruning_is_no_message() -> None:
+    of = NftSet("m", KEY, data=(FieldType.IPV4, FieldType.PORT), timeout_s=5)
+    assert not list(nftables.encode_batch(Batch((Prune(TABLE, of, 4, {}),))))
+
+
+def test_batches_read_well() -> None:
+    of = NftSet("services", KEY, verdicts=True)
+    key = bytes((10, 96, 0, 1, 6, 0, 0, 0, 0, 80, 0, 0))
+    batch = Batch((AddTable(TABLE), AddSet(TABLE, of), AddElements(TABLE, of, ((key, goto("pick-3")),))))
+    assert str(batch).splitlines() == [
+        "add table ip t",
+        "add map ip t services",
+        "add element ip t services { 10.96.0.1 . tcp . 80 : goto pick-3 }",
+    ]
