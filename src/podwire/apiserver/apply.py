@@ -13,7 +13,7 @@ from podwire.apiserver.fieldsets import SELF, FieldPath, child_type, from_tree, 
 from podwire.apiserver.listrules import ListRule, apply_rule
 from podwire.apiserver.schema import Schema, api_schema
 from podwire.apiserver.validation import FieldError
-from podwire.model.errors import PodwireError
+from podwire.model.errors import InvalidInput, PodwireError
 from podwire.model.meta import Json
 
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
@@ -112,7 +112,7 @@ def apply(live: Json | None, config: Json, message: str, manager: Manager, now: 
         entries = [_Entry(first, frozenset(path for path in held if not _unowned(path)), now)]
     mine = next((e for e in entries if _same(e.manager, manager)), None)
     others = [e for e in entries if e is not mine]
-    others = _settle_conflicts(others, wanted, held, force=force, ignored=_last_applied(base, message, manager, schema))
+    others = _settle_conflicts(others, wanted, held, force=force, ignored=_last_applied(base, held, message, manager))
     merged = _merge(base, config, message, schema)
     if mine is not None:
         kept = set().union(*(e.paths for e in others)) if others else set()
@@ -167,16 +167,17 @@ def _with_entries(obj: Json, entries: Iterable[_Entry]) -> Json:
     return {**obj, "metadata": meta}
 
 
-def _last_applied(base: Json, message: str, manager: Manager, schema: Schema) -> set[FieldPath]:
+def _last_applied(base: Json, held: dict[FieldPath, Any], message: str, manager: Manager) -> set[FieldPath]:
     """What client-side apply put there is no conflict when kubectl itself moves on to server-side apply."""
     text = ((base.get("metadata") or {}).get("annotations") or {}).get(LAST_APPLIED)
     if manager.name != "kubectl" or not text:
         return set()
     try:
-        applied = json.loads(text)
-    except ValueError:
+        applied = api_schema().fit(json.loads(text), message).document
+    except (ValueError, InvalidInput):
         return set()
-    return set(paths_of(applied, message, schema)) if isinstance(applied, dict) else set()
+    paths = paths_of(applied, message, api_schema())
+    return {path for path, value in paths.items() if path in held and held[path] == value}
 
 
 def _settle_conflicts(

@@ -49,7 +49,7 @@ class Field(NamedTuple):
 
 
 class BadDocument(InvalidInput):
-    """A document whose types do not fit its message; the text is what Kubernetes says after "cannot be handled as"."""
+    """A document whose types do not fit its message (a 400, in Kubernetes' words)."""
 
 
 class Fitted(NamedTuple):
@@ -83,7 +83,14 @@ class Schema:
         unknown: list[str] = []
         head = {key: obj[key] for key in ("apiVersion", "kind") if key in obj}
         body = {key: value for key, value in obj.items() if key not in head}
-        return Fitted({**head, **self._message(body, message, "", unknown)}, unknown)
+        try:
+            return Fitted({**head, **self._message(body, message, "", unknown)}, unknown)
+        except BadDocument as cause:
+            kind, version = head.get("kind"), str(head.get("apiVersion", "")).rpartition("/")[2]
+            if not kind:
+                raise
+            text = f'{kind} in version "{version}" cannot be handled as a {kind}: {cause}'
+            raise BadDocument(text) from cause
 
     def _message(self, obj: Json, message: str, path: str, unknown: list[str]) -> Json:
         fields = self.fields(message)

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, ClassVar, NamedTuple
 
 from podwire.apiserver.kinds.metadata import validate_metadata
-from podwire.apiserver.schema import BadDocument, Fitted, api_schema
+from podwire.apiserver.schema import Fitted, api_schema
 from podwire.apiserver.tables import age
 from podwire.apiserver.validation import FieldError, Path, dns_subdomain
 from podwire.model.meta import Json
@@ -85,12 +85,9 @@ class Kind:
 
     def fit(self, obj: Any) -> Fitted:
         """A request's document made to fit the kind's message, before all else. Raises BadDocument (a 400)."""
-        try:
-            return api_schema().fit(obj, self.message)
-        except BadDocument as cause:
-            kind, version = self.resource.kind, self.resource.version
-            text = f'{kind} in version "{version}" cannot be handled as a {kind}: {cause}'
-            raise BadDocument(text) from cause
+        if isinstance(obj, dict):
+            obj = {"apiVersion": self.resource.api_version, "kind": self.resource.kind, **obj}
+        return api_schema().fit(obj, self.message)
 
     def prepare_create(self, obj: Json, now: datetime) -> Json:
         """The document as it will be stored: defaults set, status as a new object has it, generation 1."""
