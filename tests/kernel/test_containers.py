@@ -138,7 +138,8 @@ async def test_a_missing_config_map_is_waited_for(shim: Rig) -> None:
     await node.run(pod, objects)
 
     def waits(report: PodReport) -> bool:
-        return report.container_statuses[0]["state"].get("waiting", {}).get("reason") == "CreateContainerConfigError"
+        waiting = report.container_statuses[0]["state"].get("waiting", {})
+        return bool(waiting.get("reason") == "CreateContainerConfigError")
 
     report = await node.report(pod, waits)
     assert report.container_statuses[0]["state"]["waiting"]["message"] == 'configmap "late" not found'
