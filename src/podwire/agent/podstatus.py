@@ -8,6 +8,8 @@ from podwire.model.objects import Condition, Container, Pod
 from podwire.model.podruntime import PodReport
 
 FINISHED = ("Succeeded", "Failed")
+SANDBOX_LOST = "SandboxLost"
+"""`PodReport.reason` of a pod whose pause process was killed from outside."""
 
 
 def status_patch(pod: Pod, report: PodReport, ips: Sequence[IPAddress], host_ips: Sequence[IPAddress], now: str) -> Json:

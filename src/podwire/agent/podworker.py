@@ -16,7 +16,7 @@ import msgspec
 
 from podwire.agent.config import AgentConfig
 from podwire.agent.plumbing import Plumbing
-from podwire.agent.podstatus import FINISHED, rejection_patch, status_patch, without_times
+from podwire.agent.podstatus import FINISHED, SANDBOX_LOST, rejection_patch, status_patch, without_times
 from podwire.agent.ports import ConfigSource, PodRuntime
 from podwire.agent.reservations import Reservations
 from podwire.client.api import ApiClient
@@ -156,9 +156,27 @@ class PodWorker:
     async def _follow(self) -> None:
         """Carry reports to the API until the pod has to go."""
         while not self._leaving:
+            if self._sandbox_lost:
+                await self._rebuild()
             delay = await self._settle()
             if not self._leaving:
                 await self._next_change(delay)
+
+    @property
+    def _sandbox_lost(self) -> bool:
+        """Whether the pod is to be built anew because somebody killed its pause process (and the kernel all of its own)."""
+        report = self._report
+        return report is not None and report.reason == SANDBOX_LOST and self.pod.spec.restart_policy != "Never"
+
+    async def _rebuild(self) -> None:
+        """A new sandbox at the same addresses."""
+        message = "Pod sandbox changed, it will be killed and re-created."
+        self._env.events.record(PODS, self.pod.metadata, "Normal", "SandboxChanged", message)
+        self._report = None
+        await self._persist("removing what is left of its sandbox", lambda: self._env.runtime.remove(self.uid))
+        if self.uid in self._env.plumbing.pods:
+            await self._persist("removing its link", lambda: self._env.plumbing.unplumb(self.uid))
+        await self._bring_up()
 
     async def _settle(self) -> float | None:
         """Write what the latest report says, if that is new. Returns after how many seconds to try again; None: it is done."""

@@ -112,6 +112,11 @@ class MemoryRuntime:
         statuses = tuple({**status, **done} for status in self.reported[uid].container_statuses)
         self.say(replace(self.reported[uid], phase=phase, ready=False, container_statuses=statuses))
 
+    def lose_sandbox(self, uid: str) -> None:
+        """The pod's pause process is killed from outside."""
+        del self.boxes[uid]
+        self.say(PodReport(uid, "Failed", False, reason="SandboxLost", message="the sandbox was killed from outside"))
+
     def _fault(self, method: str) -> None:
         if self._faults and self._faults[0] == method:
             self._faults.popleft()

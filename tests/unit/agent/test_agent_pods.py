@@ -187,6 +187,33 @@ async def test_an_agent_killed_at_any_step_of_a_pods_start_leaks_nothing(cluster
         assert not [name for name in (await machine.kernel.observe()).links if name.startswith("veth")]
 
 
+async def test_a_lost_sandbox_is_built_anew_at_the_same_address(cluster: MemoryCluster) -> None:
+    machine = cluster.machine(1)
+    async with cluster.agent(machine):
+        created = await cluster.create_pod("web", "n1")
+        uid = created["metadata"]["uid"]
+        before = await cluster.until_running("web")
+        machine.kernel.destroy(pod_netns(uid))
+        machine.runtime.lose_sandbox(uid)
+        await cluster.until(lambda: machine.runtime.created == [uid, uid])
+        await cluster.until(lambda: uid in machine.runtime.started)
+        after = await cluster.until_running("web")
+        assert after["status"]["podIPs"] == before["status"]["podIPs"]
+        assert host_veth(uid) in (await machine.kernel.observe()).links
+        assert await cluster.until(lambda: _events(cluster, "SandboxChanged"))
+
+
+async def test_a_lost_sandbox_is_the_end_of_a_pod_that_never_restarts(cluster: MemoryCluster) -> None:
+    machine = cluster.machine(1)
+    async with cluster.agent(machine):
+        created = await cluster.create_pod("job", "n1", restartPolicy="Never")
+        await cluster.until_running("job")
+        machine.runtime.lose_sandbox(created["metadata"]["uid"])
+        pod = await cluster.until(lambda: _in_phase(cluster, "job", "Failed"))
+        assert pod["status"]["reason"] == "SandboxLost"
+        await cluster.until(lambda: not reserved(machine))
+
+
 async def test_two_pods_never_share_an_address(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine):
