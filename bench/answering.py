@@ -26,7 +26,7 @@ DEADLINE_SECONDS = 10
 
 def run() -> Figures:
     with lab("bench-answering", "--nodes", "3") as running:
-        output = running.exec("node1", sys.executable, "-m", "bench.answering", "--client", running.kubeconfig)
+        output = running.exec("node-1", sys.executable, "-m", "bench.answering", "--client", running.kubeconfig)
     times = json.loads(output)
     figures = {"address_known_ms": percentiles(times["known"]), "answering_ms": percentiles(times["answering"])}
     table(

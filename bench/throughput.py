@@ -21,18 +21,18 @@ MANIFEST = """\
 apiVersion: v1
 kind: Pod
 metadata: {name: near}
-spec: {nodeName: node1, containers: [{name: sh, command: [sleep, infinity]}]}
+spec: {nodeName: node-1, containers: [{name: sh, command: [sleep, infinity]}]}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: same}
-spec: {nodeName: node1, containers: [{name: iperf, command: [iperf3, -s]}]}
+spec: {nodeName: node-1, containers: [{name: iperf, command: [iperf3, -s]}]}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: far, labels: {app: far}}
 spec:
-  nodeName: node2
+  nodeName: node-2
   containers:
     - name: iperf
       command: [iperf3, -s]
@@ -41,7 +41,7 @@ spec:
 apiVersion: v1
 kind: Pod
 metadata: {name: host}
-spec: {nodeName: node2, hostNetwork: true, containers: [{name: iperf, command: [iperf3, -s]}]}
+spec: {nodeName: node-2, hostNetwork: true, containers: [{name: iperf, command: [iperf3, -s]}]}
 ---
 apiVersion: v1
 kind: Service
@@ -106,7 +106,7 @@ async def _objects(kubeconfig: str) -> tuple[dict[str, Json], Json]:
 def _ways(pods: dict[str, Json], service: Json) -> Iterator[Way]:
     ip = {name: pod["status"]["podIP"] for name, pod in pods.items()}
     node_1, node_2 = pods["near"]["status"]["hostIP"], pods["far"]["status"]["hostIP"]
-    yield Way("node→node", "node1", node_2)
+    yield Way("node→node", "node-1", node_2)
     yield Way("container→container", "same", "127.0.0.1")
     yield Way("pod→pod, one node", "near", ip["same"])
     yield Way("pod→pod, across nodes", "near", ip["far"])

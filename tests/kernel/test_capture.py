@@ -46,8 +46,9 @@ async def test_a_packet_is_seen_at_both_ends(
 
     with await in_netns(other, socket_here) as server, await in_netns(netns, socket_here) as client:
         server.bind((address, PORT))
-        async with Capture(lambda data: NONCE in data) as capture:
+        async with Capture() as capture:
             await capture.open({"near": netns, "far": other})
+            capture.expect(NONCE)
             client.sendto(b"noise", (address, PORT))
             client.sendto(NONCE, (address, PORT))
             async with asyncio.timeout(5):
@@ -60,7 +61,7 @@ async def test_a_packet_is_seen_at_both_ends(
 
 
 async def test_a_capture_leaves_no_socket(netns: int) -> None:
-    capture = Capture(lambda _: True)
+    capture = Capture()
     await capture.open({"here": netns})
     capture.close()
     assert capture.collect() == []

@@ -7,7 +7,7 @@ time stamps put the frames of all namespaces in order: it is one kernel, hence o
 import asyncio
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -35,11 +35,13 @@ class Captured:
 
 
 class Capture:
-    """An open capture. Frames for which `wanted` is true collect in `frames`, in the order in which they were read."""
+    """An open capture: keeps the frames that hold the bytes last given to `expect`, drops all others.
 
-    def __init__(self, wanted: Callable[[bytes], bool]) -> None:
-        self.frames: list[Captured] = []
-        self._wanted = wanted
+    Closing packet sockets makes the kernel wait for a grace period each: open one capture and use it for many packets."""
+
+    def __init__(self) -> None:
+        self._frames: list[Captured] = []
+        self._expected = b""
         self._sockets: list[tuple[str, socket.socket]] = []
 
     async def open(self, places: Mapping[str, int]) -> Self:
@@ -54,11 +56,16 @@ class Capture:
             raise
         return self
 
+    def expect(self, payload: bytes) -> None:
+        """Forget what was captured and from now on keep the frames that hold `payload` (a tunnelled packet's too)."""
+        self._expected = payload
+        self._frames.clear()
+
     def collect(self) -> list[Captured]:
-        """Everything captured so far, by time. Reads what the sockets still hold, so nothing sent before is missing."""
+        """What was captured since `expect`, by time. Reads what the sockets still hold: nothing sent before is missing."""
         for place, sock in self._sockets:
             self._drain(place, sock, limit=1 << 20)
-        return sorted(self.frames, key=lambda frame: frame.at)
+        return sorted(self._frames, key=lambda frame: frame.at)
 
     def close(self) -> None:
         for _, sock in self._sockets:
@@ -80,9 +87,9 @@ class Capture:
                 return
             except OSError:  # ENETDOWN: a device went away under the capture; the others go on
                 continue
-            if self._wanted(data):
+            if self._expected and self._expected in data:
                 device, _, packet_type = address[:3]
-                self.frames.append(Captured(_stamp(ancillary), place, device, packet_type == _PACKET_OUTGOING, data))
+                self._frames.append(Captured(_stamp(ancillary), place, device, packet_type == _PACKET_OUTGOING, data))
 
 
 def _packet_socket() -> socket.socket:

@@ -22,10 +22,10 @@ class Hop:
     conntrack: str = ""
 
 
-def hops_from(frames: Sequence[Captured], request: bytes = b"") -> list[Hop]:
+def hops_from(frames: Sequence[Captured]) -> list[Hop]:
     """Frames that hold the probe's payload, by time → hops in order; repeats (retransmissions) are left out.
 
-    Only packets whose payload begins with `request` count: an answer that repeats it is on its way back already."""
+    The way ends where the packet turns round: an echo carries the payload back."""
     hops: list[Hop] = []
     seen: set[tuple[object, ...]] = set()
     previous: Packet | None = None
@@ -34,8 +34,8 @@ def hops_from(frames: Sequence[Captured], request: bytes = b"") -> list[Hop]:
         if parsed is None or parsed.packet is None:
             continue
         packet, outer = parsed.packet.innermost, parsed.packet if parsed.packet.inner is not None else None
-        if not packet.payload.startswith(request):
-            continue
+        if previous is not None and _answers(packet, previous):
+            break
         key = (frame.place, frame.device, frame.outgoing, packet.flow, outer is not None)
         if key in seen:
             continue
@@ -44,6 +44,10 @@ def hops_from(frames: Sequence[Captured], request: bytes = b"") -> list[Hop]:
         hops.append(Hop(frame.place, frame.device, frame.outgoing, packet, outer, rewritten))
         previous = packet
     return hops
+
+
+def _answers(packet: Packet, previous: Packet) -> bool:
+    return (packet.src, packet.sport, packet.dst, packet.dport) == (previous.dst, previous.dport, previous.src, previous.sport)
 
 
 def rewriting(before: Packet, after: Packet) -> str:

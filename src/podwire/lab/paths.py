@@ -67,8 +67,9 @@ async def probe_paths(site: Site, source: str = "", target: str = "") -> list[Pa
     probes = probes_between(snapshot, source, target) if source or target else choose_probes(snapshot)
     places = {place for probe in probes for place in (probe.origin, *probe.ends_at)}
     pods = [pod for pod in snapshot.pods if place_of(pod) in places and not pod.spec.host_network]
-    async with _namespaces(site, pods) as namespaces:
-        return [await run_probe(probe, namespaces) for probe in probes]
+    async with _namespaces(site, pods) as namespaces, Capture() as capture:
+        await capture.open(namespaces)
+        return [await run_probe(probe, namespaces, capture) for probe in probes]
 
 
 async def take_snapshot(client: ApiClient) -> Snapshot:
@@ -97,16 +98,14 @@ async def _namespaces(site: Site, pods: Sequence[Pod]) -> AsyncIterator[Mapping[
             os.close(fd)
 
 
-async def run_probe(probe: Probe, namespaces: Mapping[str, int]) -> PathResult:
-    """Send one probe and watch it. Never raises for what goes wrong on the way: that is the result."""
+async def run_probe(probe: Probe, namespaces: Mapping[str, int], capture: Capture) -> PathResult:
+    """Send one probe and watch it with `capture`, open in `namespaces`. Whatever goes wrong on the way is the result."""
     if probe.origin not in namespaces:
         return PathResult(probe, reason=f"{probe.origin} is gone")
     nonce = secrets.token_hex(8).encode()
-    async with Capture(lambda data: nonce in data) as capture:
-        await capture.open(namespaces)
-        request = _request(probe, nonce)
-        rtt_ms, reason = await _exchange(probe, namespaces[probe.origin], request)
-        hops = hops_from(capture.collect(), request)
+    capture.expect(nonce)
+    rtt_ms, reason = await _exchange(probe, namespaces[probe.origin], _request(probe, nonce))
+    hops = hops_from(capture.collect())
     hops = [await _with_conntrack(hop, previous, namespaces) for previous, hop in zip([None, *hops], hops, strict=False)]
     return PathResult(probe, tuple(hops), rtt_ms, reason or objection(probe, hops))
 

@@ -54,6 +54,12 @@ def test_hops_tell_devices_tunnel_and_rewriting() -> None:
     assert nodes_passed(hops) == ["node-1", "node-2"]
 
 
+def test_an_echo_is_not_part_of_the_way() -> None:
+    echo = Packet(ENDPOINT, POD, TCP, sport=8080, dport=4000, payload=b"nonce")
+    back = [seen(9, "shop/c", "eth0", echo, out=True), seen(10, "shop/a", "eth0", echo)]
+    assert hops_from([*WAY, *back]) == hops_from(WAY)
+
+
 def test_frames_that_are_not_ip_are_left_out() -> None:
     assert hops_from([Captured(1, "node-1", "eth0", False, b"nonce"), Captured(2, "node-1", "eth0", False, bytes(40))]) == []
 
