@@ -16,6 +16,7 @@ from podwire.apiserver.housekeeping import keep_house
 from podwire.apiserver.hub import Hub
 from podwire.apiserver.kinds import REGISTRY
 from podwire.apiserver.objects import Objects
+from podwire.apiserver.openapi import OpenApi
 from podwire.apiserver.patching import patch
 from podwire.apiserver.proxy import NodeProxy
 from podwire.apiserver.request import Target, negotiate, parse_path
@@ -30,6 +31,9 @@ _log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/healthz", "/livez", "/readyz", "/version"})
 """Readable without a token, as in Kubernetes (system:public-info-viewer)."""
+
+EMPTY_SWAGGER = b"\x0a\x032.0\x12\x0d\x0a\x07podwire\x12\x02v1"
+"""openapi.v2.Document in protobuf: swagger (field 1) and info (field 2: title, version)."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -52,6 +56,7 @@ class Api:
             ("exec", "GET"): self._proxy.exec,
             ("exec", "POST"): self._proxy.exec,
         }
+        self._openapi = OpenApi(REGISTRY)
         self._ready = False
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
@@ -125,7 +130,7 @@ class Api:
         return served
 
     async def _patch(self, call: Call) -> web.StreamResponse:
-        return await patch(call, self.objects)
+        return await patch(call, self._verbs)
 
     async def _review(self, request: web.Request) -> web.Response:
         """Resources that are asked and not stored."""
@@ -165,6 +170,24 @@ class Api:
 
     async def version(self, request: web.Request) -> web.Response:
         return web.Response(body=encode(discovery.version(self._config.build)), content_type="application/json")
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        """/openapi/v3 and /openapi/v3/<path>; the latter may be kept, its URL carries a hash."""
+        path = request.match_info.get("path", "")
+        body = self._openapi.document(path) if path else encode(self._openapi.index())
+        if body is None:
+            raise status.unknown_path(request.method, request.path)
+        headers = {"ETag": f'"{self._openapi.etag}"', "Vary": "Accept"}
+        if path and request.query.get("hash"):
+            headers["Cache-Control"] = "public, immutable"
+        return web.Response(body=body, content_type="application/json", headers=headers)
+
+    async def openapi_v2(self, request: web.Request) -> web.Response:
+        """/openapi/v2, without content: kubectl asks it about kinds that v3 does not know, and goes on to name them itself."""
+        if "protobuf" in request.headers.get("Accept", ""):
+            return web.Response(body=EMPTY_SWAGGER, content_type="application/com.github.proto-openapi.spec.v2.v1.0+protobuf")
+        document = {"swagger": "2.0", "info": {"title": "podwire", "version": "v1"}, "paths": {}, "definitions": {}}
+        return web.Response(body=encode(document), content_type="application/json")
 
     async def health(self, request: web.Request) -> web.Response:
         """/healthz, /livez and /readyz."""
@@ -213,6 +236,9 @@ def create_app(store: Store, config: ServerConfig) -> web.Application:
         app.router.add_route("*", root, api.resource)
         app.router.add_route("*", root + "/{path:.*}", api.resource)
     app.router.add_get("/version", api.version)
+    app.router.add_get("/openapi/v2", api.openapi_v2)
+    app.router.add_get("/openapi/v3", api.openapi)
+    app.router.add_get("/openapi/v3/{path:.*}", api.openapi)
     for path in ("/healthz", "/livez", "/readyz"):
         app.router.add_get(path, api.health)
         app.router.add_get(path + "/{check:.*}", api.health)

@@ -51,8 +51,16 @@ def _advertised(config: ServerConfig) -> list[str]:
 
 async def _ensure(objects: Objects, resource: Resource, namespace: str, obj: Json) -> bool:
     """Whether it had to be made."""
+    kind = _kind(resource)
     try:
-        await objects.create(_kind(resource), namespace, obj)
+        await objects.read(Place(kind, namespace, obj["metadata"]["name"]))
+    except StatusError as error:
+        if error.code != 404:
+            raise
+    else:
+        return False
+    try:
+        await objects.create(kind, namespace, obj)
     except StatusError as error:
         if error.reason != "AlreadyExists":
             raise

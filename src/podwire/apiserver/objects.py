@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import Protocol
 
 from podwire.apiserver import status
+from podwire.apiserver.apply import Manager, record_update
 from podwire.apiserver.kinds.base import Kind
 from podwire.apiserver.storage import from_item, key_of, to_value
 from podwire.apiserver.validation import FieldError, Path, forbidden, invalid
@@ -22,6 +23,9 @@ NAME_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"
 
 ATTEMPTS = 12
 """How often a write that carries no resourceVersion is tried again after losing a race."""
+
+IMMORTAL = frozenset({"default", "kube-system", "kube-public"})
+"""Namespaces that cannot be deleted (NamespaceLifecycle admission)."""
 
 FOREGROUND = "foregroundDeletion"
 ORPHAN = "orphan"
@@ -159,10 +163,13 @@ class Objects:
 
     # --- update
 
-    async def update(self, place: Place, edit: Edit, *, subresource: str = "", dry_run: bool = False) -> Json:
+    async def update(
+        self, place: Place, edit: Edit, *, subresource: str = "", dry_run: bool = False, manager: str | None = ""
+    ) -> Json:
         """Replace the object by what `edit` makes of it. A resourceVersion or uid in the result is a precondition (409).
 
-        An update that removes the last reason to keep an object that is being deleted removes it.
+        An update that removes the last reason to keep an object that is being deleted removes it. `manager` is who owns
+        the fields that change; None: the edit has seen to metadata.managedFields itself.
         """
         for _ in range(ATTEMPTS):
             item = await self._item(place)
@@ -170,6 +177,9 @@ class Objects:
             new = edit(from_item(place.kind, item))
             self._check_preconditions(place, new, old)
             new = self._merge(place, new, old, subresource)
+            if manager is not None:
+                who = Manager(manager or "unknown", place.kind.resource.api_version, "Update", subresource)
+                new = record_update(new, old, place.kind.message, who, format_time(self._now()))
             self._check(place.kind, new, old, subresource)
             if _without_version(new) == _without_version(old):
                 return old
@@ -240,6 +250,8 @@ class Objects:
 
     def _check_delete(self, place: Place, old: Json, options: DeleteOptions) -> None:
         meta = old["metadata"]
+        if place.kind.resource == resources.NAMESPACES and place.name in IMMORTAL:
+            raise status.forbidden(resources.NAMESPACES, place.name, "this namespace may not be deleted")
         if options.uid and options.uid != meta["uid"]:
             why = f"Precondition failed: UID in precondition: {options.uid}, UID in object meta: {meta['uid']}"
             raise status.conflict(place.kind.resource, place.name, why)
@@ -314,7 +326,7 @@ def _generated(prefix: str) -> str:
 
 
 def _without_version(obj: Json) -> Json:
-    meta = {key: value for key, value in obj["metadata"].items() if key not in ("resourceVersion", "managedFields")}
+    meta = {key: value for key, value in obj["metadata"].items() if key != "resourceVersion"}
     return {**obj, "metadata": meta}
 
 

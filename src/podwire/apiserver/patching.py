@@ -7,17 +7,20 @@ import msgspec
 from aiohttp import web
 
 from podwire.apiserver import status
-from podwire.apiserver.objects import Objects
+from podwire.apiserver.apply import ApplyConflict, Manager, apply
 from podwire.apiserver.patch import APPLY_PATCH, CONTENT_TYPES, PatchFailed, patched
-from podwire.apiserver.request import dry_run
-from podwire.apiserver.verbs import Call, fit_object, read_body, respond
+from podwire.apiserver.request import YAML, decode_text, dry_run, flag
+from podwire.apiserver.verbs import Call, Verbs, fit_object, namespace_for, read_body, respond
 from podwire.model.meta import Json
+from podwire.model.timestamps import format_time
 
 Change = Callable[[Json], Json]
 
 
-async def patch(call: Call, objects: Objects) -> web.StreamResponse:
+async def patch(call: Call, verbs: Verbs) -> web.StreamResponse:
     """PATCH of an object or of its status."""
+    if call.request.content_type == APPLY_PATCH:
+        return await _apply(call, verbs)
     change = await read_change(call, call.kind.message)
     warnings: list[str] = []
 
@@ -26,8 +29,43 @@ async def patch(call: Call, objects: Objects) -> web.StreamResponse:
         warnings[:] = found
         return fitted
 
-    changed = await objects.update(call.place, edit, subresource=call.target.subresource, dry_run=dry_run(call.query))
+    changed = await verbs.change(call, edit)
     return respond(call, changed, warnings=warnings + call.kind.warnings(changed))
+
+
+async def _apply(call: Call, verbs: Verbs) -> web.StreamResponse:
+    """Server-side apply: makes the object where it is not there."""
+    name = call.query.get("fieldManager", "")
+    if not name:
+        raise status.bad_request(
+            "PatchOptions.meta.k8s.io is invalid: fieldManager: Required value: is required for apply patch"
+        )
+    config, warnings = fit_object(call, decode_text(await read_body(call.request), YAML))
+    config.setdefault("metadata", {}).setdefault("name", call.target.name)
+    namespace = namespace_for(call, config)
+    manager = Manager(name, call.kind.resource.api_version, "Apply", call.target.subresource)
+    force, dry, now = flag(call.query, "force"), dry_run(call.query), format_time(call.now)
+
+    def applied(live: Json | None) -> Json:
+        try:
+            return apply(live, config, call.kind.message, manager, now, force=force)
+        except ApplyConflict as error:
+            raise _conflict(call, error) from error
+
+    code = 200
+    try:
+        made = await verbs.objects.update(call.place, applied, subresource=call.target.subresource, dry_run=dry, manager=None)
+    except status.StatusError as error:
+        if error.code != 404 or call.target.subresource:
+            raise
+        made, code = await verbs.objects.create(call.kind, namespace, applied(None), dry_run=dry), 201
+    return respond(call, made, code, warnings + call.kind.warnings(made))
+
+
+def _conflict(call: Call, error: ApplyConflict) -> status.StatusError:
+    causes = [{"reason": c.reason, "message": c.message, "field": c.field} for c in error.causes]
+    details = status.details_of(call.kind.resource, call.target.name) | {"causes": causes}
+    return status.StatusError(409, "Conflict", str(error), details)
 
 
 async def read_change(call: Call, message: str) -> Change:

@@ -66,9 +66,9 @@ class NodeProxy:
 
     async def exec(self, call: Call) -> web.StreamResponse:
         """A WebSocket on either side, messages passed on as they are."""
+        upstream = await self._upstream(call, "exec")
         if call.request.headers.get("Upgrade", "").lower() != "websocket":
             raise status.bad_request("exec is served over WebSocket, not over SPDY: use kubectl 1.31 or newer")
-        upstream = await self._upstream(call, "exec")
         params = [(key, value) for key, value in call.request.query.items() if key in (*EXEC_PARAMETERS, "command")]
         offered = [p.strip() for p in call.request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
         protocols = [p for p in offered if p in CHANNEL_PROTOCOLS]

@@ -8,7 +8,6 @@ from aiohttp import web
 from podwire.apiserver import status
 from podwire.apiserver.auth import Authenticator
 from podwire.apiserver.patching import patch, read_change
-from podwire.apiserver.request import dry_run
 from podwire.apiserver.validation import Path, invalid, required
 from podwire.apiserver.verbs import Call, Verbs, delete_options, read_document, respond, write
 from podwire.model.meta import Json
@@ -39,7 +38,7 @@ class Subresources:
         }
 
     async def patch(self, call: Call) -> web.StreamResponse:
-        return await patch(call, self._verbs.objects)
+        return await patch(call, self._verbs)
 
     # --- namespaces
 
@@ -55,7 +54,7 @@ class Subresources:
                 old["metadata"]["resourceVersion"] = version
             return old
 
-        return respond(call, await self._verbs.objects.update(call.place, edit, subresource="finalize"))
+        return respond(call, await self._verbs.change(call, edit))
 
     # --- scale
 
@@ -82,7 +81,7 @@ class Subresources:
             version = scale.get("metadata", {}).get("resourceVersion")
             return {**new, "metadata": {**new["metadata"], **({"resourceVersion": version} if version else {})}}
 
-        changed = await self._verbs.objects.update(call.place, edit, dry_run=dry_run(call.query))
+        changed = await self._verbs.change(call, edit, "")
         return write(call, call.kind.scale_of(changed))
 
     # --- pods
@@ -103,7 +102,7 @@ class Subresources:
                 raise status.conflict(call.kind.resource, call.target.name, "the pod's UID is another one than the binding's")
             return bound(call, old, node, now)
 
-        await self._verbs.objects.update(call.place, edit, subresource="binding", dry_run=dry_run(call.query))
+        await self._verbs.change(call, edit)
         return write(call, {**status.success({}), "code": 201}, 201)
 
     async def evict(self, call: Call) -> web.StreamResponse:

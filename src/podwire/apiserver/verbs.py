@@ -12,7 +12,7 @@ from aiohttp import web
 from podwire.apiserver import protobuf, status, tables
 from podwire.apiserver.hub import Entry, Form, Hub, Interest
 from podwire.apiserver.kinds.base import Kind
-from podwire.apiserver.objects import DeleteOptions, Objects, Place
+from podwire.apiserver.objects import DeleteOptions, Edit, Objects, Place
 from podwire.apiserver.request import (
     JSON,
     PROTOBUF,
@@ -57,6 +57,11 @@ class Call:
     @property
     def place(self) -> Place:
         return Place(self.target.kind, self.target.namespace, self.target.name)
+
+    @property
+    def manager(self) -> str:
+        """Who writes, for metadata.managedFields: the client says so, or its User-Agent does."""
+        return self.query.get("fieldManager") or self.request.headers.get("User-Agent", "").partition("/")[0]
 
 
 class Verbs:
@@ -140,10 +145,13 @@ class Verbs:
         if name != call.target.name:
             raise status.bad_request(f"the name of the object ({name}) does not match the name on the URL ({call.target.name})")
         body = msgspec.json.encode(obj)
-        changed = await self.objects.update(
-            call.place, lambda old: decode_text(body, JSON), subresource=call.target.subresource, dry_run=dry_run(call.query)
-        )
+        changed = await self.change(call, lambda old: decode_text(body, JSON))
         return respond(call, changed, warnings=warnings + call.kind.warnings(changed))
+
+    async def change(self, call: Call, edit: Edit, subresource: str | None = None) -> Json:
+        """An update of the object that the call names, with the options of its query."""
+        sub = call.target.subresource if subresource is None else subresource
+        return await self.objects.update(call.place, edit, subresource=sub, dry_run=dry_run(call.query), manager=call.manager)
 
     async def delete(self, call: Call) -> web.Response:
         options = await read_delete_options(call)
