@@ -219,7 +219,11 @@ class Informer(Generic[T]):
 
     def _tell(self, change: Change[T]) -> None:
         for callback in tuple(self._callbacks):
-            callback(change)
+            try:
+                callback(change)
+            except Exception:
+                # The boundary of one subscriber: its bug must end neither the copy nor the others' subscriptions.
+                log.exception("%s %s: a subscriber failed", self.resource.plural, change.key)
 
     def _decode(self, raw: msgspec.Raw) -> T | None:
         try:

@@ -95,7 +95,7 @@ class WorkQueue(Generic[K]):
     async def run(
         self, work: Callable[[K], Awaitable[None]], *, expected: tuple[type[Exception], ...], workers: int = 1
     ) -> None:
-        """Work on keys until cancelled, each failure retried with back-off. `expected` errors are logged in a line, others whole."""
+        """Work on keys until cancelled, failures retried with back-off. `expected` ones are logged in a line, others whole."""
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
                 group.create_task(self._worker(work, expected))

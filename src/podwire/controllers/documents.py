@@ -4,12 +4,13 @@ from typing import Any
 
 import msgspec
 
-from podwire.model.meta import Json, ObjectMeta
+from podwire.model.meta import Json, LabelSelector, ObjectMeta, Requirement
 from podwire.model.objects import (
     ApiObject,
     Deployment,
     DeploymentSpec,
     Pod,
+    PodSpec,
     PodStatus,
     ReplicaSet,
     ReplicaSetSpec,
@@ -17,6 +18,58 @@ from podwire.model.objects import (
     View,
 )
 from podwire.model.resources import Resource
+
+_REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+_PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
+
+
+class NodeSelectorTerm(View, frozen=True):
+    """All its expressions must hold; a term without any matches nothing."""
+
+    match_expressions: tuple[Requirement, ...] = ()
+    match_fields: tuple[Requirement, ...] = ()
+
+
+class NodeSelector(View, frozen=True):
+    node_selector_terms: tuple[NodeSelectorTerm, ...] = ()
+
+
+class PreferredNode(View, frozen=True):
+    weight: int
+    preference: NodeSelectorTerm = NodeSelectorTerm()
+
+
+class NodeAffinity(View, frozen=True):
+    required: NodeSelector | None = msgspec.field(name=_REQUIRED, default=None)
+    preferred: tuple[PreferredNode, ...] = msgspec.field(name=_PREFERRED, default=())
+
+
+class PodAffinityTerm(View, frozen=True):
+    topology_key: str
+    label_selector: LabelSelector | None = None
+    namespaces: tuple[str, ...] = ()
+
+
+class PreferredPods(View, frozen=True):
+    weight: int
+    pod_affinity_term: PodAffinityTerm
+
+
+class PodAffinity(View, frozen=True):
+    """Also podAntiAffinity."""
+
+    required: tuple[PodAffinityTerm, ...] = msgspec.field(name=_REQUIRED, default=())
+    preferred: tuple[PreferredPods, ...] = msgspec.field(name=_PREFERRED, default=())
+
+
+class Affinity(View, frozen=True):
+    node_affinity: NodeAffinity = NodeAffinity()
+    pod_affinity: PodAffinity = PodAffinity()
+    pod_anti_affinity: PodAffinity = PodAffinity()
+
+
+class WorkloadPodSpec(PodSpec, frozen=True):
+    affinity: Affinity = Affinity()
 
 
 class ContainerStatus(View, frozen=True):
@@ -29,6 +82,7 @@ class WorkloadPodStatus(PodStatus, frozen=True):
 
 
 class WorkloadPod(Pod, frozen=True):
+    spec: WorkloadPodSpec = WorkloadPodSpec()
     status: WorkloadPodStatus = WorkloadPodStatus()
 
 

@@ -76,11 +76,16 @@ def _versions(service: Service) -> tuple[int, ...]:
 
 
 def current_addresses(service: Service) -> tuple[IPAddress, ...]:
-    return tuple(ipaddress.ip_address(entry.ip) for entry in service.status.load_balancer.ingress if entry.ip)
+    found = (_address(entry.ip) for entry in service.status.load_balancer.ingress)
+    return tuple(address for address in found if address is not None)
 
 
 def _requested(service: Service) -> IPAddress | None:
-    text = service.spec.load_balancer_ip
+    return _address(service.spec.load_balancer_ip)
+
+
+def _address(text: str) -> IPAddress | None:
+    """None for nothing, and for what is no address."""
     try:
         return ipaddress.ip_address(text) if text else None
     except ValueError:

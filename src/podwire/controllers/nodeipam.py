@@ -70,7 +70,7 @@ class NodeIpam(Controller[str]):
         nodes = {key.name: node for key, node in self.cluster.nodes.items().items()}
         self._forget_what_is_known(nodes)
         given = {name: networks for name, (_, networks) in self._given.items()}
-        wanting = sorted(name for name, node in nodes.items() if not _cidrs(node) and name not in given)
+        wanting = sorted(name for name, node in nodes.items() if not node.spec.pod_cidrs and name not in given)
         taken = [network for node in nodes.values() for network in _cidrs(node)]
         taken += [network for networks in given.values() for network in networks]
         for name, networks in assign_pod_cidrs(taken, wanting, self.context.config.cluster_cidrs).items():
@@ -84,7 +84,7 @@ class NodeIpam(Controller[str]):
     def _forget_what_is_known(self, nodes: Mapping[str, Node]) -> None:
         for name, (uid, _) in list(self._given.items()):
             node = nodes.get(name)
-            if node is None or node.metadata.uid != uid or _cidrs(node):
+            if node is None or node.metadata.uid != uid or node.spec.pod_cidrs:
                 del self._given[name]
 
     async def _write(self, name: str, networks: Sequence[IPNetwork]) -> None:
@@ -100,4 +100,12 @@ class NodeIpam(Controller[str]):
 
 def _cidrs(node: Node) -> list[IPNetwork]:
     texts = node.spec.pod_cidrs or ((node.spec.pod_cidr,) if node.spec.pod_cidr else ())
-    return [ipaddress.ip_network(text) for text in texts]
+    return [network for text in texts if (network := _network(text)) is not None]
+
+
+def _network(text: str) -> IPNetwork | None:
+    """None for what is no network: nothing can clash with it."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        return None

@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from podwire.controllers.affinity import PodAffinities, node_affinity_allows
+from podwire.controllers.documents import WorkloadPod
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import Node, Pod, Taint, Toleration, TopologySpread
 
@@ -23,9 +25,9 @@ class NodeLoad:
     pods: int = 0
     groups: Counter[str] = field(default_factory=Counter)
     host_ports: set[HostPort] = field(default_factory=set)
-    members: list[Pod] = field(default_factory=list)
+    members: list[WorkloadPod] = field(default_factory=list)
 
-    def add(self, pod: Pod) -> None:
+    def add(self, pod: WorkloadPod) -> None:
         self.pods += 1
         self.groups[group_of(pod)] += 1
         self.host_ports |= host_ports(pod)
@@ -41,39 +43,50 @@ class Placement:
     reason: str = ""
 
 
-def place_pods(pending: Sequence[Pod], nodes: Iterable[Node], running: Iterable[Pod]) -> list[Placement]:
+def place_pods(pending: Sequence[WorkloadPod], nodes: Iterable[Node], running: Iterable[WorkloadPod]) -> list[Placement]:
     """A decision for each pod of `pending`, in that order, each taking those before it into account.
 
-    A node fits by: Ready, schedulable, taints tolerated, nodeSelector, host ports free, pod capacity, hard topology spread.
-    Of those that fit, the one with the fewest pods of the same owner, then the fewest pods, then the first by name.
+    A node fits by: Ready, schedulable, taints tolerated, nodeSelector and affinities, host ports free, pod capacity, hard
+    topology spread. Of those that fit, the one that its preferences speak for, then the one with the fewest pods of the same
+    owner, then the fewest pods, then the first by name. Requests for CPU and memory do not count: a node's pods share it.
     """
     loads = {node.metadata.name: NodeLoad(node, _capacity(node)) for node in sorted(nodes, key=lambda n: n.metadata.name)}
     for pod in running:
         load = loads.get(pod.spec.node_name)
         if load is not None and not pod.finished:
             load.add(pod)
-    return [_place(pod, loads) for pod in pending]
+    return [_place_safely(pod, loads) for pod in pending]
 
 
-def _place(pod: Pod, loads: Mapping[str, NodeLoad]) -> Placement:
+def _place_safely(pod: WorkloadPod, loads: Mapping[str, NodeLoad]) -> Placement:
+    """A pod that no rule of the API allows (an unknown selector operator) waits, and does not hold up the others."""
+    try:
+        return _place(pod, loads)
+    except ValueError as error:
+        return Placement(pod.key, "", str(error))
+
+
+def _place(pod: WorkloadPod, loads: Mapping[str, NodeLoad]) -> Placement:
     refused: Counter[str] = Counter()
     fitting: list[NodeLoad] = []
     spreads = [_Spread(rule, pod, loads) for rule in pod.spec.topology_spread_constraints if _hard(rule)]
+    affinities = PodAffinities(pod, [(load.node, load.members) for load in loads.values()])
     wanted_ports, group = host_ports(pod), group_of(pod)
     for load in loads.values():
-        reason = _refusal(pod, load, wanted_ports) or next((r for s in spreads if (r := s.refusal(load.node))), "")
+        reason = _refusal(pod, load, wanted_ports) or affinities.refusal(load.node)
+        reason = reason or next((r for s in spreads if (r := s.refusal(load.node))), "")
         if reason:
             refused[reason] += 1
         else:
             fitting.append(load)
     if not fitting:
         return Placement(pod.key, "", _explain(refused, len(loads)))
-    best = min(fitting, key=lambda load: (load.groups[group], load.pods, load.node.metadata.name))
+    best = min(fitting, key=lambda load: (-affinities.score(load.node), load.groups[group], load.pods, load.node.metadata.name))
     best.add(pod)
     return Placement(pod.key, best.node.metadata.name)
 
 
-def _refusal(pod: Pod, load: NodeLoad, wanted_ports: set[HostPort]) -> str:
+def _refusal(pod: WorkloadPod, load: NodeLoad, wanted_ports: set[HostPort]) -> str:
     """Why the pod cannot go there, in kube-scheduler's words; empty if it can."""
     node = load.node
     if not node.ready:
@@ -83,7 +96,7 @@ def _refusal(pod: Pod, load: NodeLoad, wanted_ports: set[HostPort]) -> str:
     for taint in node.spec.taints:
         if taint.effect in ("NoSchedule", "NoExecute") and not tolerates(pod.spec.tolerations, taint):
             return f"node(s) had untolerated taint {{{taint.key}: {taint.value}}}"
-    if any(node.metadata.labels.get(key) != value for key, value in pod.spec.node_selector.items()):
+    if _outside(pod, node):
         return "node(s) didn't match Pod's node affinity/selector"
     if wanted_ports and any(_ports_clash(wanted, used) for wanted in wanted_ports for used in load.host_ports):
         return "node(s) didn't have free ports for the requested pod ports"
@@ -146,7 +159,7 @@ def _hard(rule: TopologySpread) -> bool:
 class _Spread:
     """One topologySpreadConstraint for one pod: how many matching pods each domain has."""
 
-    def __init__(self, rule: TopologySpread, pod: Pod, loads: Mapping[str, NodeLoad]) -> None:
+    def __init__(self, rule: TopologySpread, pod: WorkloadPod, loads: Mapping[str, NodeLoad]) -> None:
         self._rule = rule
         self._self = int(self._matches(pod, pod))
         self._counts: Counter[str] = Counter()
@@ -173,5 +186,6 @@ class _Spread:
         return ""
 
 
-def _outside(pod: Pod, node: Node) -> bool:
-    return any(node.metadata.labels.get(key) != value for key, value in pod.spec.node_selector.items())
+def _outside(pod: WorkloadPod, node: Node) -> bool:
+    selector = pod.spec.node_selector.items()
+    return any(node.metadata.labels.get(key) != value for key, value in selector) or not node_affinity_allows(pod, node)

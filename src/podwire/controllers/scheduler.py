@@ -13,12 +13,12 @@ from podwire.client.informer import Change
 from podwire.controllers.base import Context, all_of
 from podwire.controllers.documents import WorkloadPod
 from podwire.controllers.placement import Placement, place_pods
+from podwire.model.ids import ObjectKey
 from podwire.model.objects import Node, Pod
 from podwire.model.resources import PODS
 from podwire.model.timestamps import format_time
 
 if TYPE_CHECKING:
-    from podwire.model.ids import ObjectKey
     from podwire.model.meta import Json
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Scheduler:
         # Pods that were told to wait, with the reason; looked at again when something changes that could help them.
         self._hopeless: dict[ObjectKey, str] = {}
         # Bound by us, not yet seen bound: they count as running on their node.
-        self._assumed: dict[ObjectKey, Pod] = {}
+        self._assumed: dict[ObjectKey, WorkloadPod] = {}
         self._wake = asyncio.Event()
 
     async def run(self) -> None:
@@ -74,8 +74,12 @@ class Scheduler:
         self._waiting.pop(change.key, None)
         self._hopeless.pop(change.key, None)
         self._assumed.pop(change.key, None)
-        if pod is None or pod.finished:
+        if pod is None or pod.finished or any(self._waits_for_company(key) for key in self._hopeless):
             self._retry_hopeless()
+
+    def _waits_for_company(self, key: ObjectKey) -> bool:
+        pod = self._waiting.get(key)
+        return pod is not None and bool(pod.spec.affinity.pod_affinity.required)
 
     def _node_changed(self, change: Change[Node]) -> None:
         if change.new is not None and (change.old is None or _relevant(change.old) != _relevant(change.new)):

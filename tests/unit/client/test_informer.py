@@ -4,6 +4,7 @@ from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
 
+import pytest
 from scripted_server import ScriptedServer
 
 from podwire.client.informer import Change, Informer
@@ -149,3 +150,20 @@ async def test_a_writer_can_wait_until_the_copy_shows_its_write() -> None:
             assert await informer.caught_up(pod("x", 8))
             assert await informer.caught_up(pod("x", 3))
             assert not await informer.caught_up(pod("x", 99), timeout_seconds=0.01)
+
+
+async def test_a_subscriber_that_fails_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    server = ScriptedServer()
+    server.answer("GET", PATH, listing(5, pod("a", 1), pod("b", 2)))
+
+    def failing(change: Change[Pod]) -> None:
+        raise ValueError("a bug")
+
+    async with server.serve() as client:
+        story, informer = Story(), Informer(client, PODS, Pod, rng=Random(1))
+        informer.subscribe(failing)
+        informer.subscribe(story)
+        async with running(informer):
+            await informer.synced()
+    assert story.lines == ["+a", "+b"]
+    assert "pods shop/a: a subscriber failed" in caplog.text

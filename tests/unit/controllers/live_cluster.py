@@ -78,8 +78,20 @@ class FakeKubelet:
 
 
 class LiveCluster:
-    def __init__(self, client: ApiClient) -> None:
+    def __init__(self, client: ApiClient, store: MemoryStore, port: int) -> None:
         self.client = client
+        self._store, self._port = store, port
+        self._server: ApiServer | None = None
+
+    async def start_server(self) -> None:
+        families = (ip_network("10.96.0.0/16"), ip_network("fd00:10:96::/112"))
+        self._server = ApiServer(create_app(self._store, ServerConfig(service_cidrs=families)))
+        await self._server.start([Listener(socket.create_server(("127.0.0.1", self._port)))])
+
+    async def stop_server(self) -> None:
+        if self._server is not None:
+            await self._server.stop()
+            self._server = None
 
     async def add_node(self, name: str, **labels: str) -> Json:
         labels = {"kubernetes.io/hostname": name} | labels
@@ -149,14 +161,18 @@ class LiveCluster:
         raise AssertionError(f"{resource.plural} never got there; they are {str(list(state.values()))[:4000]}")
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
 @asynccontextmanager
 async def live_cluster(config: ControllersConfig = CONFIG, *, nodes: int = 0) -> AsyncIterator[LiveCluster]:
-    store = MemoryStore()
-    families = (ip_network("10.96.0.0/16"), ip_network("fd00:10:96::/112"))
-    server = ApiServer(create_app(store, ServerConfig(service_cidrs=families)))
-    listener = socket.create_server(("127.0.0.1", 0))
-    await server.start([Listener(listener)])
-    async with ApiClient(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+    store, port = MemoryStore(), free_port()
+    async with ApiClient(f"http://127.0.0.1:{port}") as client:
+        cluster = LiveCluster(client, store, port)
+        await cluster.start_server()
         synced = asyncio.Event()
         running = [
             asyncio.create_task(run_controllers(client, config, rng=Random(1), on_synced=synced.set)),
@@ -165,7 +181,6 @@ async def live_cluster(config: ControllersConfig = CONFIG, *, nodes: int = 0) ->
         try:
             async with asyncio.timeout(10):
                 await synced.wait()
-            cluster = LiveCluster(client)
             for number in range(nodes):
                 await cluster.add_node(f"node{number + 1}")
             yield cluster
@@ -173,5 +188,5 @@ async def live_cluster(config: ControllersConfig = CONFIG, *, nodes: int = 0) ->
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-    await server.stop()
+    await cluster.stop_server()
     await store.close()

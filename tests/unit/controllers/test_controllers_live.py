@@ -206,3 +206,13 @@ async def test_a_namespace_is_born_with_its_contents_and_dies_with_them() -> Non
         await cluster.client.delete(NAMESPACES, "shop")
         await cluster.until(NAMESPACES, lambda items: "shop" not in {i["metadata"]["name"] for i in items})
         assert await cluster.items(PODS) == []
+
+
+async def test_a_server_that_goes_away_and_comes_back_is_caught_up_with() -> None:
+    async with live_cluster(nodes=2) as cluster:
+        await cluster.deploy("web", 2)
+        await cluster.until(PODS, lambda items: len(ready(items)) == 2)
+        await cluster.stop_server()
+        await cluster.start_server()
+        await cluster.client.patch(DEPLOYMENTS, "web", {"spec": {"replicas": 4}}, "default")
+        await cluster.until(PODS, lambda items: len(ready(items)) == 4)

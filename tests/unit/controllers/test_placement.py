@@ -1,16 +1,15 @@
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from podwire.controllers.documents import WorkloadPod
 from podwire.controllers.placement import host_ports, place_pods, tolerates
-from podwire.model.objects import Node, Pod, Taint, Toleration
-
-if TYPE_CHECKING:
-    from podwire.model.meta import Json
+from podwire.model.meta import Json
+from podwire.model.objects import Node, Taint, Toleration
 
 
 def node(name: str, *, ready: bool = True, labels: dict[str, str] | None = None, pods: int = 110, **spec: Any) -> Node:
@@ -25,18 +24,18 @@ def node(name: str, *, ready: bool = True, labels: dict[str, str] | None = None,
     return msgspec.convert(document, Node)
 
 
-def pod(name: str, *, owner: str = "", labels: dict[str, str] | None = None, **spec: Any) -> Pod:
+def pod(name: str, *, owner: str = "", labels: dict[str, str] | None = None, **spec: Any) -> WorkloadPod:
     meta: Json = {"name": name, "namespace": "shop", "labels": labels or {}}
     if owner:
         meta["ownerReferences"] = [{"apiVersion": "v1", "kind": "X", "name": owner, "uid": owner, "controller": True}]
-    return msgspec.convert({"metadata": meta, "spec": spec}, Pod)
+    return msgspec.convert({"metadata": meta, "spec": spec}, WorkloadPod)
 
 
-def where(pods: list[Pod], nodes: list[Node], running: list[Pod] | None = None) -> list[str]:
+def where(pods: list[WorkloadPod], nodes: list[Node], running: list[WorkloadPod] | None = None) -> list[str]:
     return [placement.node for placement in place_pods(pods, nodes, running or [])]
 
 
-def why(one: Pod, *nodes: Node, running: list[Pod] | None = None) -> str:
+def why(one: WorkloadPod, *nodes: Node, running: list[WorkloadPod] | None = None) -> str:
     (placement,) = place_pods([one], nodes, running or [])
     assert not placement.node
     return placement.reason
@@ -112,7 +111,7 @@ def test_host_ports_of_one_batch_do_not_meet() -> None:
 
 
 def test_host_ports_on_different_addresses_do_not_clash_but_all_addresses_do() -> None:
-    def at(name: str, address: str) -> Pod:
+    def at(name: str, address: str) -> WorkloadPod:
         return pod(name, containers=[{"name": "c", "ports": [{"containerPort": 1, "hostPort": 1, "hostIP": address}]}])
 
     assert where([at("a", "10.0.0.1"), at("b", "10.0.0.2")], [node("n1")]) == ["n1", "n1"]
@@ -134,3 +133,73 @@ def test_hard_topology_spread() -> None:
     soft = rule | {"whenUnsatisfiable": "ScheduleAnyway"}
     pods = [pod(f"p{i}", labels={"app": "a"}, topologySpreadConstraints=[soft]) for i in range(4)]
     assert "" not in where(pods, nodes)
+
+
+REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
+HOST = "kubernetes.io/hostname"
+
+
+def node_affinity(*expressions: Json) -> Json:
+    return {"nodeAffinity": {REQUIRED: {"nodeSelectorTerms": [{"matchExpressions": list(expressions)}]}}}
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ({"key": "disk", "operator": "In", "values": ["ssd"]}, "n1"),
+        ({"key": "disk", "operator": "NotIn", "values": ["ssd"]}, "n2"),
+        ({"key": "disk", "operator": "Exists"}, "n1"),
+        ({"key": "disk", "operator": "DoesNotExist"}, "n2"),
+        ({"key": "cores", "operator": "Gt", "values": ["4"]}, "n2"),
+        ({"key": "cores", "operator": "Lt", "values": ["4"]}, "n1"),
+        ({"key": "nothing", "operator": "Gt", "values": ["4"]}, ""),
+    ],
+)
+def test_node_affinity(expression: Json, expected: str) -> None:
+    nodes = [node("n1", labels={"disk": "ssd", "cores": "2"}), node("n2", labels={"cores": "8"})]
+    assert where([pod("p", affinity=node_affinity(expression))], nodes) == [expected]
+
+
+def test_node_affinity_by_field_and_an_empty_term() -> None:
+    field = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["n2"]}]}
+    affinity = {"nodeAffinity": {REQUIRED: {"nodeSelectorTerms": [{}, field]}}}
+    assert where([pod("p", affinity=affinity)], [node("n1"), node("n2")]) == ["n2"]
+
+
+def test_a_preferred_node_is_chosen_while_there_is_one() -> None:
+    term = {"weight": 5, "preference": {"matchExpressions": [{"key": "disk", "operator": "Exists"}]}}
+    pods = [pod(f"p{i}", owner="web", affinity={"nodeAffinity": {PREFERRED: [term]}}) for i in range(2)]
+    assert where(pods, [node("n1"), node("n2", labels={"disk": "ssd"}, pods=1)]) == ["n2", "n1"]
+
+
+def term(app: str, key: str = HOST) -> Json:
+    return {"topologyKey": key, "labelSelector": {"matchLabels": {"app": app}}}
+
+
+def test_required_anti_affinity_keeps_a_batch_apart_and_holds_both_ways() -> None:
+    apart = {"podAntiAffinity": {REQUIRED: [term("a")]}}
+    pods = [pod(f"p{i}", labels={"app": "a"}, affinity=apart) for i in range(3)]
+    assert where(pods, [node("n1"), node("n2")]) == ["n1", "n2", ""]
+    shy = pod("shy", labels={"app": "b"}, nodeName="n1", affinity=apart)
+    assert where([pod("p", labels={"app": "a"})], [node("n1"), node("n2")], [shy]) == ["n2"]
+    assert "didn't match pod anti-affinity rules" in why(pod("p", labels={"app": "a"}), node("n1"), running=[shy])
+
+
+def test_required_affinity_goes_where_the_others_are_and_the_first_may_begin() -> None:
+    together = {"podAffinity": {REQUIRED: [term("a", "zone")]}}
+    nodes = [node("n1", labels={"zone": "x"}), node("n2", labels={"zone": "y"}), node("n3", labels={"zone": "y"}), node("n4")]
+    pods = [pod(f"p{i}", labels={"app": "a"}, affinity=together) for i in range(3)]
+    assert where(pods, nodes, [pod("old", labels={"app": "a"}, nodeName="n2")]) == ["n3", "n2", "n3"]
+    assert where(pods, nodes) == ["n1", "n1", "n1"]
+    assert "didn't match pod affinity rules" in why(pod("p", labels={"app": "b"}, affinity=together), *nodes)
+
+
+def test_preferred_pods() -> None:
+    running = [pod("cache", labels={"app": "cache"}, nodeName="n2")]
+    near = {"podAffinity": {PREFERRED: [{"weight": 1, "podAffinityTerm": term("cache")}]}}
+    far = {"podAntiAffinity": {PREFERRED: [{"weight": 1, "podAffinityTerm": term("cache")}]}}
+    nodes = [node("n1"), node("n2"), node("n3")]
+    assert where([pod("p", affinity=near)], nodes, running) == ["n2"]
+    assert where([pod("p", affinity=far)], nodes, [*running, *(pod(f"o{n}", nodeName="n1") for n in range(3))]) == ["n3"]
+    assert where([pod("p", affinity=far)], [node("n2")], running) == ["n2"]
