@@ -1,17 +1,20 @@
 """Fake nodes on one underlay: send a packet from any namespace and see by which devices it goes and where it ends.
 
-Layer 3 as Linux does it: routes, neighbours, bridges, veth pairs, VXLAN encapsulation. Nothing is resolved that a real node
-would not find out: a VXLAN has no ARP, so it needs its static neighbour and forwarding entry.
+Layer 3 as Linux does it: netfilter, routes, neighbours, bridges, veth pairs, VXLAN encapsulation. Nothing is resolved that a
+real node would not find out: a VXLAN has no ARP, so it needs its static neighbour and forwarding entry.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import ipaddress
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from podwire.model.addr import IPAddress
 from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import Bridge, Link, Veth, Vxlan
+from podwire.model.kernelstate import Bridge, Link, Route, Veth, Vxlan
+from podwire.model.nft import Hook
 from podwire.testing.fakekernel import FakeKernel
 from podwire.testing.fakenetns import FakeNetns
+from podwire.trace.netfilter import Fate, Machine, Packet, Result, run_hook
 
 _HOPS = 16
 
@@ -28,10 +31,11 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """Where a packet ended. `dropped` is empty if it arrived, else the reason."""
+    """Where a packet ended, and as what. `dropped` is empty if it arrived, else the reason."""
 
     node: str
     ns: str
+    packet: Packet
     hops: tuple[Hop, ...] = field(default=())
     dropped: str = ""
 
@@ -50,37 +54,87 @@ class FakeFabric:
     def __init__(self, nodes: Mapping[str, FakeKernel], uplink: str = "eth0") -> None:
         self._nodes, self._uplink = dict(nodes), uplink
 
-    def send(self, node: str, dst: IPAddress, ns: NetnsName = HOST) -> Delivery:
-        """A packet to `dst` from a process in namespace `ns` of `node`. Never raises: the delivery says what went wrong."""
-        return _Walk(self._nodes, self._uplink, node, self._nodes[node].space(ns)).run(dst)
+    def send(
+        self,
+        node: str,
+        dst: IPAddress,
+        ns: NetnsName = HOST,
+        *,
+        port: int = 0,
+        protocol: int = 6,
+        choose: Callable[[int], int] = lambda n: 0,
+    ) -> Delivery:
+        """A connection's first packet to `dst` from a process in namespace `ns` of `node`. `choose(n)` gives the numbers that
+        rules draw. Never raises: the delivery says what went wrong."""
+        unspecified = ipaddress.ip_address("0.0.0.0" if dst.version == 4 else "::")
+        packet = Packet(unspecified, dst, protocol, sport=32768 if port else 0, dport=port)
+        return _Walk(self._nodes, self._uplink, node, self._nodes[node].space(ns), choose).run(packet)
 
 
 class _Walk:
-    def __init__(self, nodes: Mapping[str, FakeKernel], uplink: str, node: str, space: FakeNetns) -> None:
-        self._nodes, self._uplink = nodes, uplink
+    def __init__(
+        self, nodes: Mapping[str, FakeKernel], uplink: str, node: str, space: FakeNetns, choose: Callable[[int], int]
+    ) -> None:
+        self._nodes, self._uplink, self._choose = nodes, uplink, choose
         self._node, self._space = node, space
         self._hops: list[Hop] = []
 
-    def run(self, dst: IPAddress) -> Delivery:
+    def run(self, packet: Packet) -> Delivery:
         dropped = ""
+        self._packet = packet
         try:
-            self._route(dst)
+            self._route()
         except Dropped as reason:
             dropped = str(reason)
-        return Delivery(self._node, self._space.label, tuple(self._hops), dropped)
+        return Delivery(self._node, self._space.label, self._packet, tuple(self._hops), dropped)
 
-    def _route(self, dst: IPAddress) -> None:
+    def _route(self) -> None:
+        self._packet = replace(self._packet, src=self._source(self._lookup()))
         for hop in range(_HOPS):
+            entered = self._packet
+            first = self._netfilter(Hook.PREROUTING if hop else Hook.OUTPUT, entered, rewritten=False)
+            dst = self._packet.dst
             if dst in self._space.local_addresses():
+                self._netfilter(Hook.INPUT, entered, rewritten=first.rewritten)
                 return
             if hop and self._space.sysctls.get(_forwarding(dst)) != "1":
                 raise Dropped(f"{self._where()} does not forward {dst} ({_forwarding(dst)} is not 1)")
-            route = self._space.lookup(dst)
-            if route is None:
-                raise Dropped(f"{self._where()} has no route to {dst}")
+            route = self._lookup()
+            if hop:
+                self._netfilter(Hook.FORWARD, entered, rewritten=first.rewritten)
+            if self._netfilter(Hook.POSTROUTING, entered, rewritten=first.rewritten).masquerade:
+                self._packet = replace(self._packet, src=self._source(route))
+                self._note("", f"masqueraded as {self._packet.src}")
             dev, via = (route.nexthops[0].dev, route.nexthops[0].via) if route.nexthops else (route.dev, route.via)
             self._transmit(self._space.links[dev], via or dst)
-        raise Dropped(f"{dst} was still under way after {_HOPS} hops")
+        raise Dropped(f"{self._packet.dst} was still under way after {_HOPS} hops")
+
+    def _lookup(self) -> Route:
+        route = self._space.lookup(self._packet.dst)
+        if route is None:
+            raise Dropped(f"{self._where()} has no route to {self._packet.dst}")
+        return route
+
+    def _source(self, route: Route) -> IPAddress:
+        """The address that a packet sent by `route` bears."""
+        if route.src is not None:
+            return route.src
+        dev = route.nexthops[0].dev if route.nexthops else route.dev
+        for address in self._space.addresses:
+            ip = address.interface.ip
+            if address.dev == dev and ip.version == route.dst.version and not ip.is_link_local:
+                return ip
+        return self._packet.src
+
+    def _netfilter(self, hook: Hook, entered: Packet, *, rewritten: bool) -> Result:
+        machine = Machine(frozenset(self._space.local_addresses()), self._choose)
+        result = run_hook(self._space.ruleset, hook, self._packet, machine, original=entered, rewritten=rewritten)
+        if result.fate is not Fate.PASS:
+            raise Dropped(f"{self._where()} at {hook.name.lower()}: {result.fate.value}")
+        if result.packet.dst != self._packet.dst or result.packet.dport != self._packet.dport:
+            self._note("", f"destination becomes {result.packet.dst} port {result.packet.dport}")
+        self._packet = result.packet
+        return result
 
     def _transmit(self, link: Link, next_hop: IPAddress) -> None:
         if not link.up:

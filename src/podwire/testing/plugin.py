@@ -113,13 +113,14 @@ def _forbidden_skips(config: pytest.Config) -> list[tuple[str, str]]:
     file = config.getoption("--allowed-skips")
     if not file:
         return []
-    lines = [line.split("#", 1)[0].strip() for line in Path(file).read_text().splitlines()]
-    allowed = [line for line in lines if line]
-    return [(nodeid, reason) for nodeid, reason in config.stash[_SKIPS] if not _is_allowed(reason, allowed)]
+    allowed = Path(file).read_text()
+    return [(nodeid, reason) for nodeid, reason in config.stash[_SKIPS] if not is_allowed(reason, allowed)]
 
 
-def _is_allowed(reason: str, allowed: list[str]) -> bool:
-    return any(reason.startswith(line[:-1]) if line.endswith("*") else reason == line for line in allowed)
+def is_allowed(reason: str, allowed: str) -> bool:
+    """Whether a line of the list `allowed` covers the reason of a skip."""
+    lines = filter(None, (line.split("#", 1)[0].strip() for line in allowed.splitlines()))
+    return any(reason.startswith(line[:-1]) if line.endswith("*") else reason == line for line in lines)
 
 
 @pytest.fixture

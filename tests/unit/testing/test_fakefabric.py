@@ -7,10 +7,14 @@ import pytest
 from podwire.model.addr import IPAddress, mac_for
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import Address, Bridge, Device, FdbEntry, Link, Neighbour, Route, Veth, Vxlan
+from podwire.model.meta import ObjectMeta
+from podwire.model.nft import Batch
+from podwire.model.objects import Endpoint, EndpointPort, EndpointSlice, Service, ServicePort, ServiceSpec
 from podwire.model.ops import (
     AddAddress,
     AddLink,
     ChangeLink,
+    CommitNft,
     DelFdb,
     DelLink,
     DelNeighbour,
@@ -22,6 +26,8 @@ from podwire.model.ops import (
     SetRoute,
     SetSysctl,
 )
+from podwire.model.servicetable import NodeFacts
+from podwire.plan.services import ServicePlanner
 from podwire.testing import FakeFabric, FakeKernel
 
 POD = NetnsName("pod/p")
@@ -118,3 +124,48 @@ async def test_each_missing_piece_is_the_reason(node: str, lost: Op, reason: str
     delivery = fabric.send("a", host("b", 4, 2), POD)
     assert not delivery.arrived
     assert reason in delivery.dropped
+
+
+SERVICE = Service(
+    metadata=ObjectMeta(name="web", namespace="shop", uid="u1"),
+    spec=ServiceSpec(
+        cluster_ip="10.96.0.20",
+        cluster_ips=("10.96.0.20",),
+        ip_families=("IPv4",),
+        ports=(ServicePort(port=80, target_port=8080, protocol="TCP"),),
+    ),
+)
+SLICE = EndpointSlice(
+    metadata=ObjectMeta(name="web-1", namespace="shop", labels={"kubernetes.io/service-name": "web"}),
+    endpoints=(Endpoint(addresses=("10.244.2.2",), node_name="b"),),
+    ports=(EndpointPort(port=8080),),
+)
+
+
+def planned(node: str, *slices: EndpointSlice) -> Batch:
+    facts = NodeFacts(
+        name=node,
+        node_ips=(UNDERLAY[node],),
+        pod_cidrs=(SUBNETS[4][node],),
+        cluster_cidrs=(ipaddress.ip_network("10.244.0.0/16"),),
+        service_cidrs=(ipaddress.ip_network("10.96.0.0/12"),),
+    )
+    planner = ServicePlanner(facts)
+    planner.set_service(SERVICE.key, SERVICE, slices)
+    return planner.take_batch()
+
+
+async def test_pod_to_a_service_on_another_node() -> None:
+    fabric, kernels = await two_nodes(4)
+    assert (await kernels["a"].apply((CommitNft(planned("a", SLICE)),))).ok
+    delivery = fabric.send("a", ipaddress.ip_address("10.96.0.20"), POD, port=80)
+    assert (delivery.dropped, delivery.node, delivery.ns) == ("", "b", POD)
+    assert (str(delivery.packet.src), str(delivery.packet.dst), delivery.packet.dport) == ("10.244.1.2", "10.244.2.2", 8080)
+
+
+async def test_a_service_without_endpoints_is_refused() -> None:
+    fabric, kernels = await two_nodes(4)
+    assert (await kernels["a"].apply((CommitNft(planned("a")),))).ok
+    delivery = fabric.send("a", ipaddress.ip_address("10.96.0.20"), POD, port=80)
+    assert not delivery.arrived
+    assert delivery.dropped == "a at prerouting: tcp reset"
