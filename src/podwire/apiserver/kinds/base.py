@@ -116,9 +116,11 @@ class Kind:
         return new
 
     def take_status(self, new: Json, old: Json) -> Json:
-        """`old` with new's status and the few parts of metadata that a status write may change."""
+        """`old` with new's status and the parts of metadata that a status write may change (agents annotate nodes so)."""
         merged = {key: value for key, value in old.items() if key != "status"}
         merged["metadata"] = dict(old.get("metadata", {}))
+        for key in ("labels", "annotations", "finalizers"):
+            _carry(merged["metadata"], new.get("metadata", {}), key)
         for key in ("managedFields", "resourceVersion"):
             if key in new.get("metadata", {}):
                 merged["metadata"][key] = new["metadata"][key]
@@ -142,9 +144,9 @@ class Kind:
     def validate(self, obj: Json, old: Json | None = None, *, subresource: str = "") -> list[FieldError]:
         """All that is wrong with `obj`, in document order; with `old`, also what may not change."""
         errors = validate_metadata(obj.get("metadata", {}), self.name_problems, namespaced=self.resource.namespaced)
-        if subresource:
-            return errors
         root = Path()
+        if subresource:
+            return errors + (self.check_status(obj, root) if subresource == "status" else [])
         errors += self.check(obj, root)
         if old is not None:
             errors += self.check_update(obj, old, root)
@@ -152,6 +154,10 @@ class Kind:
 
     def check(self, obj: Json, root: Path) -> list[FieldError]:
         """What is wrong with the document alone, metadata aside."""
+        return []
+
+    def check_status(self, obj: Json, root: Path) -> list[FieldError]:
+        """What is wrong with a status write."""
         return []
 
     def check_update(self, new: Json, old: Json, root: Path) -> list[FieldError]:

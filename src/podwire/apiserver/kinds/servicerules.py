@@ -207,6 +207,22 @@ def _check_addresses(spec: Json, kind: str, at: Path) -> list[FieldError]:
     return errors
 
 
+def check_ingress(ingress: list[Json], at: Path) -> list[FieldError]:
+    """The load balancer's addresses in the status."""
+    errors: list[FieldError] = []
+    for i, item in enumerate(ingress):
+        ip, mode, name = item.get("ip", ""), item.get("ipMode"), item.get("hostname", "")
+        if ip:
+            errors += each(at @ i / "ip", ip, ip_address(ip))
+        if mode is not None:
+            errors += one_of(at @ i / "ipMode", mode, ("Proxy", "VIP"))
+            if not ip:
+                errors.append(forbidden(at @ i / "ipMode", "may not be specified when `ip` is not set"))
+        if name:
+            errors += each(at @ i / "hostname", name, dns_subdomain(name))
+    return errors
+
+
 def check_unchanged(new: Json, old: Json, at: Path) -> list[FieldError]:
     """Addresses and the first family stay, unless the Service has been or becomes an ExternalName."""
     if "ExternalName" in (new.get("type"), old.get("type")):

@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Any
 
 from podwire.apiserver.kinds.base import AGE, NAME, STATUS, Column, Kind
-from podwire.apiserver.kinds.servicerules import check_ports, check_spec, check_unchanged
+from podwire.apiserver.kinds.servicerules import check_ingress, check_ports, check_spec, check_unchanged
 from podwire.apiserver.tables import age, labels_cell
 from podwire.apiserver.validation import FieldError, Path, dns_1035_label
 from podwire.model import resources
@@ -82,6 +82,10 @@ class ServiceKind(Kind):
     def check(self, obj: Json, root: Path) -> list[FieldError]:
         spec = obj.get("spec") or {}
         return check_ports(spec, root / "spec") + check_spec(spec, root / "spec")
+
+    def check_status(self, obj: Json, root: Path) -> list[FieldError]:
+        ingress = ((obj.get("status") or {}).get("loadBalancer") or {}).get("ingress") or []
+        return check_ingress(ingress, root / "status" / "loadBalancer" / "ingress")
 
     def check_update(self, new: Json, old: Json, root: Path) -> list[FieldError]:
         return check_unchanged(new.get("spec") or {}, old.get("spec") or {}, root / "spec")

@@ -110,6 +110,12 @@ class DeploymentKind(ScaledKind):
             errors.append(invalid(at / "progressDeadlineSeconds", deadline, "must be greater than minReadySeconds"))
         return errors
 
+    def take_status(self, new: Json, old: Json) -> Json:
+        merged = super().take_status(new, old)
+        if "labels" in old.get("metadata", {}):
+            merged["metadata"]["labels"] = old["metadata"]["labels"]
+        return merged
+
     def row(self, obj: Json, now: datetime) -> list[Any]:
         meta, spec, status = obj.get("metadata", {}), obj.get("spec") or {}, obj.get("status") or {}
         return [
