@@ -217,6 +217,8 @@ class NodeAgent:
             self._presence.seen(change.new)
             self._own_node.set()
             return
+        if change.old and change.new and _says_the_same(change.old, change.new):
+            return
         peers = peers_of(change.new, self.config.vni) if change.new else ()
         if peers != self._peers.get(name, ()):
             if peers:
@@ -244,3 +246,8 @@ class NodeAgent:
                 log.warning("node %s: %s; left to repair", self.config.node_name, error)
                 repair.request_check()
             await self._peers_changed.wait()
+
+
+def _says_the_same(old: Node, new: Node) -> bool:
+    """Whether nothing that peers read has changed: most changes of Nodes are heartbeats, and each reaches every node."""
+    return old.spec == new.spec and old.metadata.annotations == new.metadata.annotations

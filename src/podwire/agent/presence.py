@@ -6,6 +6,8 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from random import Random
 
+import msgspec
+
 from podwire.agent.config import AgentConfig
 from podwire.agent.registration import (
     LEASE_NAMESPACE,
@@ -28,6 +30,10 @@ log = logging.getLogger(__name__)
 STATUS_EVERY = timedelta(minutes=5)
 """How old an unchanged status may become (the kubelet's nodeStatusReportFrequency)."""
 
+TAKEOVER_GRACE = timedelta(seconds=10)
+"""How long a new agent lets stand that the node is ready, if the one before said so: the pods and rules are there, and
+balancers would move connections away from a node that blinks."""
+
 
 class Presence:
     """Registers the node, keeps its Lease renewed and its status true. One task runs `run`; the others set `state`."""
@@ -41,6 +47,7 @@ class Presence:
         self._written: NodeState | None = None
         self._written_at: datetime | None = None
         self._conditions: tuple[Condition, ...] = ()
+        self._taken_over_until: datetime | None = None
         self._uid = ""
         self._has_lease = False
         self._wake = asyncio.Event()
@@ -105,6 +112,8 @@ class Presence:
             labels = document["metadata"]["labels"]
             patch = {"metadata": {"labels": labels, "annotations": node_annotations(self._config)}}
             node = await self._client.patch(NODES, name, patch)
+            if msgspec.convert(node, Node).ready:
+                self._taken_over_until = self._clock() + TAKEOVER_GRACE
         self._uid = node["metadata"]["uid"]
 
     async def _renew(self) -> None:
@@ -124,6 +133,10 @@ class Presence:
 
     async def _write_status(self) -> None:
         state, now = self._state, self._clock()
+        if self._taken_over_until is not None:
+            if not state.ready and now < self._taken_over_until:
+                return
+            self._taken_over_until = None
         fresh = self._written_at is not None and now - self._written_at < STATUS_EVERY
         if state == self._written and fresh:
             return
