@@ -81,17 +81,19 @@ class SqliteStore:
     def open(cls, path: Path, durability: Durability = "process") -> "SqliteStore":
         """Open or make the file. Raises StoreError when it is another process's, or not a store."""
         lock = path.with_name(path.name + ".lock").open("wb")
+        opened: list[sqlite3.Connection] = []
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            writer = _connect(path, durability)
-            writer.executescript(_SCHEMA)
-            return cls(writer, _connect(path, durability), lock)
-        except BlockingIOError as error:
+            opened.append(_connect(path, durability))
+            opened[0].executescript(_SCHEMA)
+            opened.append(_connect(path, durability))
+            return cls(opened[0], opened[1], lock)
+        except (BlockingIOError, sqlite3.Error) as error:
+            for connection in opened:
+                connection.close()
             lock.close()
-            raise StoreError(f"the store {path} is in use by another process") from error
-        except sqlite3.Error as error:
-            lock.close()
-            raise StoreError(f"the store {path} cannot be opened: {error}") from error
+            why = "is in use by another process" if isinstance(error, BlockingIOError) else f"cannot be opened: {error}"
+            raise StoreError(f"the store {path} {why}") from error
 
     async def revision(self) -> int:
         self._check_open()
