@@ -1,15 +1,19 @@
 """Sandboxes and their pause processes, in real namespaces."""
 
+import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from podrig import Rig, children_of, make_pod, rig, shell, until
+from podrig import OWN_NETNS, Rig, children_of, make_pod, rig, shell, until
 
 from podwire.model.podruntime import Sandbox
+from podwire.runtime.pods import NodeRuntime
+from podwire.runtime.shimclient import join_shim
 
 pytestmark = pytest.mark.kernel
 
@@ -146,3 +150,35 @@ async def test_the_end_of_the_shim_is_the_end_of_all_pods(tmp_path: Path) -> Non
         assert sandbox.pid in pids
         os.kill(made.shim.pid, signal.SIGKILL)
         await until(lambda: all(gone(pid) for pid in pids))
+
+
+async def test_pods_survive_the_sigkill_of_the_process_that_made_them(tmp_path: Path) -> None:
+    script = (
+        "import asyncio, sys; from pathlib import Path; from podrig import *\n"
+        "async def main():\n"
+        "    node = Rig(Path(sys.argv[1])).node(); pod = make_pod('web', shell('exec sleep 1000'))\n"
+        "    await node.run(pod); await node.ready(pod); print('ready', flush=True); await asyncio.sleep(1000)\n"
+        "asyncio.run(main())"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, str(tmp_path), env=environment, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"ready\n"
+    process.kill()
+    await process.wait()
+
+    shim = join_shim(tmp_path)
+    try:
+        runtime = NodeRuntime("node-1", shim_socket=shim.socket_path, netns=OWN_NETNS, root=tmp_path / "node-1")
+        (sandbox,) = await runtime.sandboxes()
+        record = runtime.run_of("shop", "web", "main")
+        assert record is not None
+        assert record.running
+        assert children_of(shim.pid) == {sandbox.pid, record.pid}
+        await runtime.remove(sandbox.uid)
+        assert children_of(shim.pid) == set()
+        await runtime.close()
+    finally:
+        shim.stop()

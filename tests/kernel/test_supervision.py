@@ -151,12 +151,14 @@ async def test_nothing_is_ready_before_it_has_started(shim: Rig) -> None:
         ({"httpGet": {"port": "http", "path": "/healthz"}}, True),
         ({"httpGet": {"port": 8080, "httpHeaders": [{"name": "X-A", "value": "b"}]}}, True),
         ({"tcpSocket": {"port": "http"}}, True),
-        ({"tcpSocket": {"port": 8081}}, False),
+        ({"tcpSocket": {"port": 8081}}, True),
+        ({"httpGet": {"port": 8080, "scheme": "HTTPS"}}, True),
+        ({"exec": {"command": ["pg_isready"]}}, True),
+        ({"grpc": {"port": 9000}}, True),
         ({"httpGet": {"port": "nameless"}}, False),
-        ({"httpGet": {"port": 8080, "scheme": "HTTPS"}}, False),
     ],
 )
-async def test_probes_over_the_network(shim: Rig, probe: dict[str, Any], ready: bool) -> None:
+async def test_a_stand_in_passes_the_probes_that_its_image_would(shim: Rig, probe: dict[str, Any], ready: bool) -> None:
     node = shim.node()
     web = {"name": "web", "image": "nginx", "ports": [{"containerPort": 8080, "name": "http"}], "readinessProbe": probe}
     pod = make_pod("web", web, hostNetwork=True)
@@ -166,4 +168,35 @@ async def test_probes_over_the_network(shim: Rig, probe: dict[str, Any], ready: 
     else:
         await node.until(lambda: bool(node.events("Unhealthy")))
         assert not node.latest[pod.metadata.uid].ready
+    await node.end(pod)
+
+
+async def test_network_probes_tell_what_does_not_answer(shim: Rig) -> None:
+    node = shim.node()
+    probes = {
+        "tcp": {"tcpSocket": {"port": 8081}},
+        "http": {"httpGet": {"port": 8081}},
+        "not-http": {"httpGet": {"port": 8080}},
+        "not-tls": {"httpGet": {"port": 8080, "scheme": "HTTPS"}},
+    }
+    echo = (
+        "import socket; s = socket.create_server(('127.0.0.1', 8080))\nwhile True: c, _ = s.accept(); c.recv(99); c.send(b'no')"
+    )
+    container = {"name": "echo", "command": ["python3", "-c", echo], "readinessProbe": {"tcpSocket": {"port": 8080}}}
+    others = [shell("sleep 1000", name, readinessProbe={**probe, "periodSeconds": 100}) for name, probe in probes.items()]
+    pod = make_pod("web", container, *others, hostNetwork=True)
+    await node.run(pod)
+    await node.until(lambda: {event.container for event in node.events("Unhealthy")} >= set(probes))
+    told = {event.container: event.message for event in node.events("Unhealthy")}
+    assert told["tcp"] == "Readiness probe failed: dial tcp 127.0.0.1:8081: Connection refused"
+    assert told["http"] == "Readiness probe failed: dial tcp 127.0.0.1:8081: Connection refused"
+    await node.end(pod)
+
+
+async def test_an_init_container_of_which_only_the_image_is_known_completes(shim: Rig) -> None:
+    node = shim.node()
+    pod = make_pod("web", {"name": "web", "image": "app"}, initContainers=[{"name": "migrate", "image": "app"}])
+    await node.run(pod)
+    report = await node.ready(pod)
+    assert report.init_container_statuses[0]["state"]["terminated"]["reason"] == "Completed"
     await node.end(pod)

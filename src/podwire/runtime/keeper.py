@@ -193,12 +193,12 @@ class ContainerKeeper:
     async def _hook(self, handler: Handler, record: ContainerRecord) -> None:
         if handler.sleep is not None:
             await self._ports.clock.sleep(handler.sleep.seconds)
-        elif handler.exec is not None:
+        elif handler.exec is not None and not record.stand_in:
             code, output = await run_command(self._ports.client, record, handler.exec.command)
             if code != 0:
                 raise RuntimeFailure(f"command exited with {code}: {output.decode('utf-8', 'replace').strip()}")
         elif handler.http_get is not None:
-            result = await self._ports.prober.http_get(self.container, handler.http_get)
+            result = await self._ports.prober.http_get(self.container, handler.http_get, plain=record.stand_in)
             if not result.success:
                 raise RuntimeFailure(result.output)
 

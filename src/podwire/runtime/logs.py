@@ -70,6 +70,11 @@ async def read_log(
             last = not running()  # asked before reading: what is written before the end is then read
             for piece in _rest(fd, renderer):
                 yield piece
+            if os.stat(path).st_ino != os.fstat(fd).st_ino:  # begun anew since
+                os.close(fd)
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                for piece in _rest(fd, renderer):
+                    yield piece
             if last or renderer.full:
                 return
     finally:

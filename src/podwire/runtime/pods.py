@@ -218,7 +218,8 @@ class NodeRuntime:
         outdated = [r for r in entry.records.values() if r.name == record.name and r.attempt < record.attempt - 1]
         for old in outdated:
             del entry.records[old.cid]
-            Path(old.log).unlink(missing_ok=True)
+            for path in (old.log, f"{old.log}.1"):
+                Path(path).unlink(missing_ok=True)
         entry.changed.set()
         if entry.supervisor is not None and not record.running:
             entry.supervisor.ended(record)

@@ -28,10 +28,11 @@ class Prober:
         try:
             async with asyncio.timeout(timeout):
                 if probe.http_get is not None:
-                    return await self.http_get(container, probe.http_get)
+                    plain = record.stand_in  # a stand-in has no certificate
+                    return await self.http_get(container, probe.http_get, plain=plain)
                 if probe.tcp_socket is not None:
                     return await self._tcp(container, probe.tcp_socket)
-                if probe.exec is not None:
+                if probe.exec is not None and not record.stand_in:  # its image's programs are not here
                     code, output = await run_command(self._client, record, probe.exec.command)
                     return ProbeResult(code == 0, output.decode("utf-8", "replace"))
         except TimeoutError:
@@ -40,13 +41,15 @@ class Prober:
             return ProbeResult(False, str(error))
         return ProbeResult(True)
 
-    async def http_get(self, container: Container, get: HttpGet) -> ProbeResult:
-        """Success is a status of 200 to 399. Raises OSError or ValueError where there is no answer at all."""
+    async def http_get(self, container: Container, get: HttpGet, *, plain: bool = False) -> ProbeResult:
+        """Success is a status of 200 to 399; `plain`: without TLS, whatever the scheme.
+
+        Raises OSError or ValueError where there is no answer at all."""
         host = get.host or self._address
         port = port_number(get.port, container)
         sock = await self._connect(host, port)
         context = None
-        if get.scheme.upper() == "HTTPS":
+        if get.scheme.upper() == "HTTPS" and not plain:
             context = ssl.create_default_context()
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # as kubelet: it is reached, not trusted
         reader, writer = await asyncio.open_connection(sock=sock, ssl=context, server_hostname=host if context else None)
@@ -77,7 +80,8 @@ class Prober:
         except BaseException as error:
             sock.close()
             if isinstance(error, OSError):
-                raise OSError(error.errno, f"dial tcp {host}:{port}: {error.strerror}") from error
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                raise ConnectionError(f"dial tcp {host}:{port}: {reason}") from error
             raise
         return sock
 

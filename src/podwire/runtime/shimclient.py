@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -15,22 +17,24 @@ from podwire.runtime.errors import RuntimeFailure
 from podwire.runtime.shim.messages import ContainerRecord, ContainerSpec, Message, SandboxSpec, fields_of
 from podwire.runtime.shim.packets import PacketSocket
 
+_WHO_SECONDS = 5.0
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from podwire.runtime.shim.main import main; main()"
 
 
 @dataclass(frozen=True, slots=True)
 class ShimProcess:
-    """A shim that runs: the socket that it serves, its pid, and a pidfd to wait on."""
+    """A shim that runs: the socket that it serves, its pid, and a pidfd to wait on (readable once it has ended)."""
 
     socket_path: Path
     pid: int
     pidfd: int
 
     def stop(self) -> None:
-        """End it and thereby all its pods, and reap it. Only for the process that started it."""
+        """End it and thereby all its pods; returns when it has ended."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
-        with contextlib.suppress(ChildProcessError):
+        select.select([self.pidfd], [], [])
+        with contextlib.suppress(ChildProcessError):  # not ours, where an earlier process started it
             os.waitpid(self.pid, 0)
         os.close(self.pidfd)
         self.socket_path.unlink(missing_ok=True)
@@ -69,6 +73,29 @@ def start_shim(root: Path) -> ShimProcess:
     return ShimProcess(path, pid, os.pidfd_open(pid))
 
 
+def join_shim(root: Path) -> ShimProcess:
+    """The shim of `root` if one runs (from before this process was started: pods outlive their agent), else a new one."""
+    path = root / "shim.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        try:
+            _connect_in(sock, path)
+            # Its own word, not SO_PEERCRED: that would be the process that opened the listener for it.
+            sock.settimeout(_WHO_SECONDS)
+            sock.send(json.dumps({"id": 0, "do": "who"}).encode())
+            pid = int(json.loads(sock.recv(4096))["ok"]["pid"])
+            return ShimProcess(path, pid, os.pidfd_open(pid))
+        except OSError:
+            return start_shim(root)
+
+
+def _connect_in(sock: socket.socket, path: Path) -> None:
+    directory = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+    try:
+        sock.connect(f"/proc/self/fd/{directory}/{path.name}")
+    finally:
+        os.close(directory)
+
+
 def _bind_in(sock: socket.socket, path: Path) -> None:
     """Bind to `path`, also where it is longer than the 107 bytes a socket address holds."""
     directory = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
@@ -100,14 +127,11 @@ class ShimClient:
 
         Returns the node's sandboxes with the pids of their pause processes, and all container runs it remembers."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        directory = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
         try:
-            sock.connect(f"/proc/self/fd/{directory}/{path.name}")
+            _connect_in(sock, path)
         except OSError as error:
             sock.close()
             raise RuntimeFailure(f"the pod runtime's shim at {path} does not answer: {error.strerror}") from error
-        finally:
-            os.close(directory)
         self._packets = PacketSocket(sock, self._on_packet, self._on_close)
         net = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
         self._greeting = True

@@ -22,6 +22,7 @@ from podwire.runtime.environment import (
 from podwire.runtime.keeper import ContainerKeeper, KeeperPorts
 from podwire.runtime.podfiles import PodFiles, referenced
 from podwire.runtime.prober import Prober
+from podwire.runtime.probes import probes_of
 from podwire.runtime.shim.messages import ContainerRecord, ContainerSpec, StandInPort
 from podwire.runtime.shimclient import ShimClient
 from podwire.runtime.source import ConfigSource
@@ -188,8 +189,9 @@ class PodSupervisor:
             env=tuple(f"{key}={value}" for key, value in values.items()),
             cwd=expand(container.working_dir, values),
             mounts=self.files.mounts(container),
-            ports=tuple(StandInPort(port.protocol, port.container_port) for port in container.ports),
+            ports=stand_in_ports(container),
             node=self._node.node_name,
+            completes=any(keeper.container is container and not keeper.sidecar for keeper in self._init),
         )
 
     async def _config_maps(self, names: set[str]) -> dict[str, ConfigMap]:
@@ -208,6 +210,15 @@ class PodSupervisor:
 
     def _tell(self, kind: str, reason: str, message: str, container: str) -> None:
         self._node.tell(PodEvent(self.pod.metadata.uid, kind, reason, message, container))
+
+
+def stand_in_ports(container: Container) -> tuple[StandInPort, ...]:
+    """Where a stand-in answers: on the declared ports, and on those that probes name by number (a container need not
+    declare what it serves)."""
+    declared = [StandInPort(port.protocol, port.container_port) for port in container.ports]
+    targets = [probe.http_get or probe.tcp_socket for _, probe in probes_of(container)]
+    probed = [StandInPort("TCP", target.port) for target in targets if target is not None and isinstance(target.port, int)]
+    return tuple(dict.fromkeys(declared + probed))
 
 
 async def _guarded(keeping: Coroutine[Any, Any, int]) -> None:

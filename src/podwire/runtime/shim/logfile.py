@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable
 
 MAX_LINE = 16384
+MAX_FILE = 10 << 20
+"""A log that grows beyond this (kubelet's default) is begun anew; the one before is kept beside it as `.1`."""
+
 _READ = 65536
 
 
@@ -20,16 +23,25 @@ class LogFile:
 
     def __init__(self, path: str, on_write: Callable[[], None]) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
-        self._on_write = on_write
+        self._path, self._on_write = path, on_write
+        self._fd, self._size = -1, 0
+        self._open()
 
     def write(self, stream: str, lines: list[bytes], tag: str = "F") -> None:
         """Append lines (without their newline) of `stream` ("stdout", "stderr"), all with the time of now."""
         if self._fd < 0:
             return
         head = f"{timestamp(time.time_ns())} {stream} {tag} ".encode()
-        os.write(self._fd, b"".join(head + line + b"\n" for line in lines))
+        self._size += os.write(self._fd, b"".join(head + line + b"\n" for line in lines))
+        if self._size > MAX_FILE:
+            self.close()
+            os.replace(self._path, f"{self._path}.1")
+            self._open()
         self._on_write()
+
+    def _open(self) -> None:
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        self._size = os.fstat(self._fd).st_size
 
     def close(self) -> None:
         if self._fd >= 0:

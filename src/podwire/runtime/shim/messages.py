@@ -40,7 +40,8 @@ class StandInPort:
 
 @dataclass(frozen=True, slots=True)
 class ContainerSpec:
-    """One run of a container. No `argv`: a stand-in on `ports`. `env` is the whole environment; `note` is the runtime's own."""
+    """One run of a container. No `argv`: a stand-in on `ports`. `env` is the whole environment; `note` is the runtime's own.
+    `completes`: a stand-in that ends at once, successfully (for an init container, which others wait for)."""
 
     uid: str
     cid: str
@@ -55,6 +56,7 @@ class ContainerSpec:
     ports: tuple[StandInPort, ...] = ()
     node: str = ""
     note: str = ""
+    completes: bool = False
 
     @classmethod
     def from_message(cls, fields: Message) -> "ContainerSpec":

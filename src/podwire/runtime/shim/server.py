@@ -54,6 +54,7 @@ class Shim:
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_exec = 1
         self._handlers: dict[str, Handler] = {
+            "who": lambda client, message, fds: {"pid": os.getpid()},
             "hello": self._hello,
             "sandbox": self._sandbox,
             "run": self._run,
@@ -111,7 +112,7 @@ class Shim:
             client.packets.send({"event": "sandbox", "sandbox": fields_of(pod.spec), "pid": pod.pid})
             for container in pod.containers.values():
                 client.packets.send({"event": "container", "container": fields_of(container.record)})
-        return {"pid": os.getpid()}
+        return {}
 
     def _sandbox(self, client: "_Client", message: Message, fds: list[int]) -> Message:
         spec = SandboxSpec(**message["sandbox"])
@@ -165,7 +166,10 @@ class Shim:
         pod.containers[spec.cid] = container
         await container.stand_in.serve(sockets)
         served = ", ".join(f"{port.port}/{port.protocol}" for port in spec.ports) or "no port"
-        container.log.write("stdout", [f"stand-in for {pod.spec.namespace}/{pod.spec.name}, serving {served}".encode()])
+        purpose = "nothing to do" if spec.completes else f"serving {served}"
+        container.log.write("stdout", [f"stand-in for {pod.spec.namespace}/{pod.spec.name}, {purpose}".encode()])
+        if spec.completes:
+            self._loop.call_soon(self._ended, container, 0, 0)
         return self._started(pod, container)
 
     def _run_process(self, pod: PodSandbox, container: Container) -> None:
