@@ -261,7 +261,9 @@ class ApiClient:
         if allow_bookmarks:
             params["allowWatchBookmarks"] = "true"
         path, rest = resource.path(namespace), b""
-        async with aclosing(self.stream("GET", path, params=params, silence=timeout_seconds + WATCH_SLACK)) as chunks:
+        # The other end of a Unix socket cannot vanish unnoticed, and a timer per chunk would cost more than the chunk.
+        silence = None if self._unix_socket is not None else timeout_seconds + WATCH_SLACK
+        async with aclosing(self.stream("GET", path, params=params, silence=silence)) as chunks:
             async for chunk in chunks:
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:

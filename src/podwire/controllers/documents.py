@@ -70,6 +70,7 @@ class Affinity(View, frozen=True):
 
 class WorkloadPodSpec(PodSpec, frozen=True):
     affinity: Affinity = Affinity()
+    scheduling_gates: tuple[Json, ...] = ()
 
 
 class ContainerStatus(View, frozen=True):

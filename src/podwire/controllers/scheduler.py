@@ -14,7 +14,7 @@ from podwire.controllers.base import Context, all_of
 from podwire.controllers.documents import WorkloadPod
 from podwire.controllers.placement import Placement, place_pods
 from podwire.model.ids import ObjectKey
-from podwire.model.objects import Node, Pod
+from podwire.model.objects import Node
 from podwire.model.resources import PODS
 from podwire.model.timestamps import format_time
 
@@ -147,9 +147,10 @@ class Scheduler:
             self._hopeless.pop(pod.key, None)
 
 
-def _pending(pod: Pod) -> bool:
+def _pending(pod: WorkloadPod) -> bool:
     return (
         not pod.spec.node_name
+        and not pod.spec.scheduling_gates
         and not pod.finished
         and pod.metadata.deletion_timestamp is None
         and pod.spec.scheduler_name == SCHEDULER

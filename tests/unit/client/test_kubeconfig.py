@@ -1,12 +1,22 @@
 import base64
+import socket
 import ssl
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import yaml
 
+from podwire.apiserver.app import create_app
+from podwire.apiserver.auth import ADMIN
+from podwire.apiserver.config import ServerConfig
+from podwire.apiserver.pki import Authority, kubeconfig
+from podwire.apiserver.server import ApiServer, Listener
+from podwire.client.errors import Unauthorized, Unavailable
 from podwire.client.kubeconfig import client_from_kubeconfig
 from podwire.model.errors import InvalidInput
+from podwire.model.resources import NAMESPACES
+from podwire.store.memory import MemoryStore
 
 
 def write(path: Path, **changes: object) -> Path:
@@ -63,3 +73,30 @@ def test_a_file_that_is_not_there_or_no_kubeconfig(tmp_path: Path) -> None:
     (tmp_path / "list").write_text("[1, 2]")
     with pytest.raises(InvalidInput, match="is not a kubeconfig"):
         client_from_kubeconfig(tmp_path / "list")
+
+
+async def test_a_servers_own_kubeconfig_lets_in_and_nothing_else_does(tmp_path: Path) -> None:
+    authority = Authority.create("test", datetime.now(UTC))
+    pair = authority.issue("server", ["127.0.0.1"], datetime.now(UTC))
+    store = MemoryStore()
+    server = ApiServer(create_app(store, ServerConfig(tokens={"secret": ADMIN})))
+    sock = socket.create_server(("127.0.0.1", 0))
+    await server.start([Listener(sock, authority.server_context(pair))])
+    file = tmp_path / "kubeconfig"
+    url = f"https://127.0.0.1:{sock.getsockname()[1]}"
+    try:
+        file.write_text(kubeconfig("lab", url, authority.pair.certificate, "secret"))
+        async with client_from_kubeconfig(file) as client:
+            assert {n["metadata"]["name"] for n in (await client.list(NAMESPACES)).items} >= {"default", "kube-system"}
+        file.write_text(kubeconfig("lab", url, authority.pair.certificate, "wrong"))
+        async with client_from_kubeconfig(file) as client:
+            with pytest.raises(Unauthorized):
+                await client.list(NAMESPACES)
+        other = Authority.create("other", datetime.now(UTC))
+        file.write_text(kubeconfig("lab", url, other.pair.certificate, "secret"))
+        async with client_from_kubeconfig(file) as client:
+            with pytest.raises(Unavailable, match="certificate"):
+                await client.list(NAMESPACES)
+    finally:
+        await server.stop()
+        await store.close()

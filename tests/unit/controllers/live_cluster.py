@@ -80,6 +80,7 @@ class FakeKubelet:
 class LiveCluster:
     def __init__(self, client: ApiClient, store: MemoryStore, port: int) -> None:
         self.client = client
+        self.url = client.base_url
         self._store, self._port = store, port
         self._server: ApiServer | None = None
 
