@@ -124,7 +124,8 @@ async def _exchange(probe: Probe, netns: int, request: bytes) -> tuple[float | N
         except TimeoutError:
             return None, f"no connection to {where} within {CONNECT_SECONDS:g} s"
         except OSError as error:
-            return None, f"no connection to {where}: {error.strerror or error}"
+            # asyncio puts words of its own in place of the system's.
+            return None, f"no connection to {where}: {os.strerror(error.errno) if error.errno else error}"
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 started = time.perf_counter()
