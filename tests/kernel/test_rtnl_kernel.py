@@ -124,6 +124,7 @@ async def _until_lost(stream: EventStream) -> AsyncIterator[KernelEvent]:
 
 async def test_nothing_stays_open(make_netns: Callable[[], int]) -> None:
     fd, pod = make_netns(), make_netns()
+    await asyncio.to_thread(int)  # the loop's own threads, which `close` waits in, are there before the count
     before = len(os.listdir("/proc/self/fd"))
     kernel = LinuxKernel(fd)
     kernel.attach(PEER, pod)
@@ -137,16 +138,31 @@ async def test_nothing_stays_open(make_netns: Callable[[], int]) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(KernelError):
         await kernel.observe()
+    with pytest.raises(KernelError):
+        await kernel.apply((DelLink("a"),))
+
+
+async def test_a_pod_costs_one_descriptor(linux_kernel: LinuxKernel, make_netns: Callable[[], int]) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    pods = [NetnsName(f"pod/{n}") for n in range(20)]
+    for ns in pods:
+        linux_kernel.attach(ns, make_netns())
+        await ok(linux_kernel, AddLink(Link("br0", Bridge()), ns=ns))
+        await linux_kernel.observe(ns)
+        await linux_kernel.observe_nft("podwire", ns)
+    assert len(os.listdir("/proc/self/fd")) == before + 2 * len(pods), "one is the fixture's"
 
 
 async def test_a_cancelled_apply_still_runs_to_its_end(linux_kernel: LinuxKernel) -> None:
     plan = (AddLink(Link("br0", Bridge())), *(AddLink(Link(f"v{n}", Veth(f"w{n}"))) for n in range(20)))
+    stream = linux_kernel.events()
     task = asyncio.create_task(linux_kernel.apply(plan))
-    await asyncio.sleep(0)
+    await anext(stream)  # it has begun
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert len((await linux_kernel.observe()).links) == 42  # observe waits for its turn
+    await stream.aclose()
 
 
 async def test_detach_during_a_request_closes_after_it(make_netns: Callable[[], int]) -> None:
