@@ -19,7 +19,10 @@ _KUBELET_CONDITIONS = ("Ready", "MemoryPressure", "DiskPressure", "PIDPressure")
 
 @dataclass(frozen=True, slots=True)
 class NodeVerdict:
-    """The patches that a Node needs (None: is as it should be), and whether its pods are to be marked as not Ready."""
+    """The patches that a Node needs (None: is as it should be), and whether its pods are to be marked as not Ready.
+
+    `status` is a strategic merge patch, `spec` a merge patch.
+    """
 
     status: Json | None
     spec: Json | None
@@ -41,7 +44,9 @@ def judge_node(node: Node, *, silent: bool, now: datetime) -> NodeVerdict:
     if {(t.key, t.effect) for t in mine} != {(t.key, t.effect) for t in right}:
         stamp = format_time(now)
         timed = [{"key": t.key, "effect": t.effect, "timeAdded": stamp} for t in right]
-        spec = {"spec": {"taints": [*msgspec.to_builtins(others), *timed] or None}}
+        # A list is replaced whole: only the one that was seen, or somebody's taint of this very moment would be lost.
+        meta = {"resourceVersion": node.metadata.resource_version}
+        spec = {"metadata": meta, "spec": {"taints": [*msgspec.to_builtins(others), *timed] or None}}
     return NodeVerdict(status, spec, pods_lost=ready == "Unknown")
 
 
@@ -58,23 +63,23 @@ def _silenced(node: Node, now: datetime) -> list[Json]:
         "message": "Kubelet stopped posting node status.",
         "lastTransitionTime": stamp,
     }
-    conditions: list[Json] = []
-    for condition in node.status.conditions:
-        document: Json = msgspec.to_builtins(condition)
-        conditions.append(document | unknown if condition.type in _KUBELET_CONDITIONS else document)
-    if not any(condition.type == "Ready" for condition in node.status.conditions):
-        conditions.append({"type": "Ready"} | unknown)
-    return conditions
+    present = {condition.type for condition in node.status.conditions} | {"Ready"}
+    return [{"type": type} | unknown for type in _KUBELET_CONDITIONS if type in present]
 
 
 def not_ready_patch(pod: Pod, now: datetime) -> Json | None:
-    """Takes the Ready condition off a pod of a node that is not heard of; None if it has none."""
+    """A strategic merge patch that takes Ready off a pod of a node that is not heard of; None if it is not Ready."""
     if not pod.ready:
         return None
     stamp = format_time(now)
-    change = {"status": "False", "reason": "NodeNotReady", "message": "Node is not ready", "lastTransitionTime": stamp}
-    conditions = [msgspec.to_builtins(c) | (change if c.type == "Ready" else {}) for c in pod.status.conditions]
-    return {"metadata": {"uid": pod.metadata.uid}, "status": {"conditions": conditions}}
+    condition = {
+        "type": "Ready",
+        "status": "False",
+        "reason": "NodeNotReady",
+        "message": "Node is not ready",
+        "lastTransitionTime": stamp,
+    }
+    return {"metadata": {"uid": pod.metadata.uid}, "status": {"conditions": [condition]}}
 
 
 def eviction_delay(pod: Pod, taints: Iterable[Taint], default: float) -> float | None:

@@ -4,11 +4,12 @@ import asyncio
 import logging
 from typing import ClassVar
 
+from podwire.client.api import PatchKind
 from podwire.client.errors import Conflict, NotFound
 from podwire.client.informer import Change
 from podwire.controllers.base import Context, Controller, all_of
 from podwire.controllers.documents import WorkloadPod
-from podwire.controllers.nodehealth import eviction_delay, judge_node, not_ready_patch
+from podwire.controllers.nodehealth import NodeVerdict, eviction_delay, judge_node, not_ready_patch
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import Lease, Node
 from podwire.model.resources import NODES, PODS
@@ -92,7 +93,10 @@ class NodeLifecycle(Controller[str]):
         if verdict.status is not None:
             log.warning("node %s: not heard of for %.0f s", key, silence)
             self.events.record(NODES, node.metadata, "Normal", "NodeNotReady", f"Node {key} status is now: NodeNotReady")
-        if not await self._patch_node(key, verdict.status, verdict.spec):
+        if verdict.status is not None or verdict.spec is not None:
+            # What comes of it is for the next pass, which starts from the Node as it is then.
+            await self._patch_node(key, verdict)
+            self.queue.add(key)
             return
         if verdict.pods_lost:
             await self._mark_pods(key)
@@ -100,19 +104,16 @@ class NodeLifecycle(Controller[str]):
         if silence < grace:
             self.queue.add_after(key, grace - silence + 0.001)
 
-    async def _patch_node(self, name: str, status: object, spec: object) -> bool:
-        """False: the node is gone."""
-        last = None
+    async def _patch_node(self, name: str, verdict: NodeVerdict) -> None:
         try:
-            if status is not None:
-                last = await self.client.patch(NODES, name, status, subresource="status")
-            if spec is not None:
-                last = await self.client.patch(NODES, name, spec)
+            if verdict.status is not None:
+                kind = PatchKind.STRATEGIC
+                written = await self.client.patch(NODES, name, verdict.status, subresource="status", kind=kind)
+            else:
+                written = await self.client.patch(NODES, name, verdict.spec)
         except NotFound:
-            return False
-        if last is not None:
-            await self.cluster.nodes.caught_up(last)
-        return True
+            return
+        await self.cluster.nodes.caught_up(written)
 
     async def _mark_pods(self, name: str) -> None:
         await all_of(self._mark(pod) for pod in list(self.cluster.pods_by_node.get(name).values()))
@@ -122,7 +123,9 @@ class NodeLifecycle(Controller[str]):
         if patch is None:
             return
         try:
-            await self.client.patch(PODS, pod.metadata.name, patch, pod.metadata.namespace, subresource="status")
+            await self.client.patch(
+                PODS, pod.metadata.name, patch, pod.metadata.namespace, subresource="status", kind=PatchKind.STRATEGIC
+            )
         except (NotFound, Conflict):
             return
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
+from podwire.client.api import PatchKind
 from podwire.client.backoff import Backoff
 from podwire.client.errors import ApiError, Conflict, NotFound
 from podwire.client.informer import Change
@@ -139,10 +140,11 @@ class Scheduler:
             "message": reason,
             "lastTransitionTime": format_time(self._context.now()),
         }
-        others = [msgspec.to_builtins(c) for c in pod.status.conditions if c.type != "PodScheduled"]
-        patch: Json = {"metadata": {"uid": pod.metadata.uid}, "status": {"conditions": [*others, condition]}}
+        meta = pod.metadata
+        patch: Json = {"metadata": {"uid": meta.uid}, "status": {"conditions": [condition]}}
+        kind = PatchKind.STRATEGIC  # merges conditions by their type
         try:
-            await self._client.patch(PODS, pod.metadata.name, patch, pod.metadata.namespace, subresource="status")
+            await self._client.patch(PODS, meta.name, patch, meta.namespace, subresource="status", kind=kind)
         except (NotFound, Conflict):
             self._hopeless.pop(pod.key, None)
 

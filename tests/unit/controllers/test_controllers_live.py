@@ -1,5 +1,6 @@
 """Each controller through the real API server."""
 
+from collections.abc import Callable
 from typing import Any
 
 from live_cluster import CONFIG, live_cluster
@@ -26,6 +27,14 @@ def ready(pods: list[Json]) -> list[Json]:
         if not pod["metadata"].get("deletionTimestamp")
         and any(c["type"] == "Ready" and c["status"] == "True" for c in pod.get("status", {}).get("conditions", ()))
     ]
+
+
+def just_ready(count: int) -> Callable[[list[Json]], bool]:
+    return lambda pods: len(pods) == len(ready(pods)) == count
+
+
+def has_replicas(count: int) -> Callable[[list[Json]], bool]:
+    return lambda deployments: deployments[0]["status"].get("replicas", 0) == count
 
 
 def service(name: str, **spec: Any) -> Json:
@@ -108,11 +117,8 @@ async def test_scaling() -> None:
         await cluster.until(PODS, lambda items: len(ready(items)) == 2)
         for replicas in (7, 1, 0, 3):
             await cluster.client.patch(DEPLOYMENTS, "web", {"spec": {"replicas": replicas}}, "default")
-            await cluster.until(PODS, lambda items, n=replicas: len(items) == len(ready(items)) == n)  # type: ignore[misc]
-            await cluster.until(
-                DEPLOYMENTS,
-                lambda items, n=replicas: items[0]["status"].get("replicas", 0) == n,  # type: ignore[misc]
-            )
+            await cluster.until(PODS, just_ready(replicas))
+            await cluster.until(DEPLOYMENTS, has_replicas(replicas))
 
 
 async def test_a_deleted_pod_is_replaced_and_a_relabelled_one_let_go() -> None:
