@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from podwire.model.addr import Family, IPAddress, IPInterface, IPNetwork, family_of
 from podwire.model.kernelstate import OWNER_ALIAS, Address, FdbEntry, Link, Neighbour, NetState, Route, Vxlan
@@ -85,8 +86,9 @@ def plan_tunnel(tunnel: Tunnel) -> NetState:
     return NetState(links={link.name: link}, addresses=frozenset({Address(tunnel.device, host)}))
 
 
+@lru_cache(maxsize=16384)
 def plan_peer(peer: Peer) -> NetState:
-    """The peer's unit: neighbour, forwarding entry, route."""
+    """The peer's unit: neighbour, forwarding entry, route. Remembered: all nodes of a process plan the same peers."""
     device = vtep_device(peer.family, peer.vni)
     own = peer.subnet.network_address
     return NetState(
@@ -113,14 +115,21 @@ def peers_of(node: Node, vni: int = DEFAULT_VNI) -> tuple[Peer, ...]:
     told = node.metadata.annotations
     if told.get(PREFIX + "kube-subnet-manager") != "true" or told.get(PREFIX + "backend-type") != "vxlan":
         return ()
-    found = (_peer(node.metadata.name, subnet, told, vni) for subnet in pod_cidrs(node))
-    return tuple(peer for peer in found if peer)
+    return _peers(node.metadata.name, _cidr_texts(node), tuple(told.get(key, "") for key in _PEER_KEYS), vni)
 
 
 def pod_cidrs(node: Node) -> tuple[IPNetwork, ...]:
     """The node's subnets, at most one of each family; what does not parse is left out."""
+    return _networks(_cidr_texts(node))
+
+
+def _cidr_texts(node: Node) -> tuple[str, ...]:
+    return node.spec.pod_cidrs or ((node.spec.pod_cidr,) if node.spec.pod_cidr else ())
+
+
+def _networks(texts: tuple[str, ...]) -> tuple[IPNetwork, ...]:
     by_family: dict[Family, IPNetwork] = {}
-    for text in node.spec.pod_cidrs or ((node.spec.pod_cidr,) if node.spec.pod_cidr else ()):
+    for text in texts:
         try:
             network = ipaddress.ip_network(text)
         except ValueError:
@@ -135,11 +144,22 @@ def _keys(family: Family) -> tuple[str, str]:
     return PREFIX + "backend-v6-data", PREFIX + "public-ipv6"
 
 
+_PEER_KEYS = tuple(key for data, public in map(_keys, Family) for key in (data, public, public + "-overwrite"))
+
+
+@lru_cache(maxsize=4096)
+def _peers(name: str, cidrs: tuple[str, ...], told: tuple[str, ...], vni: int) -> tuple[Peer, ...]:
+    """`told`: the values of _PEER_KEYS. Remembered, because every agent of a process reads every node."""
+    values = dict(zip(_PEER_KEYS, told, strict=True))
+    found = (_peer(name, subnet, values, vni) for subnet in _networks(cidrs))
+    return tuple(peer for peer in found if peer)
+
+
 def _peer(name: str, subnet: IPNetwork, told: Mapping[str, str], vni: int) -> Peer | None:
     data_key, public_key = _keys(family_of(subnet))
     try:
-        data = json.loads(told.get(data_key, "null"))
-        public = ipaddress.ip_address(told.get(public_key + "-overwrite") or told.get(public_key, ""))
+        data = json.loads(told[data_key])
+        public = ipaddress.ip_address(told[public_key + "-overwrite"] or told[public_key])
     except ValueError:
         return None
     if not isinstance(data, dict) or data.get("VNI") != vni or family_of(public) is not family_of(subnet):
