@@ -15,6 +15,6 @@ def parse_quantity(text: str | int | float) -> Fraction:
         raise ValueError(f"{text!r} is not a quantity such as 100m, 64Mi or 2")
     number, suffix = Fraction(match[1]), match[2] or ""
     if suffix in _BINARY:
-        return number * 1024 ** _BINARY[suffix]
+        return number * (1 << 10 * _BINARY[suffix])
     exponent = _DECIMAL[suffix] if suffix in _DECIMAL else int(suffix[1:])
-    return number * Fraction(10) ** exponent
+    return number * Fraction(f"1e{exponent}")

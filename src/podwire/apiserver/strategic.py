@@ -101,15 +101,13 @@ def _merge_list(original: Any, key: str, patch: Json, where: tuple[str, Field | 
     if any(isinstance(item, dict) and item.get(PATCH) == "replace" for item in items):
         return [_plain(item) for item in items if not (isinstance(item, dict) and PATCH in item)]
     merged = _merge_items(before, items, rule, _type_of(field), schema)
-    order = patch.get(ORDER + key)
-    return merged if order is None else _ordered(merged, before, order, rule.key)
+    return _ordered(merged, before, patch.get(ORDER + key) or items, rule.key)
 
 
 def _merge_plain(before: list[Any], items: list[Any], patch: Json, key: str) -> list[Any]:
     gone = patch.get(DELETE_PLAIN + key) or []
     merged = [item for item in dict.fromkeys([*before, *items]) if item not in gone]
-    order = patch.get(ORDER + key)
-    return merged if order is None else _ordered(merged, before, order, "")
+    return _ordered(merged, before, patch.get(ORDER + key) or items, "")
 
 
 def _merge_items(before: list[Any], items: list[Any], rule: ListRule, message: str, schema: Schema) -> list[Any]:
@@ -133,7 +131,10 @@ def _identity(item: Any, key: str) -> Any:
 
 
 def _ordered(merged: list[Any], before: list[Any], order: Iterable[Any], key: str) -> list[Any]:
-    """Items named in `order` come in that order; the rest keep their places relative to where they stood before."""
+    """Items named in `order` come in that order; the rest keep their places relative to where they stood before.
+
+    Without $setElementOrder the patch's own items are the order, so what a patch adds comes first (as in Kubernetes).
+    """
     rank = {_identity(item, key): i for i, item in enumerate(order)}
     place = {_identity(item, key): i for i, item in enumerate(before)}
     named = sorted((m for m in merged if _identity(m, key) in rank), key=lambda m: rank[_identity(m, key)])

@@ -81,7 +81,7 @@ class Subresources:
             version = scale.get("metadata", {}).get("resourceVersion")
             return {**new, "metadata": {**new["metadata"], **({"resourceVersion": version} if version else {})}}
 
-        changed = await self._verbs.change(call, edit, "")
+        changed = await self._verbs.change(call, edit)
         return write(call, call.kind.scale_of(changed))
 
     # --- pods

@@ -45,7 +45,7 @@ SERVICE = {"spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]}}
 
 @pytest.mark.parametrize("one", list(REGISTRY), ids=lambda k: k.resource.api_version + "." + k.resource.kind)
 def test_defaults_are_idempotent(one: Kind) -> None:
-    parts = {"Pod": {"spec": SPEC}, "Deployment": DEPLOYMENT, "ReplicaSet": DEPLOYMENT, "Service": SERVICE}
+    parts: dict[str, Any] = {"Pod": {"spec": SPEC}, "Deployment": DEPLOYMENT, "ReplicaSet": DEPLOYMENT, "Service": SERVICE}
     obj = one.prepare_create({"metadata": dict(META), **copy.deepcopy(parts.get(one.resource.kind, {}))}, NOW)
     assert one.prepare_update(copy.deepcopy(obj), obj) == obj
 

@@ -24,7 +24,7 @@ def test_unknown_fields_are_left_out_and_named_by_path() -> None:
 
 
 def test_nulls_and_empty_lists_and_maps_go_and_empty_messages_stay() -> None:
-    spec = {"volumes": [{"name": "v", "emptyDir": {}}], "nodeSelector": {}, "tolerations": [], "hostname": None}
+    spec: dict[str, Any] = {"volumes": [{"name": "v", "emptyDir": {}}], "nodeSelector": {}, "tolerations": [], "hostname": None}
     fitted = kind("Pod").fit({"metadata": {"creationTimestamp": None, "labels": {}}, "spec": spec})
     head = {"apiVersion": "v1", "kind": "Pod"}
     assert fitted.document == {**head, "metadata": {}, "spec": {"volumes": [{"name": "v", "emptyDir": {}}]}}

@@ -127,7 +127,7 @@ def test_two_protocols_of_one_port_share_a_node_port() -> None:
 
 
 def test_a_load_balancer_without_node_ports_and_one_with_a_health_check() -> None:
-    spec = {"externalTrafficPolicy": "Local", "allocateLoadBalancerNodePorts": False}
+    spec: dict[str, Any] = {"externalTrafficPolicy": "Local", "allocateLoadBalancerNodePorts": False}
     plan = allocator().plan(service("LoadBalancer", **spec))
     assert "nodePort" not in given_to(plan)["ports"][0]
     assert given_to(plan)["healthCheckNodePort"] == 30086

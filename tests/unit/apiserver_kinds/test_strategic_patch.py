@@ -29,9 +29,9 @@ def test_containers_merge_by_name_and_their_env_by_name() -> None:
     live = containers({"name": "a", "image": "x", "env": [{"name": "A", "value": "1"}]}, {"name": "b", "image": "y"})
     patch = containers({"name": "a", "env": [{"name": "B", "value": "2"}]}, {"name": "c", "image": "z"})
     assert strategic(live, patch) == containers(
-        {"name": "a", "image": "x", "env": [{"name": "A", "value": "1"}, {"name": "B", "value": "2"}]},
-        {"name": "b", "image": "y"},
+        {"name": "a", "image": "x", "env": [{"name": "B", "value": "2"}, {"name": "A", "value": "1"}]},
         {"name": "c", "image": "z"},
+        {"name": "b", "image": "y"},
     )
 
 
@@ -85,7 +85,7 @@ def test_order_alone_reorders() -> None:
 
 def test_plain_values_merge_and_are_deleted_by_directive() -> None:
     live = {"metadata": {"finalizers": ["a", "b"]}}
-    assert strategic(live, {"metadata": {"finalizers": ["c", "a"]}}) == {"metadata": {"finalizers": ["a", "b", "c"]}}
+    assert strategic(live, {"metadata": {"finalizers": ["c", "a"]}}) == {"metadata": {"finalizers": ["c", "a", "b"]}}
     patch = {"metadata": {"$deleteFromPrimitiveList/finalizers": ["a"]}}
     assert strategic(live, patch) == {"metadata": {"finalizers": ["b"]}}
 

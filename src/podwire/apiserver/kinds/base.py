@@ -145,7 +145,7 @@ class Kind:
         """All that is wrong with `obj`, in document order; with `old`, also what may not change."""
         errors = validate_metadata(obj.get("metadata", {}), self.name_problems, namespaced=self.resource.namespaced)
         root = Path()
-        if subresource:
+        if subresource not in ("", "scale"):
             return errors + (self.check_status(obj, root) if subresource == "status" else [])
         errors += self.check(obj, root)
         if old is not None:
