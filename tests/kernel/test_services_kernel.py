@@ -1,0 +1,358 @@
+"""Services with real packets: who answers, whom they see as the client, who is refused. Both families."""
+
+import asyncio
+import shutil
+import socket
+import subprocess
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+from servicerig import FACTS, ServiceRig, pick, service_rig
+
+from podwire.kernel.netns import run_in_netns
+from podwire.kernel.nftclient import NftClient
+from podwire.kernel.rtnlsocket import open_netlink
+from podwire.model.addr import Family
+from podwire.model.ids import ObjectKey
+from podwire.model.nft import AddElements, Batch, DelElements, DelTable, ReplaceElements, TableRef
+from podwire.model.objects import EndpointSlice, Pod, Service
+from podwire.model.ops import CommitNft
+from podwire.plan.services import TABLE, ServicePlanner
+from podwire.plan.services_rules import sets_of
+from podwire.wire.netlink import NETLINK_NETFILTER
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.needs("nftables", "bridge devices", "netfilter on bridges (br_netfilter)", "IPv6"),
+]
+
+both = pytest.mark.parametrize("family", Family, ids=lambda f: f.value)
+
+
+@pytest_asyncio.fixture
+async def rig() -> AsyncIterator[ServiceRig]:
+    async with service_rig() as made:
+        yield made
+
+
+WEB = ObjectKey("shop", "web")
+
+
+class Plan:
+    """Addresses by family."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.cluster_ip = pick(family, "10.96.0.10", "fd00:10:96::a")
+        self.unused = pick(family, "10.96.0.99", "fd00:10:96::99")
+        self.balancer = pick(family, "203.0.113.1", "2001:db8:2::1")
+        self.node = pick(family, "198.18.0.11", "2001:db8:1::b")
+        self.world = pick(family, "198.18.1.1", "2001:db8:1::1:1")
+        self.gateway = pick(family, "10.244.1.1", "fd00:10:244:1::1")
+
+    def pod(self, name: str) -> str:
+        if name == "far":
+            return pick(self.family, "10.244.2.2", "fd00:10:244:2::2")
+        return pick(self.family, f"10.244.1.{name[1:]}", f"fd00:10:244:1::{name[1:]}")
+
+    def service(self, **spec: Any) -> Service:
+        ports = [
+            {"name": "tcp", "port": 80, "protocol": "TCP", "nodePort": 30080},
+            {"name": "udp", "port": 80, "protocol": "UDP", "nodePort": 30080},
+        ]
+        document = {
+            "metadata": {"name": "web", "namespace": "shop"},
+            "spec": {"clusterIP": self.cluster_ip, "ipFamilies": [self.family.value], "ports": ports, **spec},
+            "status": {"loadBalancer": {"ingress": [{"ip": self.balancer}]}},
+        }
+        return msgspec.convert(document, Service)
+
+    def slices(self, *names: str) -> tuple[EndpointSlice, ...]:
+        document = {
+            "metadata": {"name": "web-1", "namespace": "shop", "labels": {"kubernetes.io/service-name": "web"}},
+            "addressType": self.family.value,
+            "endpoints": [{"addresses": [self.pod(n)], "nodeName": "n2" if n == "far" else "n1"} for n in names],
+            "ports": [{"name": p.lower(), "port": 8080, "protocol": p} for p in ("TCP", "UDP")],
+        }
+        return (msgspec.convert(document, EndpointSlice),)
+
+
+async def program(rig: ServiceRig, plan: Plan, *names: str, **spec: Any) -> None:
+    rig.planner.set_service(WEB, plan.service(**spec), plan.slices(*names))
+    await rig.program()
+
+
+async def refused(rig: ServiceRig, where: str, address: str, port: int, *, udp: bool = False) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        await rig.ask(where, address, port, udp=udp)
+
+
+async def silent(rig: ServiceRig, where: str, address: str, port: int) -> None:
+    with pytest.raises(TimeoutError):
+        await rig.ask(where, address, port)
+
+
+@both
+async def test_cluster_ip_from_everywhere(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    await program(rig, plan, "p2", "p3", "far")
+    for where in ("p4", "node"):
+        for udp in (False, True):
+            assert await rig.who(where, plan.cluster_ip, 80, times=40, udp=udp) == {"p2", "p3", "far"}
+    assert await rig.who("world", plan.cluster_ip, 80, times=40) == {"p2", "p3", "far"}
+    sources = {await rig.ask("p4", plan.cluster_ip, 80) for _ in range(20)}
+    assert {source for name, source in sources if name != "far"} == {plan.pod("p4")}, "between pods nothing is rewritten"
+    assert {s for n, s in [await rig.ask("node", plan.cluster_ip, 80) for _ in range(20)] if n == "p2"} == {plan.gateway}
+
+
+@both
+async def test_a_pod_reaches_itself_through_its_service(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    await program(rig, plan, "p2")
+    for udp in (False, True):
+        assert await rig.ask("p2", plan.cluster_ip, 80, udp=udp) == ("p2", plan.gateway)
+
+
+@both
+async def test_no_endpoints_and_closed_ports_are_refused_at_once(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    await program(rig, plan, type="LoadBalancer")
+    for where in ("p4", "node", "world"):
+        await refused(rig, where, plan.cluster_ip, 80)
+        await refused(rig, where, plan.cluster_ip, 80, udp=True)
+        await refused(rig, where, plan.cluster_ip, 4711)
+        await refused(rig, where, plan.balancer, 80)
+    await refused(rig, "world", plan.node, 30080)
+    await silent(rig, "p4", plan.unused, 80)
+    for _ in range(20):  # a TCP reset is not rate-limited as ICMP is
+        await refused(rig, "p4", plan.cluster_ip, 80)
+
+
+@both
+async def test_node_port(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    await program(rig, plan, "p2", "far", type="NodePort")
+    assert await rig.who("world", plan.node, 30080, times=20) == {"p2", "far"}
+    assert await rig.who("world", plan.node, 30080, times=20, udp=True) == {"p2", "far"}
+    assert await rig.who("p4", plan.node, 30080, times=20) == {"p2", "far"}
+    assert await rig.who("node", plan.node, 30080, times=20) == {"p2", "far"}
+    seen = {source for name, source in [await rig.ask("world", plan.node, 30080) for _ in range(10)] if name == "p2"}
+    assert seen == {plan.gateway}, "externalTrafficPolicy Cluster: masqueraded"
+
+
+@both
+async def test_external_traffic_policy_local_keeps_the_source(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    await program(rig, plan, "p2", "far", type="LoadBalancer", externalTrafficPolicy="Local")
+    for address, port in ((plan.node, 30080), (plan.balancer, 80)):
+        assert {await rig.ask("world", address, port) for _ in range(20)} == {("p2", plan.world)}
+        assert await rig.who("p4", address, port, times=20) == {"p2", "far"}, "from a pod: short-cut to all"
+    await program(rig, plan, "far", type="LoadBalancer", externalTrafficPolicy="Local")
+    await silent(rig, "world", plan.node, 30080)
+    assert await rig.who("p4", plan.balancer, 80) == {"far"}
+
+
+@both
+async def test_internal_traffic_policy_local(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    await program(rig, plan, "p2", "far", internalTrafficPolicy="Local")
+    assert await rig.who("p4", plan.cluster_ip, 80, times=20) == {"p2"}
+    await program(rig, plan, "far", internalTrafficPolicy="Local")
+    await silent(rig, "p4", plan.cluster_ip, 80)
+
+
+@both
+async def test_load_balancer_source_ranges(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    strangers, friends = pick(family, "192.0.2.0/24", "2001:db8:3::/64"), f"{plan.world}/{32 if family is Family.IPV4 else 128}"
+    await program(rig, plan, "p2", type="LoadBalancer", loadBalancerSourceRanges=[strangers])
+    await silent(rig, "world", plan.balancer, 80)
+    assert await rig.who("world", plan.node, 30080) == {"p2"}, "the node port is not restricted"
+    await program(rig, plan, "p2", type="LoadBalancer", loadBalancerSourceRanges=[strangers, friends])
+    assert await rig.who("world", plan.balancer, 80) == {"p2"}
+
+
+@both
+async def test_host_port(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    ports = [{"containerPort": 8080, "hostPort": 8888, "protocol": p} for p in ("TCP", "UDP")]
+    document = {
+        "metadata": {"name": "edge", "namespace": "shop", "uid": "edge"},
+        "spec": {"containers": [{"name": "main", "ports": ports}]},
+        "status": {"podIPs": [{"ip": plan.pod("p3")}]},
+    }
+    rig.planner.set_host_ports("edge", msgspec.convert(document, Pod))
+    await rig.program()
+    for udp in (False, True):
+        assert await rig.ask("world", plan.node, 8888, udp=udp) == ("p3", plan.world)
+        assert await rig.ask("p2", plan.node, 8888, udp=udp) == ("p3", plan.pod("p2"))
+        assert (await rig.ask("p3", plan.node, 8888, udp=udp))[0] == "p3"
+        assert (await rig.ask("node", plan.node, 8888, udp=udp))[0] == "p3"
+    rig.planner.set_host_ports("edge", None)
+    await rig.program()
+    await refused(rig, "world", plan.node, 8888)
+
+
+@both
+async def test_session_affinity(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    sticky: dict[str, Any] = {
+        "type": "NodePort",
+        "sessionAffinity": "ClientIP",
+        "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 600}},
+    }
+    everyone = ("p2", "p3", "p4", "far")
+    await program(rig, plan, *everyone, **sticky)
+    chosen = await rig.who("p4", plan.cluster_ip, 80, times=20)
+    assert len(chosen) == 1
+    outside = await rig.who("world", plan.node, 30080, times=20)
+    assert len(outside) == 1
+    await program(rig, plan, *everyone[:3], *everyone[3:], **sticky)
+    assert await rig.who("p4", plan.cluster_ip, 80, times=5) == chosen
+
+    left = [name for name in everyone if name not in chosen]
+    await program(rig, plan, *left, **sticky)
+    second = await rig.who("p4", plan.cluster_ip, 80, times=20)
+    assert len(second) == 1
+    assert second <= set(left), "an endpoint that is gone is forgotten at once"
+    await program(rig, plan, *everyone, **sticky)
+    assert await rig.who("p4", plan.cluster_ip, 80, times=20) == second, "the others' affinity stays"
+
+
+@both
+async def test_session_affinity_ends_with_its_time_out(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    brief: dict[str, Any] = {"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 1}}}
+    await program(rig, plan, "p2", "p3", **brief)
+    table, affinity = TableRef(family, TABLE), sets_of(family).affinity
+    assert len(await rig.who("p4", plan.cluster_ip, 80, times=10)) == 1
+    with open_netlink(rig.fds["node"], NETLINK_NETFILTER) as sock:
+        client = NftClient(sock)
+        assert len(client.elements(table, affinity.name)) == 1
+        async with asyncio.timeout(5):
+            while client.elements(table, affinity.name):  # noqa: ASYNC110 - the kernel tells nobody
+                await asyncio.sleep(0.05)
+    seen: set[str] = set()
+    async with asyncio.timeout(20):
+        while seen != {"p2", "p3"}:
+            seen |= await rig.who("p4", plan.cluster_ip, 80)
+            if seen != {"p2", "p3"}:
+                await asyncio.sleep(1.05)
+
+
+@both
+async def test_pods_go_out_with_the_nodes_address(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    assert await rig.ask("p2", plan.world, 8080) == ("world", plan.node)
+    assert await rig.ask("p2", plan.pod("far"), 8080) == ("far", plan.pod("p2"))
+    assert await rig.ask("p2", plan.pod("p3"), 8080) == ("p3", plan.pod("p2"))
+
+
+@both
+async def test_connections_outlive_every_change(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    await program(rig, plan, "p2")
+    loop = asyncio.get_running_loop()
+
+    async def talk(sock: socket.socket) -> str:
+        await loop.sock_sendall(sock, b"who?\n")
+        async with asyncio.timeout(5):
+            return (await loop.sock_recv(sock, 200)).decode().split()[0]
+
+    with rig.open("p4", socket.SOCK_STREAM, plan.cluster_ip) as sock:
+        await loop.sock_connect(sock, (plan.cluster_ip, 80))
+        assert await talk(sock) == "p2"
+        await program(rig, plan, "p2", "p3", "far", type="NodePort")
+        assert await talk(sock) == "p2"
+        await program(rig, plan, "p3")
+        assert await talk(sock) == "p2", "an endpoint that leaves keeps the connections it has"
+        rig.planner.set_service(WEB, None)
+        await rig.program()
+        assert await talk(sock) == "p2"
+        fresh = ServicePlanner(FACTS)
+        assert not fresh.resync(await rig.kernel.observe_nft(TABLE)), "a new agent finds nothing to do"
+
+
+async def test_counters_count_connections(rig: ServiceRig) -> None:
+    plan = Plan(Family.IPV4)
+    await program(rig, plan, "p2", "p3")
+    for _ in range(10):
+        await rig.ask("p4", plan.cluster_ip, 80)
+    table, sets = TableRef(Family.IPV4, TABLE), sets_of(Family.IPV4)
+    with open_netlink(rig.fds["node"], NETLINK_NETFILTER) as sock:
+        client = NftClient(sock)
+        services = client.elements(table, sets.services.name)
+        endpoints = client.elements(table, sets.endpoints.name)
+    assert sum(packets for _, (packets, _) in services.values()) == 10
+    assert sum(packets for _, (packets, _) in endpoints.values()) == 10
+
+
+@both
+async def test_damage_is_repaired_and_the_rest_keeps_its_counters(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    await program(rig, plan, "p2", "p3")
+    table, sets = TableRef(family, TABLE), sets_of(family)
+    observed = await rig.kernel.observe_nft(TABLE)
+    services = observed.tables[table].sets[sets.services.name]
+    await rig.kernel.apply((CommitNft(Batch((DelElements(table, sets.services, tuple(services.elements.items())),))),))
+    await refused(rig, "p4", plan.cluster_ip, 80)
+    repair = rig.planner.resync(await rig.kernel.observe_nft(TABLE))
+    assert [type(c) for c in repair.commands if isinstance(c, AddElements | ReplaceElements | DelElements)] == [AddElements]
+    await rig.kernel.apply((CommitNft(repair),))
+    assert await rig.who("p4", plan.cluster_ip, 80, times=20) == {"p2", "p3"}
+
+    await rig.kernel.apply((CommitNft(Batch((DelTable(table),))),))
+    await rig.kernel.apply((CommitNft(rig.planner.resync(await rig.kernel.observe_nft(TABLE))),))
+    assert await rig.kernel.observe_nft(TABLE) == rig.planner.desired()
+    assert await rig.who("p4", plan.cluster_ip, 80, times=20) == {"p2", "p3"}
+
+
+async def test_a_batch_larger_than_the_send_buffer(rig: ServiceRig) -> None:
+    """2 × 12,000 elements are about 1 MB; an ordinary user's socket takes 416 KiB."""
+    plan = Plan(Family.IPV4)
+    for number in range(4000):
+        octets = f"{number >> 8}.{number & 255}"
+        document = msgspec.to_builtins(plan.service(clusterIP=f"10.97.{octets}"))
+        document["metadata"]["name"] = f"s{number}"
+        service = msgspec.convert(document, Service)
+        rig.planner.set_service(service.key, service, plan.slices("p2", "p3"))
+    await rig.program()
+    assert await rig.who("p4", "10.97.9.9", 80, times=20) == {"p2", "p3"}
+
+
+async def test_a_refused_command_is_named(rig: ServiceRig) -> None:
+    table, sets = TableRef(Family.IPV4, TABLE), sets_of(Family.IPV4)
+    key = bytes((10, 96, 0, 1, 6, 0, 0, 0, 0, 80, 0, 0))
+    applied = await rig.kernel.apply((CommitNft(Batch((DelElements(table, sets.services, ((key, None),)),))),))
+    (failure,) = applied.failures
+    assert "delete element ip podwire services { 10.96.0.1 . tcp . 80 }" in failure.message
+    assert failure.errno == 2
+
+
+@pytest.mark.skipif(shutil.which("nft") is None, reason="the nft program is not installed")
+async def test_nft_shows_the_rules_to_a_human(rig: ServiceRig) -> None:
+    plan = Plan(Family.IPV4)
+    spec: dict[str, Any] = {"externalTrafficPolicy": "Local", "loadBalancerSourceRanges": ["192.0.2.0/24"]}
+    await program(rig, plan, "p2", "far", type="LoadBalancer", sessionAffinity="ClientIP", **spec)
+    ipv6 = Plan(Family.IPV6)
+    rig.planner.set_service(ObjectKey("shop", "web6"), ipv6.service(type="NodePort"), ipv6.slices("p2"))
+    await rig.program()
+
+    def listing() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=False)
+
+    shown = run_in_netns(rig.fds["node"], listing)
+    assert shown.returncode == 0, shown.stderr
+    for line in (
+        "10.96.0.10 . tcp . 80 counter packets 0 bytes 0 : goto sticky-2",
+        "dnat ip to ip daddr . meta l4proto . th dport . numgen random mod 2 map @endpoints",
+        "ip saddr 10.244.1.0/24 goto inside",
+        "ct status dnat jump rewritten",
+        'masquerade fully-random comment "pod to outside the cluster"',
+        "reject with tcp reset",
+        "fd00:10:96::a . tcp . 80 counter packets 0 bytes 0 : goto pick-1",
+    ):
+        assert line in shown.stdout, shown.stdout
