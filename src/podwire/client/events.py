@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from podwire.client.api import ApiClient
-from podwire.client.errors import AlreadyExists, ApiError, NotFound
+from podwire.client.errors import AlreadyExists, ApiError, Forbidden, NotFound
 from podwire.model.meta import Json, ObjectMeta
 from podwire.model.resources import EVENTS, Resource
 from podwire.model.timestamps import format_time
@@ -86,6 +86,9 @@ class EventRecorder:
             key, _ = self._pending.popitem(last=False)
             try:
                 await self._write(key)
+            except (Forbidden, NotFound) as error:
+                # The namespace is on its way out, or gone: nobody is going to read it.
+                log.debug("event %s of %s/%s was not written: %s", key.reason, key.namespace, key.name, error)
             except ApiError as error:
                 log.warning("event %s of %s/%s was not written: %s", key.reason, key.namespace, key.name, error)
 
