@@ -12,6 +12,7 @@ import pytest_asyncio
 from podrig import OWN_NETNS, Rig, children_of, make_pod, rig, shell, until
 
 from podwire.model.podruntime import Sandbox
+from podwire.runtime.errors import RuntimeFailure
 from podwire.runtime.pods import NodeRuntime
 from podwire.runtime.shimclient import join_shim
 
@@ -150,6 +151,9 @@ async def test_the_end_of_the_shim_is_the_end_of_all_pods(tmp_path: Path) -> Non
         assert sandbox.pid in pids
         os.kill(made.shim.pid, signal.SIGKILL)
         await until(lambda: all(gone(pid) for pid in pids))
+        assert (await node.report(pod, lambda report: report.phase == "Failed")).reason == "SandboxLost"
+        with pytest.raises(RuntimeFailure, match="does not answer"):
+            await node.runtime.sandboxes()
 
 
 async def test_pods_survive_the_sigkill_of_the_process_that_made_them(tmp_path: Path) -> None:

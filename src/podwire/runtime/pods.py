@@ -51,7 +51,7 @@ class NodeRuntime:
         self.node_name = node_name
         self._shim_socket, self._netns = shim_socket, netns
         self._entries: dict[str, _Entry] = {}
-        self._client = ShimClient(self._container_changed, self._sandbox_gone)
+        self._client = ShimClient(self._container_changed, self._sandbox_gone, self._shim_lost)
         self._connecting = asyncio.Lock()
         self._connected = False
         self._reports: dict[str, PodReport] = {}
@@ -234,6 +234,12 @@ class NodeRuntime:
         if entry.supervisor is not None:
             entry.supervisor.abandon()
         self._report(PodReport(uid, phase="Failed", ready=False, reason="SandboxLost", message=message))
+
+    def _shim_lost(self) -> None:
+        _log.error("the shim has ended: all pods of node %s are gone", self.node_name)
+        self._connected = False
+        for uid in tuple(self._entries):
+            self._sandbox_gone(uid)
 
     def _report(self, report: PodReport) -> None:
         self._reports[report.uid] = report

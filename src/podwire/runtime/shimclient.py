@@ -109,10 +109,16 @@ class ShimClient:
     """One node's view of the shim. Callbacks come in the order in which things happened.
 
     `on_container(record)`: a container started or ended. `on_gone(uid)`: a pod's pause process was killed by someone.
+    `on_lost()`: the shim itself has ended, and all pods with it.
     """
 
-    def __init__(self, on_container: Callable[[ContainerRecord], None], on_gone: Callable[[str], None]) -> None:
-        self._on_container, self._on_gone = on_container, on_gone
+    def __init__(
+        self,
+        on_container: Callable[[ContainerRecord], None],
+        on_gone: Callable[[str], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._on_container, self._on_gone, self._on_lost = on_container, on_gone, on_lost
         self._packets: PacketSocket | None = None
         self._number = 0
         self._answers: dict[int, asyncio.Future[tuple[Message, list[int]]]] = {}
@@ -132,9 +138,9 @@ class ShimClient:
         except OSError as error:
             sock.close()
             raise RuntimeFailure(f"the pod runtime's shim at {path} does not answer: {error.strerror}") from error
-        self._packets = PacketSocket(sock, self._on_packet, self._on_close)
+        self._packets = PacketSocket(sock, self._on_packet, self._shim_ended)
         net = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
-        self._greeting = True
+        self._greeting, self._found, self._records = True, [], []
         try:
             await self._ask({"do": "hello", "node": node}, [net])
         finally:
@@ -145,7 +151,7 @@ class ShimClient:
     def close(self) -> None:
         if self._packets is not None:
             self._packets.close()
-        self._on_close()
+        self._let_go()
 
     async def sandbox(self, spec: SandboxSpec) -> int:
         """Make a sandbox, or find the one of that uid; returns the pause process's pid."""
@@ -258,7 +264,11 @@ class ShimClient:
         """Drop what is kept for an exec whose exit code nobody awaits any more."""
         self._execs.pop(number, None)
 
-    def _on_close(self) -> None:
+    def _shim_ended(self) -> None:
+        self._let_go()
+        self._on_lost()
+
+    def _let_go(self) -> None:
         lost = RuntimeFailure("the pod runtime's shim has ended")
         self._packets = None
         for answer in self._answers.values():
