@@ -8,7 +8,7 @@ An agent that ends takes nothing with it: pods, links and rules stay, and the ne
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from random import Random
 
@@ -32,7 +32,7 @@ from podwire.kernel.port import Kernel, KernelError
 from podwire.model.errors import PodwireError
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Node, Pod, Service
-from podwire.model.resources import ENDPOINTSLICES, NODES, PODS, SERVICES
+from podwire.model.resources import ENDPOINTSLICES, NODES, PODS, SERVICES, Resource
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.node import NodeNetwork, plan_base
 from podwire.plan.overlay import Peer, peers_of, pod_cidrs
@@ -71,6 +71,8 @@ class NodeAgent:
         self._peers: dict[str, tuple[Peer, ...]] = {}
         self._adopted_peers: dict[str, tuple[Peer, ...]] = {}
         self._peers_changed = asyncio.Event()
+        self._peers_busy = True
+        self._sync: ServiceSync | None = None
         self._own_node = asyncio.Event()
         mine = f"spec.nodeName={config.node_name}"
         self._nodes = Informer(client, NODES, Node, rng=self._rng)
@@ -81,6 +83,19 @@ class NodeAgent:
     async def ready(self) -> None:
         """Returns once the node's network and Services are programmed for the first time."""
         await self._ready.wait()
+
+    def has_programmed(self, objects: Mapping[Resource, Mapping[ObjectKey, str]]) -> bool:
+        """Whether the kernel holds what follows from these Services, EndpointSlices and Nodes (key → resourceVersion).
+
+        Not so while other versions of them are known here: ask again with newer ones. Nodes count by name alone."""
+        if self._sync is None or not self._sync.idle or self._peers_busy or self._peers_changed.is_set():
+            return False
+        if self._nodes.items().keys() != objects.get(NODES, {}).keys():
+            return False
+        return all(
+            {key: obj.metadata.resource_version for key, obj in informer.items().items()} == objects.get(informer.resource, {})
+            for informer in (self._services, self._slices)
+        )
 
     def status(self) -> AgentStatus:
         return AgentStatus(
@@ -119,6 +134,7 @@ class NodeAgent:
             clock=self._clock,
             rng=self._rng,
         )
+        self._sync = sync
         self._nodes.subscribe(self._node_changed)
         async with asyncio.TaskGroup() as group:
             pods = Pods(env, self._pod_informer, group)
@@ -231,6 +247,7 @@ class NodeAgent:
         """Program the difference whenever nodes come, go or change; changes gather while one is being applied."""
         programmed = self._adopted_peers
         while True:
+            self._peers_busy = True
             self._peers_changed.clear()
             wanted = dict(self._peers)
             changed = {
@@ -245,6 +262,7 @@ class NodeAgent:
             except (PlumbingError, KernelError) as error:
                 log.warning("node %s: %s; left to repair", self.config.node_name, error)
                 repair.request_check()
+            self._peers_busy = False
             await self._peers_changed.wait()
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from podwire.kernel.port import Kernel
+from podwire.kernel.port import Kernel, KernelEvent
 from podwire.model.errors import PodwireError
 from podwire.model.ids import HOST, NetnsName, pod_netns
 from podwire.model.kernelstate import Link, NetState, Veth
@@ -34,12 +34,15 @@ from podwire.model.ops import (
     SetSysctl,
 )
 from podwire.plan.diff import EMPTY, diff, restrict, same_kind
-from podwire.plan.naming import host_veth
+from podwire.plan.naming import BRIDGE, host_veth
 from podwire.plan.node import Unit, union, union_units
 from podwire.plan.overlay import Peer, plan_peer
 from podwire.plan.podlinks import PodAttachment, fresh_pod_namespace, plan_pod
 
 log = logging.getLogger(__name__)
+
+ECHO_SECONDS = 0.5
+"""How long after a change of ours the kernel may still tell about it (carrier, operational state, a bridge's ports)."""
 
 
 class PlumbingError(PodwireError):
@@ -68,6 +71,8 @@ class Plumbing:
         self._peers: dict[str, tuple[Peer, ...]] = {}
         self._pods: dict[str, _PodUnit] = {}
         self._busy = asyncio.Lock()
+        self._touched: dict[tuple[str, bool], float] = {}
+        """What we changed lately, as `_echoes` has it, and when (event loop's time)."""
         self.refused_sysctls: dict[str, str] = {}
         """Switches that this kernel does not have or does not let us set, with its words."""
 
@@ -75,6 +80,24 @@ class Plumbing:
     def pods(self) -> frozenset[str]:
         """Uids of the pods that are plumbed."""
         return frozenset(self._pods)
+
+    def expects(self, event: KernelEvent) -> bool:
+        """Whether what the kernel tells follows from a change of our own, as far as one can know: it names the maker of
+        routes and neighbours, but not of links and forwarding entries."""
+        if event.ours or (event.what == "address" and event.subject.startswith("fe80:")):
+            return True
+        if event.what not in ("link", "fdb"):
+            return False
+        since = self._touched.get((event.subject.partition(" ")[0], event.removed))
+        return since is not None and asyncio.get_running_loop().time() - since < ECHO_SECONDS
+
+    def _touch(self, plan: Plan) -> None:
+        now = asyncio.get_running_loop().time()
+        if len(self._touched) > 1000:
+            self._touched = {key: at for key, at in self._touched.items() if now - at < ECHO_SECONDS}
+        for op in plan:
+            for key in _echoes(op):
+                self._touched[key] = now
 
     async def adopt(
         self, base: NetState, peers: Iterable[Peer], pods: Iterable[tuple[PodAttachment, str]]
@@ -173,7 +196,7 @@ class Plumbing:
         plan = self._known(diff(desired, seen))
         if not plan:
             return (), ()
-        failures = self._note(await self._kernel.apply(plan))
+        failures = self._note(await self._execute(plan))
         return tuple(describe(op) for op in plan), failures
 
     def _desired(self, uids: Collection[str], without: Collection[str]) -> Unit:
@@ -189,7 +212,7 @@ class Plumbing:
         plan = self._known(diff(new, old))
         if not plan:
             return ()
-        applied = await self._kernel.apply(plan)
+        applied = await self._execute(plan)
         if not self._note(applied):
             return ()
         log.info("looking again after: %s", "; ".join(f"{describe(f.op)}: {f.message}" for f in applied.failures[:3]))
@@ -199,7 +222,14 @@ class Plumbing:
             there = await self._kernel.observe(ns)
             seen[ns] = there if ns != HOST else restrict(there, union([wanted, had]))
         again = self._known(diff(new, seen))
-        return self._note(await self._kernel.apply(again)) if again else ()
+        return self._note(await self._execute(again)) if again else ()
+
+    async def _execute(self, plan: Plan) -> Applied:
+        self._touch(plan)
+        try:
+            return await self._kernel.apply(plan)
+        finally:
+            self._touch(plan)
 
     def _attach(self, uid: str, netns: str) -> bool:
         try:
@@ -258,6 +288,21 @@ def _stray(uid: str) -> NetState:
     """The key of a pod's link, for one of which nothing else is known."""
     name = host_veth(uid)
     return NetState(links={name: Link(name, Veth())})
+
+
+def _echoes(op: Op) -> tuple[tuple[str, bool], ...]:
+    """What the kernel will tell about an operation without saying that it was ours: device or MAC, and whether it goes."""
+    match op:
+        case AddLink(link=link) | ChangeLink(link=link):
+            return (link.name, False), (link.master or BRIDGE, False)
+        case DelLink(name=name):
+            return (name, False), (name, True), (BRIDGE, False)
+        case SetFdb(entry=entry):
+            return ((entry.mac, False),)
+        case DelFdb(entry=entry):
+            return ((entry.mac, True),)
+        case _:
+            return ()
 
 
 def _by_node(peers: Iterable[Peer]) -> dict[str, tuple[Peer, ...]]:

@@ -16,6 +16,8 @@ SETTLE_SECONDS = 0.15
 """How long changes gather before the node is looked at: pods that start make many, and looking costs milliseconds."""
 CHECK_INTERVAL = 0.7
 """Seconds between two looks at the node. With SETTLE_SECONDS it keeps repairs below one second."""
+LAZY_SECONDS = 5.0
+"""How soon the node is looked at when only expected things were heard; under them a stranger's change could hide."""
 AUDIT_SECONDS = 60.0
 """How often the node is looked at without being told of anything: notifications can be lost when a socket overflows."""
 
@@ -27,6 +29,8 @@ class Repair:
         self._kernel, self._plumbing, self._services, self._health = kernel, plumbing, services, health
         self._rng = rng
         self._links = asyncio.Event()
+        self._maybe = False
+        """Something changed that looks like our own doing: worth a look when there is time."""
 
     async def run(self) -> None:
         """Until cancelled. Start it when the node has been adopted."""
@@ -53,12 +57,15 @@ class Repair:
             await asyncio.sleep(CHECK_INTERVAL)
 
     def _heard(self, event: KernelEvent) -> None:
-        if event.ours:
-            return
         if event.what in ("nft", "lost"):
-            self._services.request_resync()
-        if event.what != "nft":
+            if not event.ours:
+                self._services.request_resync()
+            if event.what == "nft":
+                return
+        if not self._plumbing.expects(event):
             self._links.set()
+        elif not event.ours:
+            self._maybe = True
 
     async def _check_when_told(self) -> None:
         backoff = Backoff(self._rng, initial=0.1, maximum=10.0)
@@ -66,13 +73,14 @@ class Repair:
         earliest = loop.time()
         while True:
             try:
-                async with asyncio.timeout(AUDIT_SECONDS):
+                async with asyncio.timeout(LAZY_SECONDS if self._maybe else AUDIT_SECONDS):
                     await self._links.wait()
             except TimeoutError:
-                log.debug("nothing heard for %.0f s: looking anyway", AUDIT_SECONDS)
+                log.debug("nothing alarming was heard for long: looking anyway")
             await asyncio.sleep(max(SETTLE_SECONDS, earliest - loop.time()))
             earliest = loop.time() + CHECK_INTERVAL
             self._links.clear()
+            self._maybe = False
             try:
                 repaired = await self._plumbing.check()
             except (PlumbingError, KernelError) as error:

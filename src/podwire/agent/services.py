@@ -45,6 +45,7 @@ class ServiceSync:
         self._dirty_ports: dict[str, Pod | None] = {}
         self._wake = asyncio.Event()
         self._resync = True
+        self._busy = True
         self._programmed = asyncio.Event()
         services.subscribe(self._service_changed)
         slices.subscribe(self._slice_changed)
@@ -63,6 +64,11 @@ class ServiceSync:
         """Returns once the rules have been brought up to date for the first time."""
         await self._programmed.wait()
 
+    @property
+    def idle(self) -> bool:
+        """Whether the kernel holds the rules for all that has been heard of."""
+        return not self._busy and not self._wake.is_set()
+
     async def run(self, facts: NodeFacts) -> None:
         """Program until cancelled. Call it when the informers are synced and the host ports of adopted pods are set:
         until then nothing is touched, because an incomplete plan would take away what an earlier agent made."""
@@ -70,6 +76,7 @@ class ServiceSync:
         backoff = Backoff(self._rng, initial=0.05, maximum=30.0)
         loop = asyncio.get_running_loop()
         while True:
+            self._busy = True
             self._wake.clear()
             started = loop.time()
             try:
@@ -85,6 +92,7 @@ class ServiceSync:
             self._health.works("services")
             self._health.services_ready = True
             self._programmed.set()
+            self._busy = False
             await self._wake.wait()
             await asyncio.sleep(max(0.0, started + MIN_INTERVAL - loop.time()))
 
