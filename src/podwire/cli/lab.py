@@ -74,14 +74,18 @@ def _load(files: Sequence[Path]) -> Sequence[Any]:
 
 
 def await_lab(name: str, timeout: float, progress: Progress) -> None:
-    """Wait until everything in the lab is ready. Raises LabError after `timeout` seconds."""
+    """Wait until everything in the lab is ready, and every node has programmed it. Raises LabError after `timeout` seconds."""
     from podwire.lab.readiness import await_ready
 
     def show(obstacles: Sequence[str]) -> None:
         progress.note(f"waiting: {obstacles[0]}" if obstacles else "ready")
 
+    async def wait(client: "ApiClient") -> None:
+        await await_ready(client, timeout, show)
+        await client.request("POST", "/lab/v1/settle")
+
     with progress.step("all pods ready"):
-        with_client(name, lambda client: await_ready(client, timeout, show))
+        with_client(name, wait)
 
 
 @lab.command()

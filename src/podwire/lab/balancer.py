@@ -29,6 +29,9 @@ EXCLUDE_LABEL = "node.kubernetes.io/exclude-from-external-load-balancers"
 
 _RETRY_SECONDS = 1.0
 
+Versions = Mapping[ObjectKey, str]
+"""resourceVersion of each object of a kind."""
+
 
 def plan_routes(
     services: Iterable[Service], slices: Iterable[EndpointSlice], nodes: Iterable[Node]
@@ -95,10 +98,11 @@ class Balancer:
         self._routes: Mapping[IPNetwork, Route] = {}
         self._changed = asyncio.Event()
 
-    @property
-    def settled(self) -> bool:
-        """Whether the routes are those that the objects seen so far ask for."""
-        return not self._changed.is_set() and self._routes == self._wanted()
+    def has_programmed(self, services: Versions, slices: Versions) -> bool:
+        """Whether the routes in the kernel follow from these Services and EndpointSlices (key → resourceVersion)."""
+        known = (self._services, services), (self._slices, slices)
+        current = all({k: o.metadata.resource_version for k, o in i.items().items()} == wanted for i, wanted in known)
+        return current and not self._changed.is_set() and self._routes == self._wanted()
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -27,6 +27,7 @@ from podwire.lab.errors import LabError
 from podwire.lab.fabric import Fabric
 from podwire.lab.machine import LabEnvironment, LabNode
 from podwire.lab.readiness import await_nodes
+from podwire.lab.settling import await_settled
 from podwire.lab.spec import MAX_NODES, LabSpec
 from podwire.lab.state import LabDirectory, write_private
 from podwire.lab.topology import API_PORT, Topology, node_index
@@ -259,11 +260,14 @@ class LabCluster:
             raise
         return found
 
+    async def settle(self, within: float) -> None:
+        """Return when every node and the balancer have programmed what the API says now. Raises LabError."""
+        await await_settled(self.client, lambda: {n.name: n.agent for n in self._nodes.values()}, self._balancer, within)
+
     def status(self) -> dict[str, Any]:
         """What the lab's parts say of themselves."""
         return {
             "name": self.spec.name,
-            "balancer": {"settled": self._balancer.settled},
             "nodes": [
                 {"name": node.name, "agent": node.agent.status() if node.agent is not None else None}
                 for node in self._nodes.values()

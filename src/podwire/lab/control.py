@@ -1,11 +1,12 @@
 """What a lab can be asked beyond the Kubernetes API: HTTP routes on the same port, behind the same token.
 
-GET    /lab/v1/status              {"name", "nodes": [{"name", "ready", "pods", …}]}
-POST   /lab/v1/nodes               add a node → {"name"}, when it is ready
-DELETE /lab/v1/nodes/{node}        remove one
-POST   /lab/v1/nodes/{node}/restart  kill its agent and start another
-POST   /lab/v1/paths?pod=&to=      probe → the paths report (`podwire.lab.report.document`)
-POST   /lab/v1/shutdown            end the lab
+* GET    /lab/v1/status                {"name", "nodes": [{"name", "agent": {…}}]}
+* POST   /lab/v1/nodes                 add a node → {"name"}, when it is ready
+* DELETE /lab/v1/nodes/{node}          remove one
+* POST   /lab/v1/nodes/{node}/restart  kill its agent and start another
+* POST   /lab/v1/paths?pod=&to=        probe → the paths report (`podwire.lab.report.document`)
+* POST   /lab/v1/settle                wait until every node has programmed what the API says now
+* POST   /lab/v1/shutdown              end the lab
 """
 
 from collections.abc import Awaitable
@@ -31,10 +32,14 @@ def add_routes(app: web.Application, cluster: "LabCluster") -> None:
     app.router.add_delete("/lab/v1/nodes/{node}", control.remove_node)
     app.router.add_post("/lab/v1/nodes/{node}/restart", control.restart_node)
     app.router.add_post("/lab/v1/paths", control.paths)
+    app.router.add_post("/lab/v1/settle", control.settle)
     app.router.add_post("/lab/v1/shutdown", control.shutdown)
 
 
 T = TypeVar("T")
+
+_SETTLE_SECONDS = 25.0
+"""Less than a client waits for an answer."""
 
 
 class _Control:
@@ -58,6 +63,10 @@ class _Control:
     async def paths(self, request: web.Request) -> web.Response:
         results = await probe_paths(self._cluster, request.query.get("pod", ""), request.query.get("to", ""))
         return _json(document(results))
+
+    async def settle(self, request: web.Request) -> web.Response:
+        await _asked(self._cluster.settle(_SETTLE_SECONDS))
+        return _json({})
 
     async def shutdown(self, request: web.Request) -> web.Response:
         self._cluster.request_stop()

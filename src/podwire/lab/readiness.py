@@ -1,19 +1,20 @@
 """When is a cluster ready? What still keeps it from being so, as pure functions, and waiting until nothing does."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from podwire.client.api import ApiClient
 from podwire.client.informer import Informer
 from podwire.lab.errors import LabError
-from podwire.model.objects import ApiObject, Node, Pod, Service, View
-from podwire.model.resources import DEPLOYMENTS, NODES, PODS, REPLICASETS, SERVICES
+from podwire.model.ids import ObjectKey
+from podwire.model.meta import matches_labels
+from podwire.model.objects import ApiObject, EndpointSlice, Node, Pod, Service, View
+from podwire.model.resources import DEPLOYMENTS, ENDPOINTSLICES, NODES, PODS, REPLICASETS, SERVICES
 
 OnChange = Callable[[Sequence[str]], None]
-Watched = tuple[Informer[Any], Callable[[Any], str]]
-"""A kind, and what tells for each object of it how it keeps the cluster from being ready."""
+T = TypeVar("T", bound=ApiObject)
 
 
 class WorkloadSpec(View, frozen=True):
@@ -57,38 +58,76 @@ def service_obstacle(service: Service) -> str:
     return ""
 
 
+def endpoint_obstacles(pods: Iterable[Pod], services: Iterable[Service], slices: Iterable[EndpointSlice]) -> list[str]:
+    """Services that do not yet have all their ready pods as endpoints."""
+    known: dict[ObjectKey, set[str]] = {}
+    for piece in slices:
+        uids = known.setdefault(ObjectKey(piece.metadata.namespace, piece.service), set())
+        uids.update(e.target_ref.uid for e in piece.endpoints if e.target_ref is not None and e.conditions.ready is not False)
+    ready = [pod for pod in pods if pod.ready and not pod.metadata.deletion_timestamp]
+    found = []
+    for service in services:
+        if not service.spec.selector or service.spec.type == "ExternalName":
+            continue
+        wanted = {
+            pod.metadata.uid
+            for pod in ready
+            if pod.metadata.namespace == service.metadata.namespace
+            and matches_labels(service.spec.selector, pod.metadata.labels)
+        }
+        missing = len(wanted - known.get(service.key, set()))
+        if missing:
+            found.append(f"service {service.key} lacks {missing} of {len(wanted)} endpoints")
+    return found
+
+
 async def await_nodes(client: ApiClient, within: float) -> None:
     """Return when every node is ready. Raises LabError after `within` seconds."""
-    await _await_all([(Informer(client, NODES, Node), node_obstacle)], within, lambda _: None)
+    nodes = Informer(client, NODES, Node)
+    await _await_all([nodes], lambda: _each(nodes, node_obstacle), within, lambda _: None)
 
 
 async def await_ready(client: ApiClient, within: float, on_change: OnChange = lambda _: None) -> None:
     """Return when nothing keeps the cluster from being ready; `on_change` hears of what still does.
 
     Raises LabError after `within` seconds, naming it."""
-    watched: list[Watched] = [
-        (Informer(client, NODES, Node), node_obstacle),
-        (Informer(client, DEPLOYMENTS, Workload), workload_obstacle),
-        (Informer(client, REPLICASETS, Workload), workload_obstacle),
-        (Informer(client, PODS, Pod), pod_obstacle),
-        (Informer(client, SERVICES, Service), service_obstacle),
-    ]
-    await _await_all(watched, within, on_change)
+    nodes, pods = Informer(client, NODES, Node), Informer(client, PODS, Pod)
+    deployments, replicasets = Informer(client, DEPLOYMENTS, Workload), Informer(client, REPLICASETS, Workload)
+    services, slices = Informer(client, SERVICES, Service), Informer(client, ENDPOINTSLICES, EndpointSlice)
+
+    def obstacles() -> list[str]:
+        found = [
+            *_each(nodes, node_obstacle),
+            *_each(deployments, workload_obstacle),
+            *_each(replicasets, workload_obstacle),
+            *_each(pods, pod_obstacle),
+            *_each(services, service_obstacle),
+        ]
+        # The last question costs most: it is asked when all others are answered.
+        return found or endpoint_obstacles(pods.items().values(), services.items().values(), slices.items().values())
+
+    await _await_all([nodes, deployments, replicasets, pods, services, slices], obstacles, within, on_change)
 
 
-async def _await_all(watched: Sequence[Watched], within: float, on_change: OnChange) -> None:
+def _each(informer: Informer[T], obstacle: Callable[[T], str]) -> list[str]:
+    return [text for obj in informer.items().values() if (text := obstacle(obj))]
+
+
+async def _await_all(
+    informers: Sequence[Informer[Any]], judge: Callable[[], list[str]], within: float, on_change: OnChange
+) -> None:
     changed = asyncio.Event()
     obstacles: list[str] = []
-    tasks = [asyncio.create_task(informer.run()) for informer, _ in watched]
-    for informer, _ in watched:
+    tasks = [asyncio.create_task(informer.run()) for informer in informers]
+    for informer in informers:
         informer.subscribe(lambda _: changed.set())
     try:
         async with asyncio.timeout(within):
-            for informer, _ in watched:
+            for informer in informers:
                 await informer.synced()
             while True:
                 changed.clear()
-                obstacles = [text for informer, judge in watched for obj in informer.items().values() if (text := judge(obj))]
+                obstacles = judge()
                 on_change(obstacles)
                 if not obstacles:
                     return
