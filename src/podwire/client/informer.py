@@ -13,7 +13,7 @@ import msgspec
 
 from podwire.client.api import ApiClient, WatchEvent
 from podwire.client.backoff import Backoff
-from podwire.client.errors import ApiError, Gone
+from podwire.client.errors import ApiError, Gone, TooManyRequests, Unavailable
 from podwire.model.ids import ObjectKey
 from podwire.model.meta import Json
 from podwire.model.objects import ApiObject
@@ -146,6 +146,9 @@ class Informer(Generic[T]):
                 log.info("%s: history is gone, listing again", self.resource.plural)
                 self.resource_version = ""
             except ApiError as error:
+                if not isinstance(error, Unavailable | TooManyRequests):
+                    # It may be the revision that the server objects to (one from before its data was restored, say).
+                    self.resource_version = ""
                 delay = backoff.next()
                 log.warning("%s: %s; next attempt in %.2f s", self.resource.plural, error, delay)
                 await asyncio.sleep(delay)

@@ -100,9 +100,24 @@ def endpoint_of(service: Service, pod: Pod, family: str, zones: Mapping[str, str
         endpoint["nodeName"] = pod.spec.node_name
         if zone := zones.get(pod.spec.node_name):
             endpoint["zone"] = zone
+    if hints := _hints(service, endpoint):
+        endpoint["hints"] = hints
     if pod.spec.hostname and pod.spec.subdomain == service.metadata.name:
         endpoint["hostname"] = pod.spec.hostname
     return endpoint
+
+
+def _hints(service: Service, endpoint: Json) -> Json:
+    """Service.spec.trafficDistribution: whom a Ready endpoint is meant for, its own zone or node first."""
+    if not endpoint["conditions"]["ready"]:
+        return {}
+    hints: Json = {}
+    wish = service.spec.traffic_distribution
+    if wish in ("PreferClose", "PreferSameZone", "PreferSameNode") and "zone" in endpoint:
+        hints["forZones"] = [{"name": endpoint["zone"]}]
+    if wish == "PreferSameNode" and "nodeName" in endpoint:
+        hints["forNodes"] = [{"name": endpoint["nodeName"]}]
+    return hints
 
 
 def resolved_ports(service: Service, pod: Pod) -> Ports:

@@ -167,3 +167,16 @@ async def test_a_subscriber_that_fails_does_not_stop_the_others(caplog: pytest.L
             await informer.synced()
     assert story.lines == ["+a", "+b"]
     assert "pods shop/a: a subscriber failed" in caplog.text
+
+
+async def test_a_revision_that_the_server_does_not_know_yet_means_a_new_list() -> None:
+    server = ScriptedServer()
+    server.answer("GET", PATH, listing(500, pod("a", 1)))
+    server.watch(PATH, ("ERROR", {"code": 504, "reason": "Timeout", "message": "Too large resource version"}))
+    server.answer("GET", PATH, listing(5, pod("b", 2)))
+    async with server.serve() as client:
+        story, informer = Story(), Informer(client, PODS, Pod, rng=Random(1))
+        informer.subscribe(story)
+        async with running(informer):
+            await story.until(lambda: "+b" in story.lines)
+    assert story.lines == ["+a", "-a", "+b"]

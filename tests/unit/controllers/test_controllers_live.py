@@ -144,7 +144,8 @@ async def test_a_deleted_pod_is_replaced_and_a_relabelled_one_let_go() -> None:
 
 async def test_endpoint_slices_follow_the_pods() -> None:
     async with live_cluster(nodes=2) as cluster:
-        await cluster.client.create(SERVICES, service("web", ipFamilyPolicy="RequireDualStack"))
+        dual = service("web", ipFamilyPolicy="RequireDualStack", trafficDistribution="PreferSameNode")
+        await cluster.client.create(SERVICES, dual)
         await cluster.deploy("web", 3)
 
         def addresses(items: list[Json], family: str) -> list[str]:
@@ -162,6 +163,7 @@ async def test_endpoint_slices_follow_the_pods() -> None:
         mine = [s for s in slices if s["metadata"]["labels"].get("kubernetes.io/service-name") == "web"]
         assert all(s["ports"] == [{"name": "http", "port": 8080, "protocol": "TCP"}] for s in mine)
         assert {e["nodeName"] for s in mine for e in s["endpoints"]} == {"node1", "node2"}
+        assert all(e["hints"]["forNodes"] == [{"name": e["nodeName"]}] for s in mine for e in s["endpoints"])
         await cluster.client.patch(DEPLOYMENTS, "web", {"spec": {"replicas": 1}}, "default")
         await cluster.until(ENDPOINTSLICES, lambda items: len(addresses(items, "IPv4")) == 1, namespace="default")
         await cluster.client.delete(SERVICES, "web", "default")

@@ -1,6 +1,7 @@
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,6 +139,25 @@ def test_an_endpoint_shows_where_its_pod_is() -> None:
     assert endpoint["addresses"] == ["fd00::7"]
     assert (endpoint["nodeName"], endpoint["zone"], endpoint["hostname"]) == ("n1", "z1", "db-0")
     assert endpoint["targetRef"] == {"kind": "Pod", "namespace": "shop", "name": "web-00007", "uid": "pod-7"}
+
+
+@pytest.mark.parametrize(
+    ("wish", "hints"),
+    [
+        ("PreferClose", {"forZones": [{"name": "z1"}]}),
+        ("PreferSameZone", {"forZones": [{"name": "z1"}]}),
+        ("PreferSameNode", {"forZones": [{"name": "z1"}], "forNodes": [{"name": "n1"}]}),
+        (None, None),
+    ],
+)
+def test_traffic_distribution_becomes_hints_of_ready_endpoints(wish: str | None, hints: Json | None) -> None:
+    of = service(trafficDistribution=wish)
+    endpoint = endpoint_of(of, pod(1), "IPv4", {"n1": "z1"})
+    assert endpoint is not None
+    assert endpoint.get("hints") == hints
+    unready = endpoint_of(of, pod(1, ready=False), "IPv4", {"n1": "z1"})
+    assert unready is not None
+    assert "hints" not in unready
 
 
 def test_target_ports() -> None:
