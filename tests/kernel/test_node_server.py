@@ -127,6 +127,7 @@ async def test_logs_that_are_not_there_are_explained(node: Node) -> None:
         400,
         'previous terminated container "init" in pod "web" not found',
     )
+    assert json.loads((await node.logs("none"))[1])["message"] == 'container "none" is not valid for pod "web"'
     async with node.session.get("/containerLogs/shop/other/main") as response:
         assert response.status == 404
 

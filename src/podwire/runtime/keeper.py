@@ -8,6 +8,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from podwire.model.errors import PodwireError
 from podwire.model.objects import Container, Handler, Probe
 from podwire.runtime.backoff import RestartBackoff
 from podwire.runtime.clock import Clock
@@ -27,7 +28,8 @@ _CONFIG_RETRY_SECONDS = 2.0
 @dataclass(frozen=True, slots=True)
 class KeeperPorts:
     """What a keeper needs of its surroundings. `specify(container, cid, attempt)` gives what to run, or raises RuntimeFailure;
-    `tell(type, reason, message, container)` makes an event; `changed` is called when the view did."""
+    `tell(type, reason, message, container)` makes an event; `changed` is called when the view did. `pending`: why containers
+    wait that were not started yet."""
 
     client: ShimClient
     clock: Clock
@@ -35,6 +37,7 @@ class KeeperPorts:
     specify: Callable[[Container, str, int], Awaitable[ContainerSpec]]
     changed: Callable[[], None]
     tell: Callable[[str, str, str, str], None]
+    pending: str
 
 
 class ContainerKeeper:
@@ -63,7 +66,7 @@ class ContainerKeeper:
             image=self.container.image,
             current=self._current,
             previous=self._previous,
-            waiting=self._waiting,
+            waiting=self._waiting or (self._ports.pending if self._current is None else ""),
             message=self._message,
             ready=self._ready,
             started=self._started.is_set(),
@@ -170,9 +173,13 @@ class ContainerKeeper:
         while True:
             try:
                 return await self._ports.specify(self.container, cid, attempt)
-            except RuntimeFailure as error:
-                mount = error.reason == "FailedMount"
-                reason, message = ("ContainerCreating", "") if mount else (error.reason, str(error))
+            except (
+                PodwireError,
+                OSError,
+            ) as error:  # a reference that is missing, an API server that does not answer, a full disk
+                cause = error.reason if isinstance(error, RuntimeFailure) else "CreateContainerConfigError"
+                mount = cause == "FailedMount"
+                reason, message = ("ContainerCreating", "") if mount else (cause, str(error))
                 if (reason, message) != (self._waiting, self._message):
                     self._waiting, self._message = reason, message
                     event = "FailedMount" if mount else "Failed"

@@ -70,9 +70,12 @@ class KubeletServer:
             return _refuse(404, "NotFound", f'pod "{pod}" does not run on node "{self._runtime.node_name}"')
         if record is None and previous:
             return _refuse(400, "BadRequest", f'previous terminated container "{container}" in pod "{pod}" not found')
-        if record is None:
-            return _refuse(400, "BadRequest", f'container "{container}" in pod "{pod}" is waiting to start: PodInitializing')
-        return record
+        if record is not None:
+            return record
+        reason = self._runtime.waiting_reason(namespace, pod, container)
+        if reason is None:
+            return _refuse(400, "BadRequest", f'container "{container}" is not valid for pod "{pod}"')
+        return _refuse(400, "BadRequest", f'container "{container}" in pod "{pod}" is waiting to start: {reason}')
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
         try:

@@ -170,6 +170,17 @@ class NodeRuntime:
                 return entry
         raise KeyError(f"{namespace}/{pod}")
 
+    def waiting_reason(self, namespace: str, pod: str, container: str) -> str | None:
+        """Why a container has no run, in kubelet's words; None if the pod has no such container."""
+        report = self._reports.get(self.entry_of(namespace, pod).spec.uid)
+        if report is None:
+            return "ContainerCreating"
+        for status in (*report.init_container_statuses, *report.container_statuses):
+            if status["name"] == container:
+                state = status["state"]
+                return str(state.get("waiting", state.get("terminated", {})).get("reason", "ContainerCreating"))
+        return None
+
     def latest(self, record: ContainerRecord) -> ContainerRecord:
         """The same run as it stands now."""
         entry = self._entries.get(record.uid)

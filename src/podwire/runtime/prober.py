@@ -119,6 +119,7 @@ async def run_command(client: ShimClient, record: ContainerRecord, command: Sequ
             return await process.wait(), bytes(output)
         except asyncio.CancelledError:
             await process.kill()
+            await process.wait()
             raise
     finally:
         transport.close()

@@ -192,10 +192,11 @@ class ShimClient:
         self, record: ContainerRecord, argv: Sequence[str], stdio: tuple[int, int, int], tty: bool = False
     ) -> "Exec":
         """Start a process in a container on the three descriptors (which stay the caller's)."""
+        # What came of it is known as soon as the answer is here: the process may end before we are resumed.
         message = {"do": "exec", "uid": record.uid, "cid": record.cid, "argv": list(argv), "tty": tty}
         answer, _ = await self._ask(message, stdio)
         number = int(answer["exec"])
-        return Exec(self, number, self._execs.setdefault(number, asyncio.get_running_loop().create_future()))
+        return Exec(self, number, self._execs[number])
 
     async def kill_exec(self, number: int) -> None:
         with contextlib.suppress(RuntimeFailure):
@@ -235,6 +236,11 @@ class ShimClient:
         number = message.get("id")
         if number is not None:
             future = self._answers.get(number)
+            started = message.get("ok", {}).get("exec")
+            if started is not None:
+                self._execs[started] = asyncio.get_running_loop().create_future()
+                if future is None:
+                    self._abandon(started)
             if future is not None and not future.done():
                 future.set_result((message, fds))
             else:  # asked by a task that was cancelled since
@@ -251,18 +257,23 @@ class ShimClient:
             case "sandbox_gone":
                 self._on_gone(message["uid"])
             case "exec_exit":
-                self._exec_future(message["exec"]).set_result(int(message["code"]))
+                code = self._execs.get(message["exec"])
+                if code is not None:
+                    code.set_result(int(message["code"]))
             case "log":
                 for grown in self._growth.pop(message["cid"], []):
                     if not grown.done():
                         grown.set_result(None)
 
-    def _exec_future(self, number: int) -> asyncio.Future[int]:
-        return self._execs.setdefault(number, asyncio.get_running_loop().create_future())
-
     def forget_exec(self, number: int) -> None:
         """Drop what is kept for an exec whose exit code nobody awaits any more."""
         self._execs.pop(number, None)
+
+    def _abandon(self, number: int) -> None:
+        """Kill what was started for somebody who has gone since."""
+        self.forget_exec(number)
+        if self._packets is not None:
+            self._packets.send({"id": 0, "do": "exec_kill", "exec": number})
 
     def _shim_ended(self) -> None:
         self._let_go()
@@ -299,4 +310,5 @@ class Exec:
                 self._client.forget_exec(self._number)
 
     async def kill(self) -> None:
+        """Its exit code still comes to who waits for it."""
         await self._client.kill_exec(self._number)

@@ -60,7 +60,7 @@ def _state(view: ContainerView) -> Json:
         waiting = {"reason": view.waiting}
         return {"waiting": {**waiting, "message": view.message} if view.message else waiting}
     if view.current is None:
-        return {"waiting": {"reason": "PodInitializing" if not view.init else "ContainerCreating"}}
+        return {"waiting": {"reason": "ContainerCreating"}}
     if view.current.running:
         return {"running": {"startedAt": rfc3339(view.current.started_at)}}
     return _terminated(view.current)

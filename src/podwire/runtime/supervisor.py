@@ -63,6 +63,7 @@ class PodSupervisor:
             specify=self._specify,
             changed=self._changed,
             tell=self._tell,
+            pending="PodInitializing" if pod.spec.init_containers else "ContainerCreating",
         )
         spec = pod.spec
         self._init = [self._keeper(c, ports, records, init=True) for c in spec.init_containers]
@@ -74,7 +75,9 @@ class PodSupervisor:
         self._last_report: PodReport | None = None
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name=f"pod {self.pod.metadata.namespace}/{self.pod.metadata.name}")
+        self._task = asyncio.create_task(
+            _guarded(self._run()), name=f"pod {self.pod.metadata.namespace}/{self.pod.metadata.name}"
+        )
 
     async def close(self) -> None:
         """Let go: nothing is watched any more, everything runs on."""
@@ -154,7 +157,7 @@ class PodSupervisor:
     async def _stop(self, grace_seconds: float) -> None:
         self._terminal = True
         if self._task is not None:
-            with contextlib.suppress(asyncio.CancelledError, Exception):
+            with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         begun = self._node.clock.now()
         for keeper in (*self._main, *self._init):
@@ -221,9 +224,9 @@ def stand_in_ports(container: Container) -> tuple[StandInPort, ...]:
     return tuple(dict.fromkeys(declared + probed))
 
 
-async def _guarded(keeping: Coroutine[Any, Any, int]) -> None:
+async def _guarded(keeping: Coroutine[Any, Any, Any]) -> None:
     """A keeper that breaks leaves the pod's other containers alone."""
     try:
         await keeping
     except Exception:  # a task boundary
-        _log.exception("a container is no longer supervised")
+        _log.exception("a pod or container is no longer supervised")

@@ -51,7 +51,7 @@ def test_one_that_is_held_back_keeps_its_end_as_last_state() -> None:
 
 
 def test_one_that_was_never_started_waits() -> None:
-    assert container_status(view(None))["state"] == {"waiting": {"reason": "PodInitializing"}}
+    assert container_status(view(None))["state"] == {"waiting": {"reason": "ContainerCreating"}}
     assert "containerID" not in container_status(view(None))
 
 
