@@ -9,9 +9,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from podwire.apiserver.fieldsets import SELF, FieldPath, child_type, from_tree, granular, item_key, paths_of, readable, to_tree
+from podwire.apiserver.fieldsets import (
+    SELF,
+    FieldPath,
+    child_type,
+    duplicates,
+    from_tree,
+    granular,
+    item_key,
+    paths_of,
+    readable,
+    to_tree,
+)
 from podwire.apiserver.listrules import ListRule, apply_rule
 from podwire.apiserver.schema import Schema, api_schema
+from podwire.apiserver.strategic import PatchFailed
 from podwire.apiserver.validation import FieldError
 from podwire.model.errors import InvalidInput, PodwireError
 from podwire.model.meta import Json
@@ -99,9 +111,12 @@ def apply(live: Json | None, config: Json, message: str, manager: Manager, now: 
     """`live` (None: it is created) with what `config` says, managedFields included.
 
     Fields that the manager applied before, and nobody else owns, go when `config` no longer has them. `config` is fitted.
-    Raises ApplyConflict.
+    Raises ApplyConflict, and PatchFailed where two items of a list have the same key.
     """
     schema = api_schema()
+    twice = duplicates(config, message, schema)
+    if twice:
+        raise PatchFailed(400, "failed to create typed patch object: errors: " + "; ".join(twice))
     base: Json = live if live is not None else {key: config[key] for key in ("apiVersion", "kind")}
     config = {**config, "metadata": {k: v for k, v in (config.get("metadata") or {}).items() if k != "managedFields"}}
     wanted = {path: value for path, value in paths_of(config, message, schema).items() if not _unowned(path)}

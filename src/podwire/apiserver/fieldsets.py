@@ -69,6 +69,27 @@ def _walk(obj: Json, message: str, at: FieldPath, schema: Schema) -> Iterator[tu
             yield from _walk(value, child_type(field), path, schema)
 
 
+def duplicates(obj: Json, message: str, schema: Schema) -> list[str]:
+    """List items that share a key, as `.spec.ports: duplicate entries for key [port=80,protocol="TCP"]`."""
+    return list(_duplicates(obj, message, (), schema))
+
+
+def _duplicates(obj: Json, message: str, at: FieldPath, schema: Schema) -> Iterator[str]:
+    fields = schema.fields(message) if message in schema.numbered else {}
+    for key, value in obj.items():
+        field, path = fields.get(key), (*at, f"f:{key}")
+        rule = apply_rule(message, key) if isinstance(value, list) else None
+        if rule is not None:
+            keys = [item_key(item, rule) for item in value]
+            again = dict.fromkeys(part for i, part in enumerate(keys) if part in keys[:i])
+            yield from (f"{readable(path)}: duplicate entries for key {readable((part,))}" for part in again)
+            for part, item in zip(keys, value, strict=True):
+                if isinstance(item, dict):
+                    yield from _duplicates(item, child_type(field), (*path, part), schema)
+        elif isinstance(value, dict) and granular(value, message, key, field):
+            yield from _duplicates(value, child_type(field), path, schema)
+
+
 def _walk_list(
     items: list[Any], rule: ListRule, message: str, at: FieldPath, schema: Schema
 ) -> Iterator[tuple[FieldPath, Any]]:

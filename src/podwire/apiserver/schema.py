@@ -15,7 +15,7 @@ from datetime import datetime
 from importlib import resources
 from typing import Any, NamedTuple
 
-from podwire.apiserver.quantities import parse_quantity
+from podwire.apiserver.quantities import canonical
 from podwire.model.errors import InvalidInput
 from podwire.model.meta import Json
 
@@ -216,11 +216,10 @@ def _bytes(value: Any, kind: str, where: _Where) -> Any:
 def _quantity(value: Any, kind: str, where: _Where) -> Any:
     text = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
     try:
-        parse_quantity(_text(text, "string", where))
+        return canonical(_text(text, "string", where))
     except ValueError:
         pattern = "^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$"
         raise BadDocument(f"quantities must match the regular expression '{pattern}'") from None
-    return text
 
 
 def _int_or_string(value: Any, kind: str, where: _Where) -> Any:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from podwire.apiserver.apply import LAST_APPLIED, ApplyConflict, Manager, apply, record_update
 from podwire.apiserver.fieldsets import from_tree, paths_of, readable, to_tree
 from podwire.apiserver.schema import api_schema
+from podwire.apiserver.strategic import PatchFailed
 
 DEPLOYMENT = "k8s.io.api.apps.v1.Deployment"
 CONFIGMAP = "k8s.io.api.core.v1.ConfigMap"
@@ -149,6 +150,11 @@ def test_atomic_lists_are_owned_whole() -> None:
     once = applied(None, config(template=template({"name": "c", "args": ["1", "2"]})))
     with pytest.raises(ApplyConflict, match=r'containers\[name="c"\].args'):
         applied(once, config(template=template({"name": "c", "args": ["1", "3"]})), BOB)
+
+
+def test_two_items_of_one_key_cannot_be_applied() -> None:
+    with pytest.raises(PatchFailed, match=r'containers: duplicate entries for key \[name="c"\]'):
+        applied(None, config(template=template({"name": "c"}, {"name": "c"})))
 
 
 KEYS = st.sampled_from("abcdef")

@@ -65,11 +65,20 @@ class NodeKind(Kind):
         Column("Container-Runtime", "ContainerRuntime Version reported by the node.", priority=1),
     )
 
+    def default(self, obj: Json) -> None:
+        spec = obj.setdefault("spec", {})
+        if spec.get("podCIDR") and not spec.get("podCIDRs"):
+            spec["podCIDRs"] = [spec["podCIDR"]]
+        elif spec.get("podCIDRs") and not spec.get("podCIDR"):
+            spec["podCIDR"] = spec["podCIDRs"][0]
+
     def check(self, obj: Json, root: Path) -> list[FieldError]:
         spec, at = obj.get("spec") or {}, root / "spec"
         errors: list[FieldError] = []
         for i, value in enumerate(spec.get("podCIDRs") or []):
             errors += each(at / "podCIDRs" @ i, value, cidr(str(value)))
+        if spec.get("podCIDRs") and spec.get("podCIDR") != spec["podCIDRs"][0]:
+            errors.append(invalid(at / "podCIDRs" @ 0, spec["podCIDRs"][0], "must match `podCIDR`"))
         for i, taint in enumerate(spec.get("taints") or []):
             if not taint.get("key"):
                 errors.append(required(at / "taints" @ i / "key"))

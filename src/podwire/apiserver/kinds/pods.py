@@ -52,6 +52,14 @@ class PodKind(Kind):
     def check_update(self, new: Json, old: Json, root: Path) -> list[FieldError]:
         return check_pod_update(new.get("spec") or {}, old.get("spec") or {}, root / "spec")
 
+    def take_status(self, new: Json, old: Json) -> Json:
+        merged = super().take_status(new, old)
+        if merged.get("status"):
+            merged["status"] = dict(merged["status"])
+            for one, many in (("podIP", "podIPs"), ("hostIP", "hostIPs")):
+                _pair_addresses(merged["status"], one, many)
+        return merged
+
     def grace_seconds(self, obj: Json, requested: int | None) -> int:
         """The pod's own grace period unless one is requested; none for a pod that no node has or that has ended."""
         spec, status = obj.get("spec") or {}, obj.get("status") or {}
@@ -89,6 +97,14 @@ class PodKind(Kind):
             status.get("nominatedNodeName") or "<none>",
             _gates(spec, status),
         ]
+
+
+def _pair_addresses(status: Json, one: str, many: str) -> None:
+    """podIP is podIPs[0]; whoever writes only the one gets the other with it."""
+    if status.get(one) and not status.get(many):
+        status[many] = [{"ip": status[one]}]
+    elif status.get(many) and not status.get(one):
+        status[one] = status[many][0].get("ip", "")
 
 
 def qos_class(spec: Json) -> str:
