@@ -116,7 +116,8 @@ class Objects:
         draft = kind.prepare_create(obj, self._now())
         self._check(kind, draft, None, "")
         for _ in range(ATTEMPTS):
-            claim = self._claim(kind, copy.deepcopy(draft), None)
+            # What a claim completes may have to be done over, with other addresses.
+            claim = self._claim(kind, copy.deepcopy(draft) if kind.storage.plural in self._claims else draft, None)
             obj = claim.document
             place = Place(kind, namespace, obj["metadata"]["name"])
             if dry_run:
