@@ -1,10 +1,13 @@
 """What a Service asks of a node, as a value: frontends, each with the pools of backends that its traffic may go to.
 
-Every back end (nftables, later iptables and IPVS) programs the same `ServiceTable`.
+Every back end (nftables, later iptables and IPVS) programs the same `ServiceTable`. A node holds one for each Service of
+the cluster: the types are msgspec's, which are made and compared in a fraction of a dataclass's time.
 """
 
 import enum
 from dataclasses import dataclass
+
+import msgspec
 
 from podwire.model.addr import IPAddress, IPNetwork
 
@@ -50,8 +53,7 @@ class FrontendKind(enum.Enum):
     HOST_PORT = "HostPort"
 
 
-@dataclass(frozen=True, slots=True)
-class Pool:
+class Pool(msgspec.Struct, frozen=True, gc=False):
     """Backends in a stable order. Where there are none, traffic is refused, or (`drop`) silently dropped, since another
     node has some: a balancer's health check shall move on, not tell the client that nobody is there."""
 
@@ -59,8 +61,7 @@ class Pool:
     drop: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Frontend:
+class Frontend(msgspec.Struct, frozen=True, gc=False):
     """An address and port that clients connect to.
 
     `address` is packed, `protocol` the IP protocol number. `inside`: for traffic of this node's pods and processes;
@@ -79,8 +80,7 @@ class Frontend:
     source_ranges: tuple[tuple[bytes, bytes], ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceTable:
+class ServiceTable(msgspec.Struct, frozen=True, gc=False):
     """All frontends of one Service (or of one Pod's host ports), and which backends run on this node."""
 
     frontends: tuple[Frontend, ...] = ()

@@ -7,9 +7,10 @@ to the end: a change of one endpoint moves two or three elements, whatever the p
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
+
+import msgspec
 
 from podwire.model.addr import Family
 from podwire.model.nft import (
@@ -168,8 +169,7 @@ class ChainBook:
         )
 
 
-@dataclass(slots=True)
-class _Programmed:
+class _Programmed(msgspec.Struct, gc=False):
     """A frontend as it stands in the maps: its backends' elements in index order."""
 
     frontend: Frontend
