@@ -199,10 +199,11 @@ def arrange(order: Sequence[bytes], wanted: Sequence[bytes]) -> Sequence[bytes]:
     keep = set(wanted)
     known = set(order)
     new = [w for w in wanted if w not in known]
+    holes = [index for index, item in enumerate(order) if item not in keep]
     arranged = list(order)
-    for index, item in enumerate(order):
-        if item not in keep and new:
-            arranged[index] = new.pop(0)
+    for index, item in zip(holes, new, strict=False):
+        arranged[index] = item
+    del new[: len(holes)]
     arranged += new
     index = 0
     while index < len(arranged):

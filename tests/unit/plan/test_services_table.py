@@ -1,0 +1,102 @@
+"""Service + slices → ServiceTable: what the case files do not say."""
+
+import ipaddress
+from typing import Any
+
+import msgspec
+from service_cases import FACTS
+
+from podwire.model.objects import EndpointSlice, Service
+from podwire.model.servicetable import FrontendKind, backend, backend_address, backend_port
+from podwire.plan.services_table import pack_address, service_table
+
+
+def service(**spec: Any) -> Service:
+    document = {"metadata": {"name": "web", "namespace": "shop"}, "spec": {"ports": [{"port": 80}], **spec}}
+    return msgspec.convert(document, Service)
+
+
+def piece(family: str, *endpoints: dict[str, Any], port: int = 8080) -> EndpointSlice:
+    document = {
+        "metadata": {"name": "web-x", "namespace": "shop"},
+        "addressType": family,
+        "endpoints": list(endpoints),
+        "ports": [{"port": port}],
+    }
+    return msgspec.convert(document, EndpointSlice)
+
+
+def at(*addresses: str, **fields: Any) -> dict[str, Any]:
+    return {"addresses": list(addresses), **fields}
+
+
+def pools(svc: Service, *slices: EndpointSlice) -> dict[str, list[str]]:
+    """Frontend's address → its backends' addresses, for traffic from inside."""
+    table = service_table(svc, slices, FACTS)
+    return {
+        str(ipaddress.ip_address(f.address)): [str(ipaddress.ip_address(backend_address(b))) for b in f.inside.backends]
+        for f in table.frontends
+    }
+
+
+def test_dual_stack_each_family_has_its_own() -> None:
+    dual = service(
+        clusterIP="10.96.0.10",
+        clusterIPs=["10.96.0.10", "fd00:10:96::a"],
+        ipFamilies=["IPv4", "IPv6"],
+        type="NodePort",
+        ports=[{"port": 80, "nodePort": 30080}],
+    )
+    slices = (piece("IPv4", at("10.244.1.2")), piece("IPv6", at("fd00:10:244:1::2")))
+    assert pools(dual, *slices) == {
+        "10.96.0.10": ["10.244.1.2"],
+        "198.18.0.11": ["10.244.1.2"],
+        "fd00:10:96::a": ["fd00:10:244:1::2"],
+        "2001:db8:1::b": ["fd00:10:244:1::2"],
+    }
+
+
+def test_single_stack_has_nothing_in_the_other_family() -> None:
+    single = service(clusterIP="10.96.0.10", type="NodePort", ports=[{"port": 80, "nodePort": 30080}])
+    slices = (piece("IPv4", at("10.244.1.2")), piece("IPv6", at("fd00:10:244:1::2")))
+    assert set(pools(single, *slices)) == {"10.96.0.10", "198.18.0.11"}
+
+
+def test_what_is_no_address_is_left_out() -> None:
+    odd = service(clusterIP="10.96.0.10", externalIPs=["nonsense", "2001:db8::1"])
+    slices = (piece("IPv4", at("10.244.1.2"), at("not-an-ip"), at(), at("fd00::1")), piece("FQDN", at("example.com")))
+    assert pools(odd, *slices) == {"10.96.0.10": ["10.244.1.2"]}
+
+
+def test_a_protocol_that_nodes_do_not_know_is_left_out() -> None:
+    assert pools(service(clusterIP="10.96.0.10", ports=[{"port": 80, "protocol": "DCCP"}])) == {}
+
+
+def test_a_service_that_has_no_address_yet() -> None:
+    assert service_table(service(), (), FACTS).frontends == ()
+    assert service_table(service(type="ExternalName", externalName="example.com"), (), FACTS).frontends == ()
+    assert service_table(None, (), FACTS).frontends == ()
+
+
+def test_an_external_ip_that_is_also_the_balancers_counts_once() -> None:
+    both = msgspec.structs.replace(
+        service(clusterIP="10.96.0.10", type="LoadBalancer", externalIPs=["203.0.113.1"]),
+        status=msgspec.convert({"loadBalancer": {"ingress": [{"ip": "203.0.113.1"}]}}, type(Service().status)),
+    )
+    kinds = [f.kind for f in service_table(both, (), FACTS).frontends]
+    assert kinds == [FrontendKind.CLUSTER_IP, FrontendKind.LOAD_BALANCER]
+
+
+def test_the_order_of_slices_does_not_matter() -> None:
+    svc = service(clusterIP="10.96.0.10")
+    one, two = piece("IPv4", at("10.244.3.1"), at("10.244.1.1")), piece("IPv4", at("10.244.2.1"))
+    assert service_table(svc, (one, two), FACTS) == service_table(svc, (two, one), FACTS)
+
+
+def test_addresses_and_backends_are_packed() -> None:
+    assert pack_address("10.244.1.2") == bytes((10, 244, 1, 2))
+    assert pack_address("::1") == bytes(15) + b"\1"
+    for wrong in ("", "10.0.0", "10.0.0.256", "10.0.0.01", " 10.0.0.1", "10.0.0.1.", "::g", "a.b.c.d", "1.2.3.4.5"):
+        assert pack_address(wrong) is None, wrong
+    packed = backend(bytes((10, 244, 1, 2)), 8080)
+    assert (backend_address(packed), backend_port(packed)) == (bytes((10, 244, 1, 2)), 8080)
