@@ -189,5 +189,6 @@ async def live_cluster(config: ControllersConfig = CONFIG, *, nodes: int = 0) ->
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-    await cluster.stop_server()
-    await store.close()
+            await client.close()
+            await cluster.stop_server()
+            await store.close()

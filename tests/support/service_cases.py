@@ -24,7 +24,7 @@ from podwire.plan.services import ServicePlanner
 from podwire.plan.services_table import PROTOCOLS
 from podwire.trace.netfilter import Packet
 
-CASES = Path(__file__).parents[2] / "cases" / "services"
+CASES = Path(__file__).parents[1] / "cases" / "services"
 
 SOURCES = {
     "local-pod": "10.244.1.5",
