@@ -6,7 +6,7 @@ Texts and limits: k8s.io/apimachinery validation (RFC 1123 labels and subdomains
 import ipaddress
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 
@@ -78,13 +78,6 @@ def unsupported(path: Path, value: Any, supported: Iterable[str]) -> FieldError:
 
 def too_long(path: Path, limit: int) -> FieldError:
     return FieldError("FieldValueTooLong", f"Too long: may not be more than {limit} bytes", str(path))
-
-
-def invalid_message(kind: str, name: str, errors: Sequence[FieldError]) -> str:
-    """The message of the 422: one error plain, several in brackets (duplicates once)."""
-    texts = list(dict.fromkeys(str(e) for e in errors))
-    listed = texts[0] if len(texts) == 1 else "[" + ", ".join(texts) + "]"
-    return f'{kind} "{name}" is invalid: {listed}'
 
 
 # --- names --------------------------------------------------------------------------------------------------------

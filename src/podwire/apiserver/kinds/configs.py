@@ -6,7 +6,7 @@ from typing import Any
 
 from podwire.apiserver.kinds.base import AGE, NAME, Column, Kind, Subresource
 from podwire.apiserver.tables import age
-from podwire.apiserver.validation import FieldError, Path, config_key, each, forbidden, immutable, invalid, required
+from podwire.apiserver.validation import FieldError, Path, config_key, each, forbidden, immutable, invalid, required, too_long
 from podwire.model import resources
 from podwire.model.meta import Json
 
@@ -38,7 +38,7 @@ class ConfigMapKind(Kind):
             errors += each(root / "binaryData" @ key, key, config_key(key))
         size = sum(len(str(v).encode()) for v in data.values()) + sum(len(str(v)) * 3 // 4 for v in binary.values())
         if size > SIZE_LIMIT:
-            errors.append(FieldError("FieldValueTooLong", f"Too long: may not be more than {SIZE_LIMIT} bytes", ""))
+            errors.append(too_long(root, SIZE_LIMIT))
         return errors
 
     def check_update(self, new: Json, old: Json, root: Path) -> list[FieldError]:
@@ -74,8 +74,7 @@ class SecretKind(Kind):
             errors += each(root / "data" @ key, key, config_key(key))
         errors += [required(root / "data" @ key) for key in _REQUIRED_KEYS.get(obj.get("type", ""), ()) if key not in data]
         if sum(len(str(v)) * 3 // 4 for v in data.values()) > SIZE_LIMIT:
-            text = f"Too long: may not be more than {SIZE_LIMIT} bytes"
-            errors.append(FieldError("FieldValueTooLong", text, "data"))
+            errors.append(too_long(root / "data", SIZE_LIMIT))
         return errors
 
     def check_update(self, new: Json, old: Json, root: Path) -> list[FieldError]:

@@ -8,10 +8,12 @@ from podwire.apiserver.validation import (
     Path,
     dns_label,
     each,
+    forbidden,
     invalid,
     label_value,
     qualified_name,
     required,
+    too_long,
 )
 from podwire.model.meta import Json
 
@@ -20,12 +22,6 @@ NameRule = Callable[[str], list[str]]
 
 ANNOTATIONS_LIMIT = 256 * 1024
 """Bytes of all annotations together (k8s.io/apimachinery TotalAnnotationSizeLimitB)."""
-
-
-def path_segment(value: str) -> list[str]:
-    """The loosest rule: anything that can stand in a URL path."""
-    problems = [f"may not be '{value}'"] if value in (".", "..") else []
-    return problems + [f"may not contain '{mark}'" for mark in "/%" if mark in value]
 
 
 def validate_metadata(meta: Json, rule: NameRule, *, namespaced: bool) -> list[FieldError]:
@@ -68,7 +64,7 @@ def _annotations(value: Any, path: Path) -> list[FieldError]:
         errors += each(path, key, qualified_name(key.lower()))
         size += len(key.encode()) + len(str(text).encode())
     if size > ANNOTATIONS_LIMIT:
-        errors.append(FieldError("FieldValueTooLong", f"Too long: may not be more than {ANNOTATIONS_LIMIT} bytes", str(path)))
+        errors.append(too_long(path, ANNOTATIONS_LIMIT))
     return errors
 
 
@@ -104,7 +100,7 @@ def selector(value: Any, path: Path) -> list[FieldError]:
         elif operator in ("Exists", "DoesNotExist"):
             if item.get("values"):
                 detail = "may not be specified when `operator` is 'Exists' or 'DoesNotExist'"
-                errors.append(FieldError("FieldValueForbidden", f"Forbidden: {detail}", str(at / "values")))
+                errors.append(forbidden(at / "values", detail))
         else:
             errors.append(invalid(at / "operator", operator, "not a valid selector operator"))
     return errors
