@@ -191,6 +191,22 @@ async def test_service_address_leads_to_a_pod_on_another_node(site: Site, family
             assert await asyncio.to_thread(call, near.netns, address, 80) == str(near.ips[family])
 
 
+@pytest.mark.parametrize("family", DUAL)
+async def test_a_udp_client_is_led_away_from_an_endpoint_that_is_gone(site: Site, family: Family) -> None:
+    """It keeps sending from one port, so its connection would never end by itself."""
+    address = ipaddress.ip_address("10.96.0.77" if family is Family.IPV4 else "fd00:10:96::77")
+    async with site.cluster.agent(site.nodes[0]), site.cluster.agent(site.nodes[1]):
+        client, one, two = await site.pod("client", "n1"), await site.pod("one", "n1"), await site.pod("two", "n2")
+        await programmed(site)
+        with udp_socket(client.netns, family) as sock, udp_names(one.netns, "one"), udp_names(two.netns, "two"):
+            sock.sendto(b"before the Service exists", (str(address), 80))
+            await publish(site.cluster, address, one.ips[family], "UDP")
+            await site.cluster.until(partial(_answers, sock, address, "one"))
+            endpoints = {"endpoints": [{"addresses": [str(two.ips[family])]}]}
+            await site.cluster.client.patch(ENDPOINTSLICES, "web-1", endpoints, "default")
+            await site.cluster.until(partial(_answers, sock, address, "two"))
+
+
 async def test_what_someone_else_breaks_is_put_back_within_a_second(site: Site) -> None:
     kernel = site.nodes[0].kernel
     async with site.cluster.agent(site.nodes[0]) as agent, site.cluster.agent(site.nodes[1]):
@@ -266,13 +282,51 @@ def open_connection(netns: int, target: IPAddress) -> Iterator[Callable[[], None
             yield exchange
 
 
-async def publish(cluster: MemoryCluster, address: IPAddress, endpoint: IPAddress) -> None:
+def udp_socket(netns: int, family: Family) -> socket.socket:
+    kind = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
+    return run_in_netns(netns, lambda: socket.socket(kind, socket.SOCK_DGRAM))
+
+
+@contextmanager
+def udp_names(netns: int, name: str) -> Iterator[None]:
+    """Answers each datagram to port 8080, over both families, with `name`."""
+    server = udp_socket(netns, Family.IPV6)
+    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    server.bind(("::", 8080))
+    loop = asyncio.get_running_loop()
+
+    def answer() -> None:
+        _, client = server.recvfrom(2048)
+        server.sendto(name.encode(), client)
+
+    loop.add_reader(server, answer)
+    try:
+        yield
+    finally:
+        loop.remove_reader(server)
+        server.close()
+
+
+async def ask(sock: socket.socket, address: IPAddress) -> str:
+    """Who answers a datagram to port 80; empty: nobody."""
+    sock.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendto(sock, b"who?", (str(address), 80))
+    try:
+        async with asyncio.timeout(0.2):
+            return (await loop.sock_recv(sock, 2048)).decode()
+    except (TimeoutError, ConnectionRefusedError):
+        return ""
+
+
+async def publish(cluster: MemoryCluster, address: IPAddress, endpoint: IPAddress, protocol: str = "TCP") -> None:
     """A Service at `address`, port 80, with one endpoint at port 8080."""
     family = DUAL[address.version == 6]
-    spec = {"clusterIP": str(address), "ipFamilies": [family.value], "ports": [{"port": 80, "targetPort": 8080}]}
+    port = {"port": 80, "targetPort": 8080, "protocol": protocol}
+    spec = {"clusterIP": str(address), "ipFamilies": [family.value], "ports": [port]}
     await cluster.client.create(SERVICES, {"metadata": {"name": "web", "namespace": "default"}, "spec": spec})
     meta = {"name": "web-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}}
-    body: dict[str, Any] = {"metadata": meta, "addressType": family.value, "ports": [{"port": 8080, "protocol": "TCP"}]}
+    body: dict[str, Any] = {"metadata": meta, "addressType": family.value, "ports": [{"port": 8080, "protocol": protocol}]}
     await cluster.client.create(ENDPOINTSLICES, body | {"endpoints": [{"addresses": [str(endpoint)]}]})
 
 
@@ -295,6 +349,10 @@ async def _has_routes(kernel: LinuxKernel, number: int) -> bool:
 
 async def _is(kernel: LinuxKernel, whole: tuple[Any, ...]) -> bool:
     return content(await kernel.observe()) == whole
+
+
+async def _answers(sock: socket.socket, address: IPAddress, name: str) -> bool:
+    return await ask(sock, address) == name
 
 
 def _repaired(agent: NodeAgent, before: int) -> bool:

@@ -18,7 +18,7 @@ CHECK_INTERVAL = 0.7
 """Seconds between two looks at the node. With SETTLE_SECONDS it keeps repairs below one second."""
 LAZY_SECONDS = 5.0
 """How soon the node is looked at when only expected things were heard; under them a stranger's change could hide."""
-AUDIT_SECONDS = 60.0
+AUDIT_SECONDS = 300.0
 """How often the node is looked at without being told of anything: notifications can be lost when a socket overflows."""
 
 

@@ -12,7 +12,10 @@ from podwire.model.ids import ObjectKey
 from podwire.model.nft import Batch
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.ops import CommitNft
+from podwire.model.servicetable import ServiceTable
 from podwire.plan.services import TABLE, NodeFacts, ServicePlanner
+from podwire.plan.services_table import host_port_table
+from podwire.plan.staleflows import StaleFlows
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ class ServiceSync:
         self._wake = asyncio.Event()
         self._resync = True
         self._busy = True
+        self._stale = StaleFlows()
+        self._port_tables: dict[str, ServiceTable] = {}
         self._programmed = asyncio.Event()
         services.subscribe(self._service_changed)
         slices.subscribe(self._slice_changed)
@@ -80,7 +85,7 @@ class ServiceSync:
             self._wake.clear()
             started = loop.time()
             try:
-                await self._sync(planner)
+                await self._sync(planner, facts)
             except KernelError as error:
                 self._resync = True
                 self._health.failed("services", error)
@@ -96,13 +101,8 @@ class ServiceSync:
             await self._wake.wait()
             await asyncio.sleep(max(0.0, started + MIN_INTERVAL - loop.time()))
 
-    async def _sync(self, planner: ServicePlanner) -> None:
-        for key in self._dirty:
-            planner.set_service(key, self._services.get(key), tuple(self._slices.get(key, {}).values()))
-        self._dirty = {}
-        for uid, pod in self._dirty_ports.items():
-            planner.set_host_ports(uid, pod)
-        self._dirty_ports = {}
+    async def _sync(self, planner: ServicePlanner, facts: NodeFacts) -> None:
+        self._feed(planner, facts)
         if self._resync:
             observed = await self._kernel.observe_nft(TABLE)
             self._resync = False
@@ -114,6 +114,39 @@ class ServiceSync:
             batch = planner.take_batch()
         if batch:
             await self._commit(batch)
+        if self._stale:
+            await self._forget_stale()
+
+    def _feed(self, planner: ServicePlanner, facts: NodeFacts) -> None:
+        """Give the planner what changed, and note whose UDP clients may have lost their endpoint."""
+        for key in self._dirty:
+            slices = tuple(self._slices.get(key, {}).values())
+            before = planner.table(key)
+            planner.set_service(key, self._services.get(key), slices)
+            self._stale.note(before, planner.table(key), slices)
+        self._dirty = {}
+        for uid, pod in self._dirty_ports.items():
+            before = self._port_tables.pop(uid, ServiceTable())
+            after = host_port_table(pod, facts)
+            planner.set_host_ports(uid, pod)
+            if after.frontends:
+                self._port_tables[uid] = after
+            self._stale.note(before, after)
+        self._dirty_ports = {}
+
+    async def _forget_stale(self) -> None:
+        """After the rules have changed: before, a client's next packet would lead to the old endpoint again."""
+        stale = self._stale.take()
+        try:
+            forgotten = await self._kernel.forget_flows(stale.matches)
+        except KernelError as error:
+            self._stale.restore(stale)
+            self._health.failed("conntrack", error)
+            log.warning("services: stale UDP connections stay for now: %s", error)
+            return
+        self._health.works("conntrack")
+        if forgotten:
+            log.info("services: %d UDP connections to endpoints that are gone were forgotten", forgotten)
 
     async def _commit(self, batch: Batch) -> None:
         applied = await self._kernel.apply((CommitNft(batch),))

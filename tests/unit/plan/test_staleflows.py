@@ -1,0 +1,78 @@
+import ipaddress
+
+from podwire.model.flow import DST_NAT, Flow, FlowTuple
+from podwire.model.objects import Endpoint, EndpointConditions, EndpointSlice
+from podwire.model.servicetable import Frontend, FrontendKind, Pool, ServiceTable, backend
+from podwire.plan.staleflows import StaleFlows, serving_addresses
+
+CLIENT = ipaddress.ip_address("10.244.1.9")
+DNS = ipaddress.ip_address("10.96.0.10")
+ONE, TWO = (ipaddress.ip_address(f"10.244.2.{n}") for n in (1, 2))
+
+
+def table(*endpoints: object, protocol: int = 17) -> ServiceTable:
+    pool = Pool(tuple(backend(ipaddress.ip_address(str(ip)).packed, 5353) for ip in endpoints))
+    return ServiceTable((Frontend(DNS.packed, protocol, 53, FrontendKind.CLUSTER_IP, pool),))
+
+
+def flow(endpoint: object, protocol: int = 17, port: int = 53) -> Flow:
+    target = ipaddress.ip_address(str(endpoint))
+    original = FlowTuple(CLIENT, DNS, protocol, 4000, port)
+    return Flow(original, FlowTuple(target, CLIENT, protocol, 5353, 4000), status=DST_NAT)
+
+
+def test_only_connections_to_endpoints_that_are_gone_go() -> None:
+    stale = StaleFlows()
+    stale.note(table(ONE, TWO), table(TWO))
+    assert stale
+    assert stale.matches(flow(ONE))
+    assert not stale.matches(flow(TWO))
+    assert not stale.matches(flow(ONE, protocol=6))
+    assert not stale.matches(flow(ONE, port=54))
+
+
+def test_a_service_without_endpoints_or_gone_keeps_none() -> None:
+    for after in (table(), ServiceTable()):
+        stale = StaleFlows()
+        stale.note(table(ONE), after)
+        assert stale.matches(flow(ONE))
+
+
+def test_connections_from_before_the_service_had_endpoints_go() -> None:
+    stale = StaleFlows()
+    stale.note(ServiceTable(), table(ONE))
+    assert stale.matches(flow(DNS))  # never translated: the answer would come from the Service's own address
+    assert not stale.matches(flow(ONE))
+
+
+def test_an_endpoint_that_terminates_but_serves_keeps_its_clients() -> None:
+    ending = Endpoint(addresses=(str(ONE),), conditions=EndpointConditions(ready=False, serving=True, terminating=True))
+    stale = StaleFlows()
+    stale.note(table(ONE, TWO), table(TWO), [EndpointSlice(endpoints=(ending,))])
+    assert not stale.matches(flow(ONE))
+
+
+def test_nothing_is_noted_where_nothing_changed_or_all_is_tcp() -> None:
+    stale = StaleFlows()
+    stale.note(table(ONE), table(ONE))
+    stale.note(table(ONE, protocol=6), table(TWO, protocol=6))
+    assert not stale
+
+
+def test_what_could_not_be_done_is_kept_but_newer_wins() -> None:
+    stale = StaleFlows()
+    stale.note(table(ONE), table())
+    taken = stale.take()
+    assert not stale
+    stale.note(table(), table(ONE))
+    stale.restore(taken)
+    assert not stale.matches(flow(ONE))
+
+
+def test_serving_follows_ready_where_it_is_not_said() -> None:
+    def endpoint(number: int, **conditions: bool) -> Endpoint:
+        return Endpoint(addresses=(f"10.0.0.{number}",), conditions=EndpointConditions(**conditions))
+
+    part = EndpointSlice(endpoints=(endpoint(1), endpoint(2, ready=False), endpoint(3, ready=False, serving=True)))
+    odd = EndpointSlice(endpoints=(Endpoint(addresses=("example.com",)),))
+    assert serving_addresses([part, odd]) == {ipaddress.ip_address(f"10.0.0.{n}").packed for n in (1, 3)}
