@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
@@ -73,16 +74,25 @@ class Kubectl:
         return json.loads(await self(f"get {what} -o json"))
 
 
-@pytest.fixture
-async def kubectl(tmp_path: Path) -> AsyncIterator[Kubectl]:
-    store = MemoryStore()
+@asynccontextmanager
+async def serving(store: MemoryStore, home: Path) -> AsyncIterator[Kubectl]:
+    """An API server over `store`, of both families."""
     config = ServerConfig(service_cidrs=(ip_network("10.96.0.0/12"), ip_network("fd00:10:96::/112")))
     server = ApiServer(create_app(store, config))
     sock = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     await server.start([Listener(sock)])
-    yield Kubectl(url, tmp_path)
-    await server.stop()
+    try:
+        yield Kubectl(url, home)
+    finally:
+        await server.stop()
+
+
+@pytest.fixture
+async def kubectl(tmp_path: Path) -> AsyncIterator[Kubectl]:
+    store = MemoryStore()
+    async with serving(store, tmp_path) as kubectl:
+        yield kubectl
     await store.close()
 
 
@@ -255,6 +265,22 @@ async def test_addresses_are_given_once_also_in_parallel(kubectl: Kubectl) -> No
     assert len({s["spec"]["clusterIP"] for s in services}) == len(services)
 
 
+async def test_what_is_taken_stays_taken_over_a_restart_and_is_free_after_deletion(tmp_path: Path) -> None:
+    store = MemoryStore()
+    wish = "create service nodeport {} --tcp=80:80 --node-port=30080"
+    async with serving(store, tmp_path / "one") as kubectl:
+        await kubectl(wish.format("first"))
+        address = (await kubectl.get("service first"))["spec"]["clusterIP"]
+    async with serving(store, tmp_path / "two") as kubectl:
+        assert "provided port is already allocated" in await kubectl.fails(wish.format("second"))
+        taken = f"create service clusterip second --tcp=80:80 --clusterip={address}"
+        assert "provided IP is already allocated" in await kubectl.fails(taken)
+        await kubectl("delete service first")
+        await kubectl(wish.format("second"))
+        await kubectl(taken.replace("second", "third"))
+    await store.close()
+
+
 async def test_labels_scale_image_env_and_restart(kubectl: Kubectl) -> None:
     await kubectl("apply -f -", DEPLOYMENT)
     await kubectl("annotate deployment api note=x")
@@ -337,6 +363,45 @@ async def test_what_may_not_change(kubectl: Kubectl) -> None:
         said
         == 'The Service "kubernetes" is invalid: spec.clusterIPs[0]: Invalid value: ["10.96.0.9"]: may not change once set\n'
     )
+
+
+async def test_events_are_one_store_with_two_faces(kubectl: Kubectl) -> None:
+    event = {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"name": "e1", "namespace": "default"},
+        "regarding": {"kind": "Pod", "name": "p", "namespace": "default"},
+        "note": "hello",
+        "reason": "Tested",
+        "type": "Normal",
+        "action": "Test",
+        "eventTime": "2024-01-01T00:00:00.000000Z",
+        "reportingController": "me",
+        "reportingInstance": "me-1",
+    }
+    await kubectl("create -f -", event)
+    assert (await kubectl.get("events e1"))["message"] == "hello"
+    assert (await kubectl.get("events.events.k8s.io e1"))["note"] == "hello"
+    assert (await kubectl("get events")).splitlines()[1].split()[1:] == ["Normal", "Tested", "pod/p", "hello"]
+    assert "Tested" in await kubectl("get events --field-selector=involvedObject.name=p")
+
+
+async def test_nodes_and_status_writes(kubectl: Kubectl) -> None:
+    await kubectl("create -f -", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}})
+    await kubectl("cordon n1")
+    await kubectl("taint node n1 a=b:NoSchedule")
+    assert (await kubectl("get nodes")).splitlines()[1].split()[:3] == ["n1", "Unknown,SchedulingDisabled", "<none>"]
+    await kubectl("run solo --image=nginx:1")
+    status = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "solo"},
+        "status": {"phase": "Running", "podIP": "10.244.0.9"},
+    }
+    await kubectl("replace --subresource=status -f -", status)
+    pod = await kubectl.get("pod solo")
+    assert pod["status"]["podIPs"] == [{"ip": "10.244.0.9"}]
+    assert pod["spec"]["containers"][0]["image"] == "nginx:1"
 
 
 async def test_unknown_kinds_are_named(kubectl: Kubectl) -> None:
