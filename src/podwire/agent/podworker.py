@@ -187,8 +187,8 @@ class PodWorker:
             await self._write_status(report)
             if report.phase in FINISHED:
                 await self._release_network()
-        except NotFound:
-            return None  # the watch will say so
+        except (NotFound, Conflict):
+            return None  # it is gone; the watch will say so
         except _RETRIED as error:
             log.warning("pod %s: %s; again in 0.5 s", self.pod.key, error)
             return 0.5
@@ -207,9 +207,11 @@ class PodWorker:
         self._written = essence
 
     async def _patch_status(self, patch: Json) -> None:
+        """Raises NotFound where the pod is gone, Conflict where another of its name is there."""
         if self._in_api:
             meta = self.pod.metadata
-            await self._env.client.patch(PODS, meta.name, patch, meta.namespace, subresource="status")
+            mine = {"metadata": {"uid": meta.uid}, **patch}
+            await self._env.client.patch(PODS, meta.name, mine, meta.namespace, subresource="status")
 
     # --- down -----------------------------------------------------------------------------------------------------
 
@@ -273,8 +275,8 @@ class PodWorker:
         while True:
             try:
                 await step()
-            except NotFound:
-                return
+            except (NotFound, Conflict):
+                return  # the object is gone from the API
             except _RETRIED as error:
                 delay = backoff.next()
                 log.warning("pod %s: %s failed: %s; again in %.2f s", self.pod.key, what, error, delay)

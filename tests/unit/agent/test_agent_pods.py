@@ -214,6 +214,19 @@ async def test_a_lost_sandbox_is_the_end_of_a_pod_that_never_restarts(cluster: M
         await cluster.until(lambda: not reserved(machine))
 
 
+async def test_a_pod_of_the_same_name_gets_nothing_of_its_predecessors_status(cluster: MemoryCluster) -> None:
+    machine = cluster.machine(1)
+    async with cluster.agent(machine):
+        for _ in range(5):
+            created = await cluster.create_pod("web", "n1")
+            uid = created["metadata"]["uid"]
+            pod = await cluster.until_running("web")
+            address = pod["status"]["podIP"]
+            inside = machine.kernel.space(pod_netns(uid)).state()
+            assert address in {str(a.interface.ip) for a in inside.addresses}
+            await cluster.client.delete(PODS, "web", "default", grace_period_seconds=0)
+
+
 async def test_two_pods_never_share_an_address(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine):
