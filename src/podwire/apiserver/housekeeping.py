@@ -51,6 +51,9 @@ async def keep_house(store: Store, hub: Hub, config: ServerConfig) -> None:
             return
         except StoreError as error:
             _log.warning("housekeeping of the store is put off: %s", error)
+        except Exception:
+            # The task's boundary: the next round is worth trying whatever went wrong in this one.
+            _log.exception("housekeeping of the store failed")
         await asyncio.sleep(config.history_seconds / ROUNDS_PER_HISTORY)
 
 

@@ -344,19 +344,34 @@ class Hub:
 
     async def run(self) -> None:
         """Follow the store until it is closed."""
-        while True:
-            try:
-                await self._load()
-                await self._follow()
-            except StoreClosed:
-                return
-            except StoreError as error:
-                _log.error("the store cannot be followed, trying again: %s", error)
+        try:
+            while True:
+                if not await self._follow_once():
+                    return
                 await asyncio.sleep(RETRY_SECONDS)
-            else:
-                return
-            finally:
-                self.end_watches()
+        finally:
+            self.end_watches()
+            for _, known in self._waiting:
+                if not known.done():
+                    known.set_exception(StoreClosed("the API server no longer follows its store"))
+            self._waiting.clear()
+
+    async def _follow_once(self) -> bool:
+        """Load the state and follow the changes; whether to try again after that ended."""
+        try:
+            await self._load()
+            await self._follow()
+        except StoreClosed:
+            return False
+        except StoreError as error:
+            _log.error("the store cannot be followed, trying again: %s", error)
+        except Exception:
+            # The task's boundary: without it, one odd change would leave every reader waiting for good.
+            _log.exception("following the store failed, trying again")
+        else:
+            return False
+        self.end_watches()
+        return True
 
     def shelf(self, kind: Kind) -> Shelf:
         return self._shelves[_shelf_name(kind.storage)]

@@ -12,7 +12,7 @@ import yaml
 from podwire.apiserver.hub import Form
 from podwire.apiserver.kinds import REGISTRY, Kind
 from podwire.apiserver.selectors import EVERYTHING, Selector, parse_fields, parse_labels
-from podwire.apiserver.status import StatusError, bad_request, expired, not_acceptable, unsupported_media_type
+from podwire.apiserver.status import StatusError, bad_request, expired, invalid_options, not_acceptable, unsupported_media_type
 from podwire.model.meta import Json
 
 JSON = "application/json"
@@ -85,12 +85,18 @@ def list_options(kind: Kind, query: Mapping[str, str], name: str = "") -> ListOp
     version = query.get("resourceVersion", "")
     if version and not version.isdigit():
         raise bad_request(f"invalid resource version {version!r}: must be a number")
-    initial = query.get("sendInitialEvents")
+    initial, match = query.get("sendInitialEvents"), query.get("resourceVersionMatch", "")
+    if match not in ("", "Exact", "NotOlderThan"):
+        raise invalid_options(f'resourceVersionMatch: Unsupported value: "{match}": supported values: "Exact", "NotOlderThan"')
+    if initial is not None and not flag(query, "watch"):
+        raise invalid_options("sendInitialEvents: Forbidden: sendInitialEvents is forbidden for list")
+    if match == "Exact" and version in ("", "0"):
+        raise invalid_options("resourceVersionMatch: Forbidden: Exact needs a resourceVersion other than 0")
     return ListOptions(
         labels=parse_labels(query.get("labelSelector", "")),
         fields=parse_fields(field_text, supported),
         resource_version=version,
-        match=query.get("resourceVersionMatch", ""),
+        match=match,
         limit=_number(query, "limit"),
         after=after,
         at=at,

@@ -90,6 +90,11 @@ def invalid(resource: Resource, name: str, errors: Sequence[FieldError]) -> Stat
     return StatusError(422, "Invalid", f'{kind} "{name}" is invalid: {listed}', details)
 
 
+def invalid_options(why: str) -> StatusError:
+    """422 for list or watch options that do not go together."""
+    return StatusError(422, "Invalid", f'ListOptions.meta.k8s.io "" is invalid: {why}')
+
+
 def bad_request(message: str) -> StatusError:
     return StatusError(400, "BadRequest", message)
 

@@ -61,7 +61,7 @@ async def _start(hub: Hub, wanted: WatchRequest) -> Watcher | status.StatusError
     if options.initial_events or (options.initial_events is None and options.resource_version in ("", "0")):
         await wait_for_version(hub, options.resource_version)
         watcher = shelf.watch(wanted.kind, wanted.interest, None)
-        if options.initial_events:
+        if options.initial_events and options.bookmarks:
             watcher.put(_bookmark(wanted, hub.revision, initial_end=True))
         return watcher
     if options.resource_version in ("", "0"):
@@ -75,15 +75,12 @@ async def _start(hub: Hub, wanted: WatchRequest) -> Watcher | status.StatusError
 
 
 def _check(options: ListOptions) -> None:
-    if options.initial_events is None:
-        if options.match:
-            raise status.bad_request("resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided")
-    elif options.match != "NotOlderThan":
-        raise status.bad_request(
-            "resourceVersionMatch: Forbidden: sendInitialEvents requires setting resourceVersionMatch to NotOlderThan"
+    if options.initial_events is None and options.match:
+        raise status.invalid_options("resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided")
+    if options.initial_events is not None and options.match != "NotOlderThan":
+        raise status.invalid_options(
+            "sendInitialEvents: Forbidden: sendInitialEvents requires setting resourceVersionMatch to NotOlderThan"
         )
-    elif options.initial_events and not options.bookmarks:
-        raise status.bad_request("sendInitialEvents: Forbidden: sendInitialEvents requires allowWatchBookmarks")
 
 
 async def wait_for_version(hub: Hub, version: str) -> None:

@@ -73,6 +73,11 @@ async def test_what_cannot_be_read_is_a_400(api: Api, query: str) -> None:
     await api.fails(400, "GET", f"{ALL}?{query}")
 
 
+@pytest.mark.parametrize("query", ["resourceVersionMatch=Perhaps", "resourceVersionMatch=Exact", "sendInitialEvents=true"])
+async def test_options_that_do_not_go_together_are_a_422(api: Api, query: str) -> None:
+    assert (await api.fails(422, "GET", f"{ALL}?{query}"))["reason"] == "Invalid"
+
+
 async def test_pages_show_one_revision(filled: Api) -> None:
     first = await filled.ok("GET", ALL + "?limit=2")
     await filled.configmap("bb")

@@ -71,7 +71,8 @@ async def test_watch_list(api: Api) -> None:
         assert meta["resourceVersion"] == await version(api)
         await api.configmap("b")
         assert await stream.take(1) == [("ADDED", "b")]
-    await api.fails(400, "GET", f"{CMS}?watch=true&sendInitialEvents=true")
+    for wrong in ("watch=true&sendInitialEvents=true", "watch=true&resourceVersionMatch=Exact&resourceVersion=1"):
+        assert (await api.fails(422, "GET", f"{CMS}?{wrong}"))["reason"] == "Invalid"
 
 
 async def test_bookmarks_move_on(serve: Serve) -> None:

@@ -18,7 +18,7 @@ from podwire.apiserver.kinds.base import Kind
 from podwire.apiserver.selectors import parse_fields, parse_labels
 from podwire.model.resources import PODS
 from podwire.store.memory import MemoryStore
-from podwire.store.port import Delete, Event, Put, StoreError
+from podwire.store.port import Delete, Event, Put, StoreClosed, StoreError
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -163,6 +163,17 @@ async def test_a_store_that_breaks_off_is_followed_again(monkeypatch: pytest.Mon
     assert [entry.name for entry in hub.shelf(pods()).select(pods(), Interest())] == ["a", "b"]
     await store.close()
     await task
+
+
+async def test_who_waits_for_a_store_that_closes_is_told() -> None:
+    store = MemoryStore()
+    hub, task = await running(store)
+    waiting = asyncio.create_task(hub.at_least(hub.revision + 1))
+    await asyncio.sleep(0)
+    await store.close()
+    await task
+    with pytest.raises(StoreClosed):
+        await waiting
 
 
 STEPS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["", "n1", "n2", None]), st.booleans()), max_size=12)
