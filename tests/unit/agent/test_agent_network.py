@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import ipaddress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -119,8 +120,9 @@ async def test_a_new_agent_leaves_the_rules_alone(cluster: MemoryCluster) -> Non
         await create_service(cluster, "web", "10.96.0.50")
         await create_slice(cluster, "web", "10.244.1.9")
         await cluster.create_pod("front", "n1", containers=ports)
-        await cluster.until_running("front")
-        await cluster.until(lambda: _rules_name(machine, "10.244.1.9"))
+        front = await cluster.until_running("front")
+        for address in ("10.244.1.9", front["status"]["podIP"]):
+            await cluster.until(partial(_rules_name, machine, address))
     rules = await machine.kernel.observe_nft(TABLE)
     machine.kernel.applied.clear()
     async with cluster.agent(machine):
