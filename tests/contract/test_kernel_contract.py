@@ -213,6 +213,31 @@ async def test_a_name_too_long(kernel: Kernel) -> None:
     assert await refused(kernel, AddLink(Link("sixteen-letters-", Bridge()))) == errno.ERANGE
 
 
+async def test_a_failed_add_link_leaves_nothing(kernel: Kernel) -> None:
+    not_a_bridge = Link("vx", Vxlan(7, 8472, ip("10.0.0.1"), "br0"))
+    await ok(kernel, AddLink(BRIDGE), AddLink(not_a_bridge))
+    assert await refused(kernel, AddLink(replace(HOST_END, master="vx"), peer=POD_END)) == errno.EOPNOTSUPP
+    assert set((await kernel.observe()).links) == {"lo", "br0", "vx"}
+    assert set((await kernel.observe(POD)).links) == {"lo"}
+
+
+@pytest.mark.parametrize(("mtu", "after"), [(None, 1300), (1500, 1500), (1450, 1450)])
+async def test_a_bridge_keeps_the_mtu_that_it_was_given(kernel: Kernel, mtu: int | None, after: int) -> None:
+    await ok(kernel, AddLink(replace(BRIDGE, mtu=mtu)), AddLink(replace(HOST_END, mtu=1300), peer=POD_END))
+    assert (await kernel.observe()).links["br0"].mtu == after
+
+
+async def test_the_last_ipv4_address_takes_routes_and_neighbours_along(kernel: Kernel) -> None:
+    address = Address("br0", iface("10.244.1.1/24"))
+    kept = Route(net("fd00:9::/48"), "br0")
+    entry = Neighbour("br0", ip("10.244.1.7"), "0a:58:0a:f4:02:00")
+    await ok(kernel, AddLink(BRIDGE), AddAddress(address), SetRoute(Route(net("10.9.0.0/16"), "br0")), SetRoute(kept))
+    await ok(kernel, SetNeighbour(entry), DelAddress(address))
+    state = await kernel.observe()
+    assert state.routes == {kept}
+    assert not state.neighbours
+
+
 async def test_change_link(kernel: Kernel) -> None:
     await ok(kernel, AddLink(BRIDGE), AddLink(HOST_END, peer=POD_END))
     want = replace(HOST_END, mtu=1300, mac="0a:58:00:00:00:09", alias="podwire:other", hairpin=False, up=False)

@@ -277,8 +277,11 @@ class _Run:
         made = rtnl.new_link(op.link, indices=indices, peer=op.peer, peer_ns_fd=None if other is space else other.fd)
         if not self._flush(space, [(op, made)]):
             return
-        if self._flush(space, [(op, raw) for raw in rtnl.settle_link(op.link, indices=indices)]) and op.peer is not None:
-            self._flush(other, [(op, raw) for raw in rtnl.settle_link(op.peer, indices=self._known(other))])
+        settled = self._flush(space, [(op, raw) for raw in rtnl.settle_link(op.link, indices=indices)])
+        if settled and op.peer is not None:
+            settled = self._flush(other, [(op, raw) for raw in rtnl.settle_link(op.peer, indices=self._known(other))])
+        if not settled:
+            space.rtnl.execute([rtnl.del_link(op.link.name)])  # all of it or nothing
 
     def _known(self, space: _Space) -> dict[str, int]:
         return self._indices.setdefault(space.label, {})

@@ -74,7 +74,8 @@ class Kernel(Protocol):
 
     async def apply(self, plan: Plan) -> Applied:
         """Execute in order; see `Applied`. Adding an address, route, neighbour or entry again, and removing what is not there
-        (also with its device), is done, not failed. AddLink of a name in use fails (EEXIST) and leaves that link as it is."""
+        (also with its device), is done, not failed. AddLink of a name in use fails (EEXIST) and leaves that link as it is;
+        one that fails leaves nothing."""
         ...
 
     def events(self) -> KernelEvents:

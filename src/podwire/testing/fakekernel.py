@@ -178,6 +178,7 @@ class FakeKernel:
             raise Refused(errno.ENOENT, f"no network namespace {other_ns!r} is attached")
         other = self._spaces[other_ns]
         end = op.peer or Link(op.link.kind.peer, Veth(), up=False)
+        space.check_new(op.link)
         other.check_new(end)
         space.add_link(op.link, self._new_mac())
         other.add_link(end, self._new_mac())

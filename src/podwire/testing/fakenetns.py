@@ -50,6 +50,8 @@ class FakeNetns:
     fdb: dict[tuple[str, str], FdbEntry] = field(default_factory=dict)
     sysctls: dict[str, str] = field(default_factory=dict)
     ruleset: Ruleset = field(default_factory=Ruleset)
+    fixed_mtu: set[str] = field(default_factory=set)
+    """Bridges whose MTU was set; that of the others is the smallest of their ports'."""
     flows: list[Flow] = field(default_factory=list)
     """Tracked connections: what a test puts there."""
 
@@ -75,25 +77,29 @@ class FakeNetns:
         if link.mtu is not None:
             mtu = min(mtu, link.mtu) if isinstance(link.kind, Vxlan) else link.mtu  # Linux caps a new VXLAN's
         self.links[link.name] = _observed(replace(link, mtu=mtu, mac=link.mac or mac, up=False))
+        if link.mtu is not None:
+            self.fixed_mtu.add(link.name)
+        self._adjust_mtu(link.master)
         if link.up:
             self._set_up(link.name)
 
     def check_new(self, link: Link) -> None:
         """Raise Refused unless a link like this can be made."""
+        if link.master:
+            self._link(link.master)
+        if isinstance(link.kind, Vxlan):
+            self._link(link.kind.underlay)
         if isinstance(link.kind, Device):
             raise Refused(errno.EINVAL, f"link {link.name}: a Device is configured, never made")
         if not link.name or len(link.name.encode()) > _NAME_BYTES:
             raise Refused(errno.ERANGE, "Attribute failed policy validation")
         if link.name in self.links:
             raise Refused(errno.EEXIST, "File exists")
-        if link.master:
-            self._check_master(link.master)
-        if not isinstance(link.kind, Vxlan):
-            return
-        self._link(link.kind.underlay)
         for other in self.links.values():
-            if isinstance(other.kind, Vxlan) and _endpoint(other.kind) == _endpoint(link.kind):
+            if isinstance(link.kind, Vxlan) and isinstance(other.kind, Vxlan) and _endpoint(other.kind) == _endpoint(link.kind):
                 raise Refused(errno.EEXIST, "A VXLAN device with the specified VNI already exists")
+        if link.master:
+            self._check_master(link)
 
     def join(self, name: str, other: "FakeNetns", other_name: str) -> None:
         """Make two links the ends of one pair."""
@@ -103,28 +109,35 @@ class FakeNetns:
             here.links[mine] = replace(here.links[mine], kind=Veth(peer=visible))
 
     def change_link(self, want: Link) -> None:
-        have = self._link(want.name)
+        """In Linux's order: what came before a refused part stays changed."""
+        name, have = want.name, self._link(want.name)
         if want.master:
-            self._check_master(want.master)
-        if want.mtu is not None and isinstance(have.kind, Vxlan) and want.mtu > self._largest_mtu(have):
-            raise Refused(errno.EINVAL, "Invalid argument")
-        if want.mac is not None and want.mac != have.mac:
-            self._forget_neighbours(want.name)  # Linux flushes even permanent ones when the device's address changes
-        master = have.master if want.master is None else want.master
-        hairpin = bool(have.hairpin if want.hairpin is None else want.hairpin) and bool(master)
-        keep_alias = isinstance(want.kind, Device) and not want.alias
-        self.links[want.name] = replace(
-            have,
-            mtu=have.mtu if want.mtu is None else want.mtu,
-            mac=have.mac if want.mac is None else want.mac,
-            master=master,
-            hairpin=hairpin,
-            alias=have.alias if keep_alias else want.alias,
-        )
+            self._link(want.master)
+        if want.mac not in (None, have.mac):
+            self._forget_neighbours(name)  # Linux flushes even permanent ones when the device's address changes
+            self.links[name] = replace(self.links[name], mac=want.mac)
+        if want.mtu not in (None, have.mtu):
+            self._change_mtu(have, want.mtu)
+        if want.alias or not isinstance(want.kind, Device):
+            self.links[name] = replace(self.links[name], alias=want.alias)
+        if want.master not in (None, have.master):
+            self._check_master(replace(have, master=want.master))
+            self.links[name] = replace(self.links[name], master=want.master, hairpin=False)
+            self._adjust_mtu(have.master)
+            self._adjust_mtu(want.master)
         if want.up and not have.up:
-            self._set_up(want.name)
+            self._set_up(name)
         elif have.up and not want.up:
-            self._set_down(want.name)
+            self._set_down(name)
+        if want.hairpin is not None and self.links[name].master and want.master:
+            self.links[name] = replace(self.links[name], hairpin=want.hairpin)
+
+    def _change_mtu(self, have: Link, mtu: int | None) -> None:
+        if mtu is not None and isinstance(have.kind, Vxlan) and mtu > self._largest_mtu(have):
+            raise Refused(errno.EINVAL, "Invalid argument")
+        self.links[have.name] = replace(self.links[have.name], mtu=mtu)
+        self.fixed_mtu.add(have.name)
+        self._adjust_mtu(have.master)
 
     def del_link(self, name: str) -> None:
         if name == "lo":
@@ -149,7 +162,11 @@ class FakeNetns:
             del self.addresses[address]
         for key in [key for key in self.fdb if key[0] == name]:
             del self.fdb[key]
-        del self.links[name]
+        master = self.links.pop(name).master
+        self.fixed_mtu.discard(name)
+        for switch in [switch for switch in self.sysctls if f"/conf/{name}/" in switch or f"/neigh/{name}/" in switch]:
+            del self.sysctls[switch]
+        self._adjust_mtu(master)
         for other in list(self.links.values()):
             if other.master == name:
                 self.links[other.name] = replace(other, master="", hairpin=False)
@@ -166,19 +183,33 @@ class FakeNetns:
 
     def _set_down(self, name: str) -> None:
         self.links[name] = replace(self.links[name], up=False)
-        for key, route in list(self.routes.items()):
-            if route.dev == name or any(hop.dev == name for hop in route.nexthops):
-                del self.routes[key]
+        self._forget_routes(name, (4, 6))
         for address in [a for a in self.addresses if a.dev == name and a.interface.version == 6]:
             del self.addresses[address]
         self._forget_neighbours(name)
 
-    def _forget_neighbours(self, name: str) -> None:
-        for key in [key for key in self.neighbours if key[0] == name]:
+    def _forget_routes(self, dev: str, versions: tuple[int, ...]) -> None:
+        for key, route in list(self.routes.items()):
+            leads_there = route.dev == dev or any(hop.dev == dev for hop in route.nexthops)
+            if leads_there and route.dst.version in versions:
+                del self.routes[key]
+
+    def _forget_neighbours(self, dev: str, versions: tuple[int, ...] = (4, 6)) -> None:
+        for key in [key for key in self.neighbours if key[0] == dev and key[1].version in versions]:
             del self.neighbours[key]
 
-    def _check_master(self, name: str) -> None:
-        if name and not isinstance(self._link(name).kind, Bridge):
+    def _adjust_mtu(self, bridge: str | None) -> None:
+        if bridge and bridge in self.links and bridge not in self.fixed_mtu:
+            ports = [link.mtu for link in self.links.values() if link.master == bridge and link.mtu is not None]
+            self.links[bridge] = replace(self.links[bridge], mtu=min(ports, default=1500))
+
+    def _check_master(self, link: Link) -> None:
+        name = link.master
+        if not name:
+            return
+        if isinstance(self._link(name).kind, Bridge) and isinstance(link.kind, Bridge):
+            raise Refused(errno.ELOOP, "Can not enslave a bridge to a bridge")
+        if not isinstance(self._link(name).kind, Bridge):
             raise Refused(errno.EOPNOTSUPP, "Device does not allow enslaving")
 
     def _largest_mtu(self, link: Link) -> int:
@@ -199,27 +230,46 @@ class FakeNetns:
         self.addresses[address] = None
 
     def del_address(self, address: Address) -> None:
-        if self.addresses.pop(address, address) is None:
-            for key, route in list(self.routes.items()):
-                if route.src == address.interface.ip and route.dst.version == 4:
-                    del self.routes[key]
+        dev, ip = address.dev, address.interface
+        if address not in self.addresses:
+            return
+        del self.addresses[address]
+        if ip.version == 6:
+            return
+        for key, route in list(self.routes.items()):
+            if route.src == ip.ip:
+                del self.routes[key]
+        if not any(other.dev == dev and other.interface.version == 4 for other in self.addresses):
+            self._disable_ipv4(dev)
+
+    def _disable_ipv4(self, dev: str) -> None:
+        """With a device's last IPv4 address its routes and neighbours go (fib_disable_ip)."""
+        self._forget_routes(dev, (4,))
+        self._forget_neighbours(dev, (4,))
 
     def set_route(self, route: Route) -> None:
         hops: list[tuple[str, IPAddress | None]] = [(hop.dev, hop.via) for hop in route.nexthops]
         hops = hops or [(route.dev, route.via)]
+        for dev, _ in hops:
+            self._link(dev)
         for dev, via in hops:
-            if not self._link(dev).up:
-                raise Refused(errno.ENETDOWN, "Device for nexthop is not up")
             if via is not None and not route.onlink and not self._on_link(dev, via):
                 code = errno.ENETUNREACH if via.version == 4 else errno.EHOSTUNREACH
                 raise Refused(code, "Nexthop has invalid gateway" if via.version == 4 else "No route to host")
+            if not self._link(dev).up:
+                raise Refused(errno.ENETDOWN, "Device for nexthop is not up")
         if route.src is not None and route.src not in self.local_addresses():
             raise Refused(errno.EINVAL, "Invalid prefsrc address")
         metric = 0 if route.dst.version == 6 and route.metric == 1024 else route.metric
         self.routes[route.dst, metric] = replace(route, metric=metric)
 
     def del_route(self, route: Route) -> None:
-        self.routes.pop((route.dst, route.metric), None)
+        key = (route.dst, route.metric)
+        if key not in self.routes and route.dst.version == 4 and not route.metric:
+            # To Linux a metric of 0 is "whichever comes first".
+            others = (other for other in self.routes if other[0] == route.dst)
+            key = min(others, key=lambda other: other[1], default=key)
+        self.routes.pop(key, None)
 
     def set_neighbour(self, entry: Neighbour) -> None:
         self._link(entry.dev)

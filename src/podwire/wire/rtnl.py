@@ -41,6 +41,7 @@ NDMSG = struct.Struct("=BxxxiHBB")
 RTNEXTHOP = struct.Struct("=HBBi")
 
 IFF_UP = 1
+BRIDGE_DEFAULT_MTU = 1500
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER = 1, 3, 4, 5, 10
 IFLA_PROTINFO, IFLA_LINKINFO, IFLA_IFALIAS, IFLA_AF_SPEC, IFLA_NET_NS_FD = 12, 18, 20, 26, 28
@@ -148,6 +149,8 @@ def settle_link(link: Link, *, indices: Mapping[str, int]) -> list[bytes]:
         mode = nested(AF_INET6, attr_u8(IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE))
         attrs.append(nested(IFLA_AF_SPEC, mode))
     if isinstance(link.kind, Bridge) and link.mtu is not None:
+        if link.mtu == BRIDGE_DEFAULT_MTU:  # setting what it is already would be no change, and fix nothing
+            requests.append(_change(link.name, attr_u32(IFLA_MTU, link.mtu - 1)))
         attrs.append(attr_u32(IFLA_MTU, link.mtu))
     if link.alias:
         attrs.append(attr(IFLA_IFALIAS, link.alias.encode()))
@@ -251,7 +254,8 @@ def set_route(route: Route, indices: Mapping[str, int]) -> bytes:
 
 
 def del_route(route: Route) -> bytes:
-    """Remove our route with that destination and metric, wherever it leads."""
+    """Remove our route with that destination and metric, wherever it leads. For IPv4 the kernel takes metric 0 to mean the
+    route that comes first: it must be there, or one with another metric goes."""
     parts = [_rtmsg(route, RT_SCOPE_NOWHERE, 0), attr(RTA_DST, route.dst.network_address.packed)]
     metric = route.metric or (IP6_RT_PRIO_USER if route.dst.version == 6 else 0)
     if metric:
