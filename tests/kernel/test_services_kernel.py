@@ -17,7 +17,23 @@ from podwire.kernel.nftclient import NftClient
 from podwire.kernel.rtnlsocket import open_netlink
 from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
-from podwire.model.nft import AddElements, Batch, DelElements, DelTable, ReplaceElements, TableRef
+from podwire.model.nft import (
+    AddChain,
+    AddElements,
+    AddSet,
+    AddTable,
+    BaseHook,
+    Batch,
+    Chain,
+    Command,
+    DelElements,
+    DelTable,
+    FieldType,
+    Hook,
+    NftSet,
+    ReplaceElements,
+    TableRef,
+)
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.ops import CommitNft
 from podwire.plan.services import TABLE, ServicePlanner
@@ -308,6 +324,22 @@ async def test_damage_is_repaired_and_the_rest_keeps_its_counters(rig: ServiceRi
     await rig.kernel.apply((CommitNft(rig.planner.resync(await rig.kernel.observe_nft(TABLE))),))
     assert await rig.kernel.observe_nft(TABLE) == rig.planner.desired()
     assert await rig.who("p4", plan.cluster_ip, 80, times=20) == {"p2", "p3"}
+
+
+@pytest.mark.parametrize("harm", ["another type", "policy drop"])
+async def test_a_table_of_another_shape_is_made_anew(rig: ServiceRig, harm: str) -> None:
+    plan = Plan(Family.IPV4)
+    await program(rig, plan, "p2")
+    table, sets = TableRef(Family.IPV4, TABLE), sets_of(Family.IPV4)
+    commands: tuple[Command, ...] = (DelTable(table), AddTable(table))
+    if harm == "another type":
+        commands += (AddSet(table, NftSet(sets.services.name, (FieldType.PORT,))),)
+    else:
+        commands += (AddChain(table, Chain("output", BaseHook("nat", Hook.OUTPUT, -100, drops=True))),)
+    await rig.kernel.apply((CommitNft(Batch(commands)),))
+    await rig.kernel.apply((CommitNft(rig.planner.resync(await rig.kernel.observe_nft(TABLE))),))
+    assert await rig.kernel.observe_nft(TABLE) == rig.planner.desired()
+    assert await rig.who("node", plan.cluster_ip, 80) == {"p2"}
 
 
 async def test_a_batch_larger_than_the_send_buffer(rig: ServiceRig) -> None:

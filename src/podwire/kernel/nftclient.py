@@ -142,7 +142,7 @@ class NftClient:
     def _read_sets(self, ref: TableRef) -> Mapping[str, SetState]:
         decoded = (nftables.decode_set(msg) for msg in self._dump(nftables.dump_request(nftables.GETSET, ref, 0)))
         sets: list[NftSet] = [of for table, of in decoded if table == ref.name and of is not None]
-        return {of.name: SetState(of, {} if of.dynamic else self._plain_elements(ref, of)) for of in sets}
+        return {of.name: SetState(of, self._plain_elements(ref, of) if of.key and not of.dynamic else {}) for of in sets}
 
     def _plain_elements(self, ref: TableRef, of: NftSet) -> dict[bytes, Data]:
         request = nftables.dump_request(nftables.GETSETELEM, ref, 0, set_name=of.name)

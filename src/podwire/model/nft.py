@@ -91,16 +91,17 @@ class Hook(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class BaseHook:
-    """What makes a chain a base chain. `kind` is "nat", "filter" or "route"."""
+    """What makes a chain a base chain. `kind` is "nat", "filter" or "route"; `drops`: its policy, which ours never have."""
 
     kind: str
     hook: Hook
     priority: int
+    drops: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A chain without its rules; a base chain if `base` is set (policy accept always: others' traffic passes)."""
+    """A chain without its rules; a base chain if `base` is set."""
 
     name: str
     base: BaseHook | None = None
@@ -123,6 +124,7 @@ class NftSet:
     """A set, or a map if `data` or `verdicts` is set. Never holds its elements.
 
     `interval`: keys are ranges. `timeout_s`: elements are added by packets (`dynamic`) and expire; 0: fixed elements.
+    A `key` of no fields: a set that somebody else made, with types that ours never have.
     `counters`: every element counts packets and bytes. `size`: most elements, 0 for the kernel's default."""
 
     name: str

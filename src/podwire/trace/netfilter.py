@@ -146,7 +146,10 @@ def run_hook(
         if base.chain.base is not None and base.chain.base.kind == "nat" and run.nat_done:
             continue
         run.table_ref, run.table = ref, table
-        if run.chain(base) is _Stop.FINAL:
+        stop = run.chain(base)
+        if stop in (_Stop.NEXT_RULE, _Stop.RETURN) and base.chain.base is not None and base.chain.base.drops:
+            run.fate, stop = Fate.DROP, _Stop.FINAL
+        if stop is _Stop.FINAL:
             break
     return Result(run.fate, run.packet, run.masquerade, run.rewritten, tuple(run.steps), run.learned)
 

@@ -76,6 +76,7 @@ _TYPE_BITS = 6
 _ELEM_KEY, _ELEM_DATA, _ELEM_EXPR, _ELEM_KEY_END, _ELEM_EXPRESSIONS = 1, 2, 7, 10, 11
 _UDATA_COMMENT = 0
 _COMMENT_MAX = 127
+_POLICY_DROP, _POLICY_ACCEPT = 0, 1
 _ATTR = struct.Struct("=HH")
 _PADDING = (b"", b"\0\0\0", b"\0\0", b"\0")
 
@@ -175,6 +176,7 @@ def _chain_attrs(chain: Chain) -> list[bytes]:
     if chain.base is not None:
         priority = chain.base.priority & 0xFFFFFFFF
         attrs.append(nested(4, attr_be32(1, chain.base.hook.value), attr_be32(2, priority)))
+        attrs.append(attr_be32(5, _POLICY_DROP if chain.base.drops else _POLICY_ACCEPT))
         attrs.append(attr_str(7, chain.base.kind))
     return attrs
 
@@ -309,7 +311,8 @@ def decode_chain(msg: Message) -> tuple[str, Chain]:
     if 4 in a:
         hook = parse_attrs(a[4])
         priority = int.from_bytes(hook[2], "big", signed=True)
-        base = BaseHook(as_str(a.get(7, b"filter")), Hook(as_be(hook[1])), priority)
+        drops = 5 in a and as_be(a[5]) == _POLICY_DROP
+        base = BaseHook(as_str(a.get(7, b"filter")), Hook(as_be(hook[1])), priority, drops)
     return as_str(a[1]), Chain(as_str(a[3]), base)
 
 
@@ -330,15 +333,17 @@ def _decode_comment(udata: bytes) -> str:
 
 
 def decode_set(msg: Message) -> tuple[str, NftSet | None]:
-    """A NEWSET message → (table, set); None for an anonymous set, or one with types that ours never have."""
+    """A NEWSET message → (table, set); None for an anonymous set. One with types that ours never have is without fields."""
     a = parse_attrs(msg.payload, _BODY)
     flags = as_be(a.get(3, b"\0"))
     table = as_str(a[1])
+    if flags & _SET_ANONYMOUS:
+        return table, None
     key = _fields(as_be(a[4]))
     verdicts = 6 in a and as_be(a[6]) == _DATA_TYPE_VERDICT
     data = _fields(as_be(a[6])) if 6 in a and not verdicts else ()
-    if key is None or data is None or flags & _SET_ANONYMOUS:
-        return table, None
+    if key is None or data is None:
+        return table, NftSet(as_str(a[2]), ())
     desc = parse_attrs(a.get(9, b""))
     timeout = as_be(a.get(11, b"\0")) // 1000
     return table, NftSet(

@@ -117,6 +117,14 @@ def test_one_tables_accept_does_not_undo_anothers_drop() -> None:
     assert walked(ruleset)[0] is Fate.DROP
 
 
+def test_a_base_chains_policy_is_for_those_without_a_verdict() -> None:
+    drops = Chain("base", BaseHook("filter", Hook.PREROUTING, 0, drops=True))
+    empty = Ruleset().apply(Batch((AddTable(TABLE), AddChain(TABLE, drops))))
+    assert walked(empty)[0] is Fate.DROP
+    assert walked(empty.apply(Batch((SetRules(TABLE, "base", (verdict(RETURN),)),))))[0] is Fate.DROP
+    assert walked(empty.apply(Batch((SetRules(TABLE, "base", (verdict(ACCEPT),)),))))[0] is Fate.PASS
+
+
 def test_rules_of_the_other_family_are_not_run() -> None:
     packet = Packet(ipaddress.ip_address("2001:db8::1"), ipaddress.ip_address("2001:db8::2"), 6, 1, 2)
     assert walked(rules(base=(verdict(DROP),)), packet)[0] is Fate.PASS

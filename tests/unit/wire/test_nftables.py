@@ -57,7 +57,7 @@ from podwire.model.nftexpr import (
     jump,
 )
 from podwire.wire import nftables
-from podwire.wire.netlink import attr_str, nested, parse_messages
+from podwire.wire.netlink import attr_be32, attr_str, nested, parse_messages
 from podwire.wire.nftexpr import decode_expression, encode_expression
 
 TABLE = TableRef(Family.IPV4, "t")
@@ -163,6 +163,15 @@ def test_chain_and_rule_round_trip() -> None:
 def test_set_round_trip(of: NftSet) -> None:
     _, new_set, _ = parse_messages(sent(AddSet(TABLE, of)))
     assert nftables.decode_set(new_set) == ("t", of)
+
+
+def test_a_set_of_others_has_no_fields_and_an_anonymous_one_is_none() -> None:
+    of = NftSet("m", KEY, data=(FieldType.IPV4,))
+    _, new_set, _ = parse_messages(sent(AddSet(TABLE, of)))
+    ether = new_set.payload.replace(struct.pack(">I", 7 << 12 | 12 << 6 | 13), struct.pack(">I", 9))
+    assert nftables.decode_set(new_set._replace(payload=ether)) == ("t", NftSet("m", ()))
+    anonymous = new_set.payload.replace(attr_be32(3, 8), attr_be32(3, 9))
+    assert nftables.decode_set(new_set._replace(payload=anonymous)) == ("t", None)
 
 
 def decoded(raw: bytes, kind: int) -> dict[bytes, Data]:
