@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import ipaddress
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
 import pytest
@@ -52,8 +52,6 @@ BRIDGE = Link("br0", Bridge(), mtu=1450, mac="0a:58:0a:f4:01:01", alias="podwire
 POD_END = Link("eth0", Veth("veth1", HOST), mtu=1450, mac="0a:58:0a:f4:01:02", alias="podwire")
 HOST_END = Link("veth1", Veth("eth0", POD), mtu=1450, master="br0", hairpin=True, alias="podwire:shop/web")
 
-Maker = Callable[[], Kernel]
-
 
 @pytest_asyncio.fixture(params=["fake", pytest.param("linux", marks=pytest.mark.kernel)])
 async def kernel(request: pytest.FixtureRequest) -> AsyncIterator[Kernel]:
@@ -63,7 +61,7 @@ async def kernel(request: pytest.FixtureRequest) -> AsyncIterator[Kernel]:
         fds = [0, 0]
     else:
         make_netns: Callable[[], int] = request.getfixturevalue("make_netns")
-        made = LinuxKernel(make_netns())
+        made = LinuxKernel(request.getfixturevalue("netns"))
         fds = [make_netns(), make_netns()]
     for ns, fd in zip((POD, OTHER), fds, strict=True):
         made.attach(ns, fd)
@@ -71,6 +69,24 @@ async def kernel(request: pytest.FixtureRequest) -> AsyncIterator[Kernel]:
         yield made
     finally:
         await made.close()
+
+
+Stranger = Callable[[Op], Awaitable[None]]
+
+
+@pytest.fixture
+def stranger(request: pytest.FixtureRequest, kernel: Kernel) -> Stranger:
+    """Does an operation in the node's own namespace as someone else would."""
+
+    async def act(op: Op) -> None:
+        if isinstance(kernel, FakeKernel):
+            kernel.drift(op)
+            return
+        other = LinuxKernel(request.getfixturevalue("netns"))
+        await ok(other, op)
+        await other.close()
+
+    return act
 
 
 async def ok(kernel: Kernel, *ops: Op) -> None:
@@ -501,6 +517,17 @@ async def test_own_routes_are_told_as_ours(kernel: Kernel) -> None:
     await stream.aclose()
 
 
+async def test_strangers_routes_are_told_as_theirs(kernel: Kernel, stranger: Stranger) -> None:
+    route = Route(net("10.9.0.0/16"), "br0")
+    await ok(kernel, AddLink(BRIDGE), SetRoute(route))
+    stream = kernel.events()
+    await stranger(DelRoute(route))
+    async with asyncio.timeout(5):
+        event = await anext(event async for event in stream if event.what == "route")
+    assert event == KernelEvent(HOST, "route", "10.9.0.0/16 dev br0", removed=True, ours=False)
+    await stream.aclose()
+
+
 async def test_a_closed_stream_ends(kernel: Kernel) -> None:
     stream = kernel.events()
     await stream.aclose()
@@ -535,11 +562,25 @@ async def test_a_refused_nft_batch_changes_nothing(kernel: Kernel) -> None:
     assert await kernel.observe_nft("podwire") == before
 
 
-async def test_nft_changes_are_told(kernel: Kernel) -> None:
+async def test_own_nft_transactions_are_not_told(kernel: Kernel) -> None:
+    stream = kernel.events()
+    route = Route(net("10.9.0.0/16"), "br0")
+    await ok(kernel, CommitNft(SETUP), AddLink(BRIDGE), SetRoute(route))
+    seen: list[str] = []
+    async with asyncio.timeout(5):
+        async for event in stream:
+            seen.append(event.what)
+            if event.what == "route":
+                break
+    assert "nft" not in seen
+    await stream.aclose()
+
+
+async def test_nft_changes_by_others_are_told(kernel: Kernel, stranger: Stranger) -> None:
     await ok(kernel, CommitNft(SETUP))
     stream = kernel.events()
-    await ok(kernel, CommitNft(Batch((AddElements(TABLE, ADDRESSES, ((ip("10.0.0.1").packed, None),)),))))
+    await stranger(CommitNft(Batch((AddElements(TABLE, ADDRESSES, ((ip("10.0.0.1").packed, None),)),))))
     async with asyncio.timeout(5):
         event = await anext(stream)
-    assert (event.what, event.subject, event.ours) == ("nft", "element in table podwire", True)
+    assert (event.what, event.subject, event.ours) == ("nft", "element in table podwire", False)
     await stream.aclose()

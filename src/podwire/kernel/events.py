@@ -1,8 +1,11 @@
 """Notifications of one namespace: links, addresses, routes, neighbours, forwarding entries, nftables."""
 
 import asyncio
+import ctypes
 import errno
 import socket
+import struct
+import sys
 from collections import deque
 from collections.abc import Collection, Iterator
 from typing import Self
@@ -34,12 +37,18 @@ _NFT_NAMES = {0: "table", 3: "chain", 6: "rule", 9: "set", 12: "element", 18: "o
 _NFT_REMOVALS = {2: 0, 5: 3, 8: 6, 11: 9, 14: 12, 20: 18, 24: 22}
 """NFT_MSG_DEL… → the NFT_MSG_NEW… of the same thing (linux/netfilter/nf_tables.h)."""
 
+_SO_ATTACH_FILTER = 26
+_BPF = struct.Struct("=HBBI")
+_BPF_LOAD_WORD, _BPF_JUMP_IF_EQUAL, _BPF_RETURN = 0x20, 0x15, 0x06
+_NLMSG_PID_OFFSET = 12
+
 _RECEIVE_BUFFER = 1 << 20
 _DATAGRAMS_PER_TURN = 64
 
 
 class EventStream:
-    """The notifications since it was made. An asynchronous iterator; `close` ends it. Needs a running loop.
+    """The notifications since it was made, but for nftables transactions from one of `own_ports`. An asynchronous iterator;
+    `close` ends it. Needs a running loop.
 
     When the kernel drops notices because they came faster than they were read, one event with `what` "lost" says so:
     observe everything again."""
@@ -49,7 +58,7 @@ class EventStream:
         self._ready: deque[KernelEvent] = deque()
         self._wake = asyncio.Event()
         self._closed = False
-        self._sockets, self._names = run_in_netns(fd, lambda: _open(fd))
+        self._sockets, self._names = run_in_netns(fd, lambda: _open(fd, own_ports))
         self._loop = asyncio.get_running_loop()
         for sock in self._sockets:
             self._loop.add_reader(sock, self._drain, sock)
@@ -128,7 +137,7 @@ class EventStream:
         return rtnlread.Notice("nft", f"{_NFT_NAMES[added]} in table {table}", removed=kind in _NFT_REMOVALS)
 
 
-def _open(fd: int) -> tuple[tuple[socket.socket, ...], dict[int, str]]:
+def _open(fd: int, own_ports: Collection[int]) -> tuple[tuple[socket.socket, ...], dict[int, str]]:
     """Runs in the namespace: the two sockets, and the devices' names by index as they are after listening began."""
     opened: list[socket.socket] = []
     try:
@@ -137,6 +146,8 @@ def _open(fd: int) -> tuple[tuple[socket.socket, ...], dict[int, str]]:
             opened.append(sock)
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+            if protocol == NETLINK_NETFILTER:
+                _ignore(sock, own_ports)
         requests = RtnlSocket(fd)
         try:
             raws = [rtnlread.read_link(msg) for msg in requests.dump(rtnl.dump_links())]
@@ -147,3 +158,16 @@ def _open(fd: int) -> tuple[tuple[socket.socket, ...], dict[int, str]]:
             sock.close()
         raise
     return tuple(opened), {raw.index: raw.name for raw in raws}
+
+
+def _ignore(sock: socket.socket, ports: Collection[int]) -> None:
+    """Have the kernel drop what `ports` caused: a load of 50,000 elements would overrun the buffer with notices of itself.
+
+    A classic BPF program over the datagram's first header; all notices of one transaction name the same port."""
+    program = [_BPF.pack(_BPF_LOAD_WORD, 0, 0, _NLMSG_PID_OFFSET)]
+    for port in ports:
+        loaded = int.from_bytes(port.to_bytes(4, sys.byteorder), "big")  # BPF loads big-endian, the header is in host order
+        program += [_BPF.pack(_BPF_JUMP_IF_EQUAL, 0, 1, loaded), _BPF.pack(_BPF_RETURN, 0, 0, 0)]
+    program.append(_BPF.pack(_BPF_RETURN, 0, 0, 0xFFFFFFFF))
+    code = ctypes.create_string_buffer(b"".join(program))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(program), ctypes.addressof(code)))

@@ -27,7 +27,7 @@ class KernelEvent:
 
     `what` is "link", "address", "route", "neighbour", "fdb" or "nft"; `subject` names it for a log line. "lost": notices
     came faster than they were read, so anything may have changed. `ours`: the kernel says that this port did it
-    (it says so for routes, neighbours, IPv4 addresses and nft, never for links and fdb)."""
+    (it says so for routes, neighbours and IPv4 addresses, never for links and fdb)."""
 
     ns: NetnsName
     what: str
@@ -79,7 +79,7 @@ class Kernel(Protocol):
         ...
 
     def events(self) -> KernelEvents:
-        """Changes in HOST made by anyone, ourselves included, from the moment of the call."""
+        """Changes in HOST made by anyone, ourselves included (but for `CommitNft`), from the moment of the call."""
         ...
 
     async def close(self) -> None: ...

@@ -189,6 +189,8 @@ class FakeKernel:
         return (b"\x02\xfa" + self._macs.to_bytes(4, "big")).hex(":")
 
     def _notify(self, op: Op, before: NetState, ours: bool) -> None:
+        if ours and isinstance(op, CommitNft):
+            return
         for what, subject, removed in _changes(op, before, self.host.state()):
             self._tell(KernelEvent(HOST, what, subject, removed, ours=ours and what not in _UNSAID))
 
