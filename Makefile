@@ -5,13 +5,17 @@ BIN    := $(VENV)/bin
 # Programs that tests compare podwire with; podwire itself needs none of them.
 TEST_PACKAGES := nftables iproute2 iperf3
 
-.PHONY: demo test lint bench format clean test-packages
+.PHONY: demo test test-vm lint bench format clean test-packages
 
 demo: $(VENV)/.installed
 	@$(BIN)/podwire demo
 
 test: $(VENV)/.installed-dev test-packages
-	$(BIN)/pytest --allowed-skips tests/allowed-skips.txt
+	$(BIN)/pytest --ignore tests/vm --allowed-skips tests/allowed-skips.txt
+
+# On a kernel in a virtual machine that has IPVS, WireGuard, IPIP and netem; see tests/support/vmrun.py.
+test-vm: $(VENV)/.installed-dev
+	$(BIN)/pytest tests/vm --timeout 600
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests bench
