@@ -21,7 +21,6 @@ def run_in_vm(*command: str, writable: Path | None = None, seconds: int = 300) -
         [str(RUNNER), *options, *command], capture_output=True, text=True, timeout=seconds + 120, check=False, cwd=ROOT
     )
     if done.returncode:
-        pytest.fail(
-            f"{shlex.join(command)} ended with status {done.returncode} in the virtual machine:\n{done.stdout}{done.stderr}"
-        )
+        what = f"{shlex.join(command)} ended with status {done.returncode} in the virtual machine"
+        pytest.fail(f"{what}:\n{done.stdout}{done.stderr}")
     return done.stdout
