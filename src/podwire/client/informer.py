@@ -136,7 +136,7 @@ class Informer(Generic[T]):
 
     async def run(self) -> None:
         """List and watch until cancelled; every failure is logged, waited out and retried."""
-        backoff = Backoff(self._rng)
+        backoff = Backoff(self._rng, maximum=5.0)
         while True:
             try:
                 if not self.resource_version:

@@ -2,13 +2,18 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Hashable
 from random import Random
 from typing import Generic, TypeVar
 
 from podwire.client.backoff import Backoff
+from podwire.client.errors import Unavailable
 
 log = logging.getLogger(__name__)
+
+AWAY_DELAY = 2.0
+"""Seconds at most between attempts while the server does not answer."""
 
 K = TypeVar("K", bound=Hashable)
 
@@ -73,13 +78,13 @@ class WorkQueue(Generic[K]):
         self._backoffs.pop(key, None)
         self._release(key)
 
-    def failed(self, key: K) -> float:
-        """Puts `key` back after its back-off; returns that delay in seconds."""
+    def failed(self, key: K, *, at_most: float = math.inf) -> float:
+        """Puts `key` back after its back-off, but `at_most` so many seconds; returns that delay."""
         backoff = self._backoffs.get(key)
         if backoff is None:
             initial, maximum = self._delays
             backoff = self._backoffs[key] = Backoff(self._rng, initial=initial, maximum=maximum)
-        delay = backoff.next()
+        delay = min(backoff.next(), at_most)
         again = key in self._again
         self._release(key)
         if not again:
@@ -106,7 +111,8 @@ class WorkQueue(Generic[K]):
             try:
                 await work(key)
             except expected as error:
-                delay = self.failed(key)
+                # A server that was away is no reason to doubt the key: work goes on soon after it is back.
+                delay = self.failed(key, at_most=AWAY_DELAY if isinstance(error, Unavailable) else math.inf)
                 log.log(logging.INFO if delay < 1 else logging.WARNING, "%s: %s; again in %.2f s", key, error, delay)
             except Exception:
                 # The boundary of one key's work: an object that nobody foresaw must not hold up all the others.

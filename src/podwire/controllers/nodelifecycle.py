@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 ORPHAN_GRACE = 40.0
 """Seconds that a pod may name a node that does not exist (it may be about to register) before the pod is deleted."""
 
+MAX_DELETED = 1000
+
 
 class NodeLifecycle(Controller[str]):
     """Keys are node names, also of nodes that no longer exist. Times are the loop's own: nodes' clocks may be wrong."""
@@ -30,7 +32,8 @@ class NodeLifecycle(Controller[str]):
         super().__init__(context)
         self._heard: dict[str, float] = {}
         self._tainted: dict[str, float] = {}
-        self._deleted: set[str] = set()
+        # Nodes that were seen to go, the latest last: a pod may be bound to one in the very moment it goes.
+        self._deleted: dict[str, None] = {}
         self.on(self.cluster.nodes, self._node_changed)
         self.on(self.cluster.leases, self._lease_changed)
         self.on(self.cluster.pods, self._pod_changed)
@@ -45,10 +48,12 @@ class NodeLifecycle(Controller[str]):
         if change.new is None:
             self._heard.pop(name, None)
             self._tainted.pop(name, None)
-            self._deleted.add(name)
+            self._deleted[name] = None
+            if len(self._deleted) > MAX_DELETED:
+                del self._deleted[next(iter(self._deleted))]
             self.queue.add(name)
             return
-        self._deleted.discard(name)
+        self._deleted.pop(name, None)
         if name not in self._heard:
             self._hear(name)
         if change.old is None or _facts(change.old) != _facts(change.new):
@@ -152,7 +157,6 @@ class NodeLifecycle(Controller[str]):
         """Pods of a node that does not exist are nobody's to end: they go at once."""
         pods = list(self.cluster.pods_by_node.get(name).values())
         if not pods:
-            self._deleted.discard(name)
             return
         if name not in self._deleted and self._silence(name) < ORPHAN_GRACE:
             self.queue.add_after(name, ORPHAN_GRACE - self._silence(name))

@@ -1,8 +1,10 @@
 """Each controller through the real API server."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from live_cluster import CONFIG, live_cluster
 
 from podwire.client.api import PatchKind
@@ -216,6 +218,7 @@ async def test_a_namespace_is_born_with_its_contents_and_dies_with_them() -> Non
         assert await cluster.items(PODS) == []
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see test_controllers_random.py
 async def test_a_server_that_goes_away_and_comes_back_is_caught_up_with() -> None:
     async with live_cluster(nodes=2) as cluster:
         await cluster.deploy("web", 2)
@@ -224,3 +227,4 @@ async def test_a_server_that_goes_away_and_comes_back_is_caught_up_with() -> Non
         await cluster.start_server()
         await cluster.client.patch(DEPLOYMENTS, "web", {"spec": {"replicas": 4}}, "default")
         await cluster.until(PODS, lambda items: len(ready(items)) == 4)
+    gc.collect()
