@@ -186,7 +186,7 @@ async def all_right(cluster: LiveCluster) -> None:
         await asyncio.gather(*running, return_exceptions=True)
 
 
-# A connection that is accepted in the moment the server stops is left to the garbage collector (by aiohttp); here it stops often.
+# A connection that is accepted in the moment the server stops is left to the garbage collector (by aiohttp).
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("seed", range(4))
