@@ -10,6 +10,7 @@ import pytest
 from podwire.store.memory import MemoryStore
 from podwire.store.port import (
     ABSENT,
+    Check,
     Compacted,
     Conflict,
     Delete,
@@ -128,6 +129,17 @@ class TestCommits:
         before = await store.commit([Put("/a", b"")])
         assert await store.commit([Delete("/nobody")]) == before
         assert await store.commit([]) == before
+
+    async def test_a_check_writes_nothing_and_binds_the_rest(self, store: Store) -> None:
+        revision = await store.commit([Put("/guard", b"")])
+        assert await store.commit([Check("/guard", revision), Check("/none", ABSENT)]) == revision
+        await store.commit([Check("/guard", revision), Put("/a", b"1")])
+        await store.commit([Put("/guard", b"changed")])
+        for failing in (Check("/guard", revision), Check("/guard", ABSENT), Check("/none", revision)):
+            with pytest.raises(Conflict) as caught:
+                await store.commit([Put("/b", b""), failing])
+            assert caught.value.key == failing.key
+        assert await store.get("/b") is None
 
     async def test_of_many_at_once_exactly_one_gets_the_key(self, store: Store) -> None:
         results = await asyncio.gather(

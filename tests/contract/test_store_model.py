@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from podwire.store.memory import MemoryStore
-from podwire.store.port import ABSENT, Compacted, Conflict, Delete, Event, Put, Store, Write
+from podwire.store.port import ABSENT, Check, Compacted, Conflict, Delete, Event, Put, Store, Write
 from podwire.store.sqlite import SqliteStore
 
 KEYS = ["/a/1", "/a/2", "/a/10", "/ab", "/b/1", "/ü"]
@@ -36,7 +36,7 @@ class Model:
         for write in writes:
             if write.expected_revision is not None and write.expected_revision != now.get(write.key, (b"", 0, ABSENT))[2]:
                 return False
-        effective = [w for w in writes if isinstance(w, Put) or w.key in now]
+        effective = [w for w in writes if isinstance(w, Put) or (isinstance(w, Delete) and w.key in now)]
         if effective:
             self._apply(effective, dict(now), self.revision + 1)
         return True
@@ -57,7 +57,7 @@ Steps = list[tuple[str, list[tuple[str, str, bytes, str]] | int]]
 
 WRITES = st.lists(
     st.tuples(
-        st.sampled_from(["put", "delete"]),
+        st.sampled_from(["put", "delete", "check"]),
         st.sampled_from(KEYS),
         st.binary(max_size=4),
         st.sampled_from(["any", "right", "absent", "wrong"]),
@@ -78,6 +78,8 @@ STEPS = st.lists(
 def as_write(model: Model, kind: str, key: str, value: bytes, expectation: str) -> Write:
     actual = model.states[-1].get(key, (b"", 0, ABSENT))[2]
     expected = {"any": None, "right": actual, "absent": ABSENT, "wrong": actual + 7}[expectation]
+    if kind == "check":
+        return Check(key, actual if expected is None else expected)
     return Put(key, value, expected) if kind == "put" else Delete(key, expected)
 
 

@@ -11,12 +11,12 @@ from typing import Protocol
 from podwire.apiserver import status
 from podwire.apiserver.apply import Manager, record_update
 from podwire.apiserver.kinds.base import Kind
-from podwire.apiserver.storage import from_item, key_of, to_value
+from podwire.apiserver.storage import from_item, from_value, key_of, to_value
 from podwire.apiserver.validation import FieldError, Path, forbidden, invalid
 from podwire.model import resources
 from podwire.model.meta import Json
 from podwire.model.timestamps import format_time
-from podwire.store.port import ABSENT, Conflict, Delete, KeyValue, Put, Store, Write
+from podwire.store.port import ABSENT, Check, Conflict, Delete, KeyValue, Put, Store, Write
 
 NAME_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"
 """No vowels and no look-alikes (k8s.io/apimachinery util/rand), for generateName's five characters."""
@@ -108,11 +108,11 @@ class Objects:
     async def create(self, kind: Kind, namespace: str, obj: Json, *, dry_run: bool = False) -> Json:
         """Raises StatusError 409 where the name is taken, 404 or 403 by the namespace, 422 for what is wrong with `obj`."""
         meta = self._new_metadata(kind, namespace, obj)
-        if kind.resource.namespaced:
-            await self._check_namespace(kind, namespace, meta.get("name", ""))
         prefix = meta.get("generateName", "") if not meta.get("name") else ""
         if prefix:
             meta["name"] = _generated(prefix)
+        # First, as in Kubernetes: what is wrong with the namespace comes before what is wrong with the object.
+        guards = await self._guard_namespace(kind, namespace, meta.get("name", ""))
         draft = kind.prepare_create(obj, self._now())
         self._check(kind, draft, None, "")
         for _ in range(ATTEMPTS):
@@ -124,12 +124,13 @@ class Objects:
                 claim.close(done=False)
                 return await self._dry_create(place, obj)
             try:
-                revision = await self._commit(Put(place.key, to_value(kind, obj), ABSENT), claim)
+                revision = await self._commit(Put(place.key, to_value(kind, obj), ABSENT), claim, guards)
             except Conflict as error:
                 if error.key == place.key and not prefix:
                     raise status.already_exists(kind.resource, place.name) from error
                 if error.key == place.key:
                     draft["metadata"]["name"] = _generated(prefix)
+                guards = await self._guard_namespace(kind, namespace, place.name)
                 continue
             obj["metadata"]["resourceVersion"] = str(revision)
             return obj
@@ -150,12 +151,16 @@ class Objects:
             meta.pop("namespace", None)
         return meta
 
-    async def _check_namespace(self, kind: Kind, namespace: str, name: str) -> None:
+    async def _guard_namespace(self, kind: Kind, namespace: str, name: str) -> Sequence[Write]:
+        """What makes sure that nothing is created in a namespace that goes at the same moment. Raises StatusError 404, 403."""
+        if not kind.resource.namespaced:
+            return ()
         item = await self._store.get(key_of(resources.NAMESPACES, "", namespace))
         if item is None:
             raise status.not_found(resources.NAMESPACES, namespace)
-        if b'"deletionTimestamp"' in item.value and from_item(kind, item)["metadata"].get("deletionTimestamp"):
+        if b'"deletionTimestamp"' in item.value and from_value(item.value, 0)["metadata"].get("deletionTimestamp"):
             raise status.terminating(kind.resource, name, namespace)
+        return (Check(item.key, item.mod_revision),)
 
     async def _dry_create(self, place: Place, obj: Json) -> Json:
         if await self._store.get(place.key) is not None:
@@ -297,10 +302,10 @@ class Objects:
         claims = self._claims.get(kind.storage.plural)
         return NoClaim(new or old or {}) if claims is None else claims.plan(new, old)
 
-    async def _commit(self, write: Write, claim: Claim) -> int:
+    async def _commit(self, write: Write, claim: Claim, guards: Sequence[Write] = ()) -> int:
         done, lost = False, ""
         try:
-            revision = await self._store.commit([write, *claim.writes])
+            revision = await self._store.commit([write, *guards, *claim.writes])
             done = True
         except Conflict as error:
             lost = error.key

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from podwire.store.broadcast import Broadcast
 from podwire.store.port import (
     ABSENT,
+    Check,
     Compacted,
     Conflict,
     Delete,
@@ -137,6 +138,8 @@ class MemoryStore:
                 return Event(key, revision, value, previous, previous.create_revision if previous else revision)
             case Delete(key):
                 return Event(key, revision, None, previous, previous.create_revision) if previous else None
+            case Check():
+                return None
 
     def _record(self, event: Event) -> None:
         self._log.append(event)

@@ -86,7 +86,15 @@ class Delete:
     expected_revision: int | None = None
 
 
-Write = Put | Delete
+@dataclass(frozen=True, slots=True)
+class Check:
+    """No write: the commit is done only if `key` was last written at `expected_revision` (ABSENT: if it is not there)."""
+
+    key: str
+    expected_revision: int
+
+
+Write = Put | Delete | Check
 
 
 class Event(NamedTuple):

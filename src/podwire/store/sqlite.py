@@ -264,15 +264,9 @@ def _write_one(connection: sqlite3.Connection, writes: Sequence[Write], revision
         if write.expected_revision is not None and write.expected_revision != actual:
             return Conflict(write.key, write.expected_revision, actual)
     events = [
-        Event(
-            write.key,
-            revision,
-            write.value if isinstance(write, Put) else None,
-            previous,
-            previous.create_revision if previous else revision,
-        )
+        Event(write.key, revision, None if isinstance(write, Delete) else write.value, previous, _created(previous, revision))
         for write, previous in zip(writes, before, strict=True)
-        if not (isinstance(write, Delete) and previous is None)
+        if isinstance(write, Put) or (isinstance(write, Delete) and previous is not None)
     ]
     connection.executemany(
         "UPDATE versions SET superseded = ? WHERE key = ? AND superseded IS NULL",
@@ -283,6 +277,10 @@ def _write_one(connection: sqlite3.Connection, writes: Sequence[Write], revision
         [(revision, e.key, e.value, e.create_revision, revision if e.value is None else None) for e in events],
     )
     return events
+
+
+def _created(previous: KeyValue | None, revision: int) -> int:
+    return previous.create_revision if previous else revision
 
 
 def _compact(connection: sqlite3.Connection, revision: int) -> None:
