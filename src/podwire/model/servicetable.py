@@ -81,7 +81,11 @@ class Frontend(msgspec.Struct, frozen=True, gc=False):
 
 
 class ServiceTable(msgspec.Struct, frozen=True, gc=False):
-    """All frontends of one Service (or of one Pod's host ports), and which backends run on this node."""
+    """All frontends of one Service (or of one Pod's host ports).
+
+    `local_addresses`: the backends that run on this node. `cluster_ips`: addresses that belong to the Service alone, so that
+    any other port of theirs is closed."""
 
     frontends: tuple[Frontend, ...] = ()
     local_addresses: frozenset[bytes] = frozenset()
+    cluster_ips: frozenset[bytes] = frozenset()

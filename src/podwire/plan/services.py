@@ -153,20 +153,16 @@ class ServicePlanner:
                 self._maps[len(address)].hairpin.want(address + address)
             for address in old.local_addresses - new.local_addresses:
                 self._maps[len(address)].hairpin.release(address + address)
-        before, after = _cluster_ips(old), _cluster_ips(new)
-        for address in after - before:
-            self._maps[len(address)].cluster_ips.want(address)
-        for address in before - after:
-            self._maps[len(address)].cluster_ips.release(address)
+        if new.cluster_ips != old.cluster_ips:
+            for address in new.cluster_ips - old.cluster_ips:
+                self._maps[len(address)].cluster_ips.want(address)
+            for address in old.cluster_ips - new.cluster_ips:
+                self._maps[len(address)].cluster_ips.release(address)
 
 
 _EMPTY = ServiceTable()
 _PROTOCOL_AND_PORT = 8
 """Bytes of a frontend's key behind the address."""
-
-
-def _cluster_ips(table: ServiceTable) -> set[bytes]:
-    return {f.address for f in table.frontends if f.kind is FrontendKind.CLUSTER_IP}
 
 
 def _service_owner(key: ObjectKey) -> str:

@@ -115,11 +115,13 @@ class CountedBook(ElementBook):
 
     def __init__(self, of: NftSet) -> None:
         super().__init__(of)
-        self._wanted: Counter[bytes] = Counter()
+        self._wanted: dict[bytes, int] = {}
 
     def want(self, key: bytes) -> None:
-        self._wanted[key] += 1
-        self.put(key)
+        count = self._wanted.get(key, 0)
+        self._wanted[key] = count + 1
+        if not count:
+            self.put(key)
 
     def release(self, key: bytes) -> None:
         self._wanted[key] -= 1

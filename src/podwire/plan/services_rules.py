@@ -50,7 +50,7 @@ _DSTNAT, _SRCNAT = -100, 100
 _TCP = 6
 
 
-class ChainKind(enum.Enum):
+class ChainKind(enum.StrEnum):
     """Chains that exist once for each number in use. `.value` is the name's beginning."""
 
     PICK = "pick"

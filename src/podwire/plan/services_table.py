@@ -140,9 +140,11 @@ def service_table(service: Service | None, slices: Sequence[EndpointSlice], fact
     outside_local = spec.external_traffic_policy == "Local" and _reached_from_outside(service)
     sources = list(_sources(slices))
     frontends: dict[tuple[bytes, int, int], Frontend] = {}
+    cluster_ips: list[bytes] = []
     for length in _address_lengths(service):
         of_family = [source for source in sources if source.length == length]
         places = list(_places(service, facts, length))
+        cluster_ips += [p.address for p in places if p.kind is FrontendKind.CLUSTER_IP]
         for port in spec.ports:
             pools = _pools(port, of_family, facts, inside_local or outside_local)
             inside = pools.local if inside_local else pools.cluster
@@ -150,7 +152,7 @@ def service_table(service: Service | None, slices: Sequence[EndpointSlice], fact
                 frontends.setdefault((frontend.address, frontend.protocol, frontend.port), frontend)
     here = facts.name
     local = [a for s in sources for found in (s.ready, s.leaving) for a, endpoint in found if endpoint.node_name == here]
-    return ServiceTable(tuple(frontends.values()), frozenset(local))
+    return ServiceTable(tuple(frontends.values()), frozenset(local), frozenset(cluster_ips))
 
 
 def _reached_from_outside(service: Service) -> bool:
