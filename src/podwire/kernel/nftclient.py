@@ -27,10 +27,11 @@ Counts = tuple[int, int]
 
 class NftClient:
     """One namespace's nftables. `sock` is a bound NETLINK_NETFILTER socket opened there, with extended acks; it stays the
-    caller's to close. Not for use by two threads at once."""
+    caller's to close. `most_bytes`: no transaction shall be larger, even if the send buffer takes more. Not for use by two
+    threads at once."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, *, most_bytes: int | None = None) -> None:
+        self._sock, self._most_bytes = sock, most_bytes
         self._seq = 1
         self._may_force = True
 
@@ -66,6 +67,8 @@ class NftClient:
     def _room(self, wanted: int) -> int:
         """How many bytes of units may go in one transaction; raises the send buffer as far as is allowed and needed."""
         room = self._capacity()
+        if self._most_bytes is not None:
+            return min(room, self._most_bytes)
         if wanted > room and self._may_force:
             try:
                 self._sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, wanted + _SNDBUF_MARGIN)
