@@ -22,11 +22,14 @@ class WorkQueue(Generic[K]):
     """A set of dirty keys in order of arrival.
 
     `add` is free for a key that waits already; a key added while it is worked on is worked on once more afterwards.
-    Delayed keys wait in the event loop's timers, not in a poll; `rng` spreads the back-off.
+    Delayed keys wait in the event loop's timers, not in a poll; `rng` spreads the back-off,
+    `name` says in the log whose keys they are.
     """
 
-    def __init__(self, rng: Random | None = None, *, initial_delay: float = 0.01, maximum_delay: float = 30.0) -> None:
-        self._rng = rng or Random()
+    def __init__(
+        self, rng: Random | None = None, *, name: str = "work", initial_delay: float = 0.01, maximum_delay: float = 30.0
+    ) -> None:
+        self._rng, self._name = rng or Random(), name
         self._delays = (initial_delay, maximum_delay)
         self._waiting: dict[K, None] = {}
         self._active: set[K] = set()
@@ -113,10 +116,12 @@ class WorkQueue(Generic[K]):
             except expected as error:
                 # A server that was away is no reason to doubt the key: work goes on soon after it is back.
                 delay = self.failed(key, at_most=AWAY_DELAY if isinstance(error, Unavailable) else math.inf)
-                log.log(logging.INFO if delay < 1 else logging.WARNING, "%s: %s; again in %.2f s", key, error, delay)
+                log.log(
+                    logging.INFO if delay < 1 else logging.WARNING, "%s %s: %s; again in %.2f s", self._name, key, error, delay
+                )
             except Exception:
                 # The boundary of one key's work: an object that nobody foresaw must not hold up all the others.
-                log.exception("%s failed; again in %.2f s", key, self.failed(key))
+                log.exception("%s %s failed; again in %.2f s", self._name, key, self.failed(key))
             except BaseException:
                 self._release(key)
                 raise

@@ -113,7 +113,7 @@ class Controller(ABC, Generic[K]):
     def __init__(self, context: Context) -> None:
         self.context = context
         self.client, self.cluster, self.events = context.client, context.cluster, context.events
-        self.queue: WorkQueue[K] = WorkQueue(context.rng)
+        self.queue: WorkQueue[K] = WorkQueue(context.rng, name=self.name)
         self._inputs: list[Callable[[], Callable[[], None]]] = []
 
     def on(self, informer: Informer[T], handler: Callable[[Change[T]], None]) -> None:

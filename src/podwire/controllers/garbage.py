@@ -29,7 +29,7 @@ class GarbageCollector:
     def __init__(self, context: Context) -> None:
         self._context, self._client = context, context.client
         self._graph = OwnerGraph()
-        self._queue: WorkQueue[str] = WorkQueue(context.rng)
+        self._queue: WorkQueue[str] = WorkQueue(context.rng, name=self.name)
         self._kinds: dict[tuple[str, str], Resource] = {}
         # Owners that the server, asked directly, does not have: uids never come back.
         self._absent: set[str] = set()

@@ -20,6 +20,8 @@ ORPHAN_GRACE = 40.0
 """Seconds that a pod may name a node that does not exist (it may be about to register) before the pod is deleted."""
 
 MAX_DELETED = 1000
+DEAF_SHARE = 0.5
+"""Part of the grace period that is added when all nodes fall silent at once."""
 
 
 class NodeLifecycle(Controller[str]):
@@ -32,6 +34,7 @@ class NodeLifecycle(Controller[str]):
         super().__init__(context)
         self._heard: dict[str, float] = {}
         self._tainted: dict[str, float] = {}
+        self._deaf_since: float | None = None
         # Nodes that were seen to go, the latest last: a pod may be bound to one in the very moment it goes.
         self._deleted: dict[str, None] = {}
         self.on(self.cluster.nodes, self._node_changed)
@@ -86,6 +89,19 @@ class NodeLifecycle(Controller[str]):
         now = asyncio.get_running_loop().time()
         return now - self._heard.get(name, now)
 
+    def _deaf(self, grace: float) -> bool:
+        """Whether it is rather this side that hears nothing: all nodes fell silent together, and that only just now.
+
+        So it is when the API server was away, or this process was stopped: the nodes get time to be heard again.
+        """
+        if any(self._silence(key.name) < grace for key in self.cluster.nodes.items()):
+            self._deaf_since = None
+            return False
+        now = asyncio.get_running_loop().time()
+        if self._deaf_since is None:
+            self._deaf_since = now
+        return now - self._deaf_since < grace * DEAF_SHARE
+
     # --- a node ---------------------------------------------------------------------------------------------------
 
     async def sync(self, key: str) -> None:
@@ -94,7 +110,10 @@ class NodeLifecycle(Controller[str]):
             await self._remove_pods(key)
             return
         silence, grace = self._silence(key), self.context.config.node_grace
-        verdict = judge_node(node, silent=silence >= grace, now=self.context.now())
+        silent = silence >= grace and not self._deaf(grace)
+        if silence >= grace and not silent:
+            self.queue.add_after(key, grace * DEAF_SHARE)
+        verdict = judge_node(node, silent=silent, now=self.context.now())
         if verdict.status is not None:
             log.warning("node %s: not heard of for %.0f s", key, silence)
             self.events.record(NODES, node.metadata, "Normal", "NodeNotReady", f"Node {key} status is now: NodeNotReady")

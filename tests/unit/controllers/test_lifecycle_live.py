@@ -212,3 +212,20 @@ async def test_pods_of_a_deleted_node_go_at_once() -> None:
         await cluster.until(PODS, lambda items: len([p for p in items if p["spec"].get("nodeName")]) == 4)
         await cluster.client.delete(NODES, "node2")
         await cluster.until(PODS, lambda items: [p["spec"].get("nodeName") for p in items] == ["node1"] * 4)
+
+
+async def test_nodes_that_all_fall_silent_together_are_given_time_before_they_count_as_lost() -> None:
+    async with live_cluster(replace(CONFIG, node_grace=0.4), nodes=2) as cluster:
+        loop = asyncio.get_running_loop()
+        alive = [asyncio.create_task(_return(cluster, name)) for name in ("node1", "node2")]
+        await cluster.until(LEASES, lambda items: len(items) == 2)
+        for task in alive:
+            task.cancel()
+        await asyncio.gather(*alive, return_exceptions=True)
+        stopped = loop.time()
+
+        def lost(nodes: list[Json]) -> bool:
+            return all(any(c["type"] == "Ready" and c["status"] == "Unknown" for c in n["status"]["conditions"]) for n in nodes)
+
+        await cluster.until(NODES, lost)
+        assert loop.time() - stopped >= 0.55
