@@ -16,6 +16,7 @@ class AgentConfig:
     node_ips: the node's addresses on the underlay, at most one of each family, the preferred first.
     state_dir: holds the record of address reservations; belongs to this node alone and must survive agent restarts.
     nameservers: what pods get as resolvers (the cluster DNS Service's addresses); empty: the node's own.
+    routed_pods: route between the node's pods even where the kernel could bridge (see `plan.node.bridge_switches`).
     service_route: see `plan.node.NodeNetwork`; wanted where the node has no default route.
     """
 
@@ -29,6 +30,7 @@ class AgentConfig:
     vni: int = DEFAULT_VNI
     vxlan_port: int = DEFAULT_PORT
     service_route: bool = False
+    routed_pods: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
     nameservers: tuple[IPAddress, ...] = ()
     cluster_domain: str = "cluster.local"

@@ -9,6 +9,7 @@ class AgentStatus:
     """One agent at one moment.
 
     commits: nftables transactions made. repairs: how often something that others changed was put back.
+    routed_pods: the node's pods reach each other through its IP stack, because its bridge's traffic cannot meet netfilter.
     degraded: what does not work, by subject ("services", "net/bridge/bridge-nf-call-iptables", …), in words.
     """
 
@@ -18,6 +19,7 @@ class AgentStatus:
     pods: int
     commits: int
     repairs: int
+    routed_pods: bool
     degraded: Mapping[str, str]
 
     @property
@@ -33,6 +35,7 @@ class Health:
     services_ready: bool = False
     commits: int = 0
     repairs: int = 0
+    routed_pods: bool = False
     degraded: dict[str, str] = field(default_factory=dict)
 
     def failed(self, subject: str, error: object) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from random import Random
 
@@ -34,7 +35,7 @@ from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Node, Pod, Service
 from podwire.model.resources import ENDPOINTSLICES, NODES, PODS, SERVICES, Resource
 from podwire.model.servicetable import NodeFacts
-from podwire.plan.node import NodeNetwork, plan_base
+from podwire.plan.node import NodeNetwork, bridge_switches, plan_base
 from podwire.plan.overlay import Peer, peers_of, pod_cidrs
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class NodeAgent:
             pods=len(self._plumbing.pods),
             commits=self._health.commits,
             repairs=self._health.repairs,
+            routed_pods=self._health.routed_pods,
             degraded=self._health.degraded | self._plumbing.refused_sysctls,
         )
 
@@ -148,8 +150,7 @@ class NodeAgent:
         async with asyncio.TaskGroup() as group:
             await self._presence.register()
             group.create_task(self._presence.run())
-            network = await self._own_network()
-            await self._adopt(network, pods)
+            network = await self._adopt(await self._own_network(), pods)
             env.network.set_result(network)
             self._health.network_ready = True
             self._presence.set_state(NodeState(network=True, message="Services are not programmed yet"))
@@ -189,12 +190,13 @@ class NodeAgent:
             service_route=config.service_route,
         )
 
-    async def _adopt(self, network: NodeNetwork, pods: Pods) -> None:
-        """Take the node over; tries until the kernel agrees."""
+    async def _adopt(self, network: NodeNetwork, pods: Pods) -> NodeNetwork:
+        """Take the node over; tries until the kernel agrees. Returns the network as it could be had."""
         backoff = Backoff(self._rng, initial=0.1, maximum=10.0)
         await self._pod_informer.synced()
         while True:
             try:
+                network = await self._bridged_or_routed(network)
                 known = dict(self._peers)
                 adopted = await pods.adoptable(network)
                 await self._plumbing.adopt(plan_base(network), (p for peers in known.values() for p in peers), adopted)
@@ -208,7 +210,15 @@ class NodeAgent:
             else:
                 self._adopted_peers = known
                 self._health.works("links")
-                return
+                return network
+
+    async def _bridged_or_routed(self, network: NodeNetwork) -> NodeNetwork:
+        """Whether the bridge can show its traffic to conntrack; if not, the node's pods are routed."""
+        refused = await self._plumbing.try_switches(bridge_switches(network))
+        if refused and not self._health.routed_pods:
+            log.warning("pods are routed, since the bridge's traffic does not meet netfilter: %s", next(iter(refused.values())))
+        self._health.routed_pods = bool(refused) or self.config.routed_pods
+        return replace(network, routed_pods=self._health.routed_pods)
 
     def _facts(self, network: NodeNetwork) -> NodeFacts:
         node = self._nodes.get(ObjectKey("", self.config.node_name))

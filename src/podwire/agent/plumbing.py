@@ -99,6 +99,12 @@ class Plumbing:
             for key in _echoes(op):
                 self._touched[key] = now
 
+    async def try_switches(self, switches: Mapping[str, str]) -> Mapping[str, str]:
+        """Set what can be set; returns what the kernel refused, with its words."""
+        async with self._busy:
+            applied = await self._kernel.apply(tuple(SetSysctl(key, value) for key, value in switches.items()))
+        return {f.op.key: f.message for f in applied.failures if isinstance(f.op, SetSysctl)}
+
     async def adopt(
         self, base: NetState, peers: Iterable[Peer], pods: Iterable[tuple[PodAttachment, str]]
     ) -> Mapping[str, str]:

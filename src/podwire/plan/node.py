@@ -20,6 +20,7 @@ Unit = Mapping[NetnsName, NetState]
 class NodeNetwork:
     """What is fixed about a node's network once it has its subnets. `node_ips` and `pod_cidrs`: at most one of each family.
 
+    `routed_pods`: a node's pods reach each other through the node's IP stack and not over its bridge, see `bridge_switches`.
     `service_route`: add a route to the Service ranges through the bridge. Needed on a node without a default route, where
     the node's own processes would get "network unreachable" before NAT can act."""
 
@@ -32,6 +33,7 @@ class NodeNetwork:
     vni: int = DEFAULT_VNI
     port: int = DEFAULT_PORT
     service_route: bool = False
+    routed_pods: bool = False
 
     @property
     def tunnels(self) -> tuple[Tunnel, ...]:
@@ -71,7 +73,7 @@ class NodeNetwork:
             uid=uid,
             namespace=namespace,
             name=name,
-            ips=tuple(_interface(ip, cidr) for ip, cidr in pairs),
+            ips=tuple(_interface(ip, ip.max_prefixlen if self.routed_pods else cidr.prefixlen) for ip, cidr in pairs),
             gateways=tuple(gateway(cidr) for _, cidr in pairs),
             gateway_mac=self.bridge_mac,
             mtu=self.pod_mtu,
@@ -124,17 +126,25 @@ def union_units(units: Iterable[Unit]) -> Unit:
 
 def _bridge(network: NodeNetwork) -> NetState:
     link = Link(BRIDGE, Bridge(), mtu=network.pod_mtu, mac=network.bridge_mac, alias=OWNER_ALIAS)
-    addresses = {Address(BRIDGE, _interface(gateway(cidr), cidr)) for cidr in network.pod_cidrs}
+    addresses = {Address(BRIDGE, _interface(gateway(cidr), cidr.prefixlen)) for cidr in network.pod_cidrs}
     routed = network.service_cidrs if network.service_route else ()
     families = {family_of(cidr) for cidr in network.pod_cidrs}
     routes = {Route(cidr, dev=BRIDGE) for cidr in routed if family_of(cidr) in families}
-    return NetState(links={BRIDGE: link}, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=_sysctls(families))
+    switches = _sysctls(families) | ({} if network.routed_pods else bridge_switches(network))
+    return NetState(links={BRIDGE: link}, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=switches)
+
+
+def bridge_switches(network: NodeNetwork) -> dict[str, str]:
+    """An answer between two pods of one bridge must meet conntrack, or a Service's DNAT is not undone. These switches see to
+    that; they need the module br_netfilter, which an ordinary user cannot load. Without it pods must be routed: they get
+    host addresses, so that all they send goes to the node's own MAC."""
+    names = {Family.IPV4: "net/bridge/bridge-nf-call-iptables", Family.IPV6: "net/bridge/bridge-nf-call-ip6tables"}
+    return {names[family_of(cidr)]: "1" for cidr in network.pod_cidrs}
 
 
 def _sysctls(families: set[Family]) -> dict[str, str]:
     """Forwarding and what must hold so that no packet is lost to a default.
 
-    * bridge-nf-call: an answer between two pods of one bridge must meet conntrack, or a Service's DNAT is not undone.
     * rp_filter 2 (the larger of `all` and the device's counts): with one direction tunnelled and the other direct, strict
       filtering drops.
     * no ICMP redirects: a pod would learn a wrong way to a Service's address from them.
@@ -146,17 +156,15 @@ def _sysctls(families: set[Family]) -> dict[str, str]:
             "net/ipv4/conf/all/rp_filter": "2",
             "net/ipv4/conf/all/send_redirects": "0",
             "net/ipv4/conf/default/send_redirects": "0",
-            "net/bridge/bridge-nf-call-iptables": "1",
         }
     if Family.IPV6 in families:
         wanted |= {
             "net/ipv6/conf/all/forwarding": "1",
             "net/ipv6/conf/default/accept_dad": "0",
             "net/ipv6/conf/default/accept_ra": "0",
-            "net/bridge/bridge-nf-call-ip6tables": "1",
         }
     return wanted
 
 
-def _interface(ip: IPAddress, cidr: IPNetwork) -> IPInterface:
-    return ipaddress.ip_interface(f"{ip}/{cidr.prefixlen}")
+def _interface(ip: IPAddress, length: int) -> IPInterface:
+    return ipaddress.ip_interface(f"{ip}/{length}")

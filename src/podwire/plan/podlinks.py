@@ -14,11 +14,16 @@ from podwire.model.ids import HOST, NetnsName, pod_netns
 from podwire.model.kernelstate import Address, Device, Link, Neighbour, NetState, Route, Veth
 from podwire.plan.naming import BRIDGE, POD_DEVICE, host_veth, pod_alias
 
+_NO_REDIRECTS = {f"net/ipv6/conf/{POD_DEVICE}/accept_redirects": "0"}
+"""A routed pod must not learn the short way to another: its answers would miss the node's conntrack. (In IPv4 the node can be
+told not to send redirects.)"""
+
 
 @dataclass(frozen=True, slots=True)
 class PodAttachment:
-    """What is to be known of a pod to plumb it. `ips` have the node's subnet as their prefix, `gateways` are the bridge's
-    addresses, one for each of `ips` in the same order; `gateway_mac` is the bridge's."""
+    """What is to be known of a pod to plumb it. `ips` have the node's subnet as their prefix, or where pods are routed none
+    but themselves; `gateways` are the bridge's addresses, one for each of `ips` in the same order; `gateway_mac` is the
+    bridge's."""
 
     uid: str
     namespace: str
@@ -65,9 +70,11 @@ def _pod_side(pod: PodAttachment) -> NetState:
         mac=pod.mac,
         alias=pod_alias(pod.namespace, pod.name),
     )
+    routed = all(ip.network.prefixlen == ip.max_prefixlen for ip in pod.ips)
     return NetState(
         links={"lo": Link("lo", Device()), POD_DEVICE: end},
         addresses=frozenset(Address(POD_DEVICE, ip) for ip in pod.ips),
-        routes=frozenset(Route(family_of(via).any, dev=POD_DEVICE, via=via) for via in pod.gateways),
+        routes=frozenset(Route(family_of(via).any, dev=POD_DEVICE, via=via, onlink=routed) for via in pod.gateways),
         neighbours=frozenset(Neighbour(POD_DEVICE, via, pod.gateway_mac) for via in pod.gateways),
+        sysctls=_NO_REDIRECTS if routed and any(ip.version == 6 for ip in pod.ips) else {},
     )

@@ -13,7 +13,7 @@ from podwire.model.ids import pod_netns
 from podwire.model.kernelstate import Route
 from podwire.model.meta import Json
 from podwire.model.nft import Batch, DelTable
-from podwire.model.ops import CommitNft, DelAddress, DelLink, DelNeighbour, DelRoute, SetRoute
+from podwire.model.ops import CommitNft, DelAddress, DelLink, DelNeighbour, DelRoute, SetRoute, SetSysctl
 from podwire.model.resources import ENDPOINTSLICES, LEASES, NODES, SERVICES
 from podwire.plan.naming import host_veth
 from podwire.testing.fakekernel import FakeKernel
@@ -126,7 +126,7 @@ async def test_a_new_agent_leaves_the_rules_alone(cluster: MemoryCluster) -> Non
     rules = await machine.kernel.observe_nft(TABLE)
     machine.kernel.applied.clear()
     async with cluster.agent(machine):
-        assert machine.kernel.applied == []
+        assert [op for op in machine.kernel.applied if not isinstance(op, SetSysctl)] == []
         assert await machine.kernel.observe_nft(TABLE) == rules
 
 
@@ -142,10 +142,28 @@ async def test_a_refused_transaction_is_planned_again_in_full(cluster: MemoryClu
 
 async def test_a_switch_that_the_machine_lacks_is_told_and_the_node_is_ready(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1, (Family.IPV4,))
-    machine.kernel.fail_next("SetSysctl", errno.ENOENT, message="no such file", times=1)
+    async with cluster.agent(machine, subnets=False) as agent:
+        await cluster.until(lambda: cluster.exists(NODES, "n1"))
+        await machine.kernel.apply((SetSysctl("net/bridge/bridge-nf-call-iptables", "1"),))
+        machine.kernel.fail_next("SetSysctl", errno.ENOENT, message="there is no such switch", times=2)
+        await cluster.give_subnets(machine)
+        await asyncio.wait_for(agent.ready(), 5)
+        assert list(agent.status().degraded.values()) == ["there is no such switch"]
+
+
+async def test_without_netfilter_on_bridges_pods_are_routed(cluster: MemoryCluster) -> None:
+    machine = cluster.machine(1)
+    machine.kernel.fail_next("SetSysctl", errno.ENOENT, message="br_netfilter is not loaded", times=2)
     async with cluster.agent(machine) as agent:
-        assert list(agent.status().degraded.values()) == ["no such file"]
-        assert agent.status().ready
+        assert agent.status().routed_pods
+        assert agent.status().degraded == {}
+        pod = await cluster.create_pod("web", "n1")
+        await cluster.until_running("web")
+        inside = machine.kernel.space(pod_netns(pod["metadata"]["uid"])).state()
+        held = {str(a.interface) for a in inside.addresses if a.dev == "eth0" and not a.interface.is_link_local}
+        assert held == {"10.244.1.2/32", "fd00:10:244:1::2/128"}
+        assert all(route.onlink for route in inside.routes)
+        assert inside.sysctls == {"net/ipv6/conf/eth0/accept_redirects": "0"}
 
 
 async def test_the_truth_answers_a_verdict_of_unknown(cluster: MemoryCluster) -> None:
@@ -255,7 +273,7 @@ async def _no_rules_name(machine: Machine[FakeKernel], address: str) -> bool:
 
 async def _says(cluster: MemoryCluster, words: str) -> bool:
     node = await cluster.exists(NODES, "n1")
-    return node is not None and words in str(node["status"].get("conditions"))
+    return node is not None and words in str(node.get("status", {}).get("conditions"))
 
 
 async def _ready_is(cluster: MemoryCluster, status: str) -> bool:

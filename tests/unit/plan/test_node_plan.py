@@ -1,4 +1,5 @@
 import ipaddress
+from dataclasses import replace
 
 import plannodes
 import pytest
@@ -78,6 +79,18 @@ def test_pod_has_both_families_and_permanent_neighbours() -> None:
         ("cni0", "fd00:10:244:1::5", inside.links["eth0"].mac),
     }
     assert {n.mac for n in inside.neighbours} == {plan_base(net).links["cni0"].mac}
+
+
+def test_routed_pods_have_nothing_but_themselves_on_the_link() -> None:
+    net = replace(plannodes.network(), routed_pods=True)
+    assert not any("bridge" in key for key in plan_base(net).sysctls)
+    inside = plan_pod(plannodes.pod(net, 4))[pod_netns("uid-4")]
+    assert {str(a.interface) for a in inside.addresses} == {"10.244.1.5/32", "fd00:10:244:1::5/128"}
+    assert {(str(r.dst), str(r.via), r.onlink) for r in inside.routes} == {
+        ("0.0.0.0/0", "10.244.1.1", True),
+        ("::/0", "fd00:10:244:1::1", True),
+    }
+    assert inside.sysctls == {"net/ipv6/conf/eth0/accept_redirects": "0"}
 
 
 def test_an_address_of_another_node_is_refused() -> None:
