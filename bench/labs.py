@@ -61,8 +61,8 @@ def podwire(*arguments: str, timeout: float = 180) -> str:
 @contextlib.contextmanager
 def lab(name: str, *options: str) -> Iterator[Lab]:
     """A lab that is up and ready, and gone afterwards."""
-    podwire("lab", "up", "--name", name, "--wait", *options, timeout=600)
     try:
+        podwire("lab", "up", "--name", name, "--wait", *options, timeout=600)
         labs: list[dict[str, Any]] = json.loads(podwire("lab", "ls", "-o", "json"))
         entry = next(item for item in labs if item["name"] == name)
         yield Lab(name, entry["pid"], entry["kubeconfig"])

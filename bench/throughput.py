@@ -21,12 +21,12 @@ MANIFEST = """\
 apiVersion: v1
 kind: Pod
 metadata: {name: near}
-spec: {nodeName: node-1, containers: [{name: sh, command: [sleep, infinity]}]}
+spec: {nodeName: node-1, containers: [{name: sh, image: bench/sh:1, command: [sleep, infinity]}]}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: same}
-spec: {nodeName: node-1, containers: [{name: iperf, command: [iperf3, -s]}]}
+spec: {nodeName: node-1, containers: [{name: iperf, image: bench/iperf:1, command: [iperf3, -s]}]}
 ---
 apiVersion: v1
 kind: Pod
@@ -35,13 +35,14 @@ spec:
   nodeName: node-2
   containers:
     - name: iperf
+      image: bench/iperf:1
       command: [iperf3, -s]
       ports: [{containerPort: 5201, hostPort: 5301}, {containerPort: 9, hostPort: 5309}]
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: host}
-spec: {nodeName: node-2, hostNetwork: true, containers: [{name: iperf, command: [iperf3, -s]}]}
+spec: {nodeName: node-2, hostNetwork: true, containers: [{name: iperf, image: bench/iperf:1, command: [iperf3, -s]}]}
 ---
 apiVersion: v1
 kind: Service
