@@ -239,6 +239,7 @@ class NodeAgent:
         if name == self.config.node_name:
             if change.new is None:
                 log.warning("node %s was deleted from the API; its agent goes on with what it knows", name)
+                self._presence.gone()
                 return
             self._presence.seen(change.new)
             self._own_node.set()

@@ -50,6 +50,7 @@ class Presence:
         self._taken_over_until: datetime | None = None
         self._uid = ""
         self._has_lease = False
+        self._gone = False
         self._wake = asyncio.Event()
 
     def set_state(self, state: NodeState) -> None:
@@ -62,9 +63,16 @@ class Presence:
         answered with the truth."""
         self._conditions = node.status.conditions
         self._uid = node.metadata.uid
+        if self._gone:
+            self._gone, self._written = False, None
+            self._wake.set()
         if self._written is not None and self._written.ready != node.ready:
             self._written = None
             self._wake.set()
+
+    def gone(self) -> None:
+        """The Node was deleted: someone took the node out of the cluster. No heartbeats until it is there again."""
+        self._gone = True
 
     async def register(self) -> None:
         """Create the Node, or take over the one there is; tries until it succeeds."""
@@ -87,10 +95,12 @@ class Presence:
             now = asyncio.get_running_loop().time()
             self._wake.clear()
             try:
+                if not self._gone:
+                    if now >= due:
+                        await self._renew()
+                    await self._write_status()
                 if now >= due:
-                    await self._renew()
                     due = now + self._config.heartbeat_seconds
-                await self._write_status()
             except ApiError as error:
                 delay = backoff.next()
                 log.warning("node %s: heartbeat failed: %s; again in %.2f s", self._config.node_name, error, delay)

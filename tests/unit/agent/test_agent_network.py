@@ -185,6 +185,21 @@ async def test_the_lease_is_renewed_and_made_anew(cluster: MemoryCluster) -> Non
         await cluster.until(lambda: cluster.exists(LEASES, "n1", "kube-node-lease"))
 
 
+async def test_a_node_taken_out_of_the_cluster_stays_out_until_it_is_put_back(cluster: MemoryCluster) -> None:
+    machine = cluster.machine(1, heartbeat_seconds=0.05)
+    async with cluster.agent(machine):
+        node = await cluster.client.get(NODES, "n1")
+        await cluster.client.delete(NODES, "n1")
+        await cluster.client.delete(LEASES, "n1", "kube-node-lease")
+        await asyncio.sleep(0.2)  # some heartbeats' time
+        assert await cluster.exists(NODES, "n1") is None
+        assert await cluster.exists(LEASES, "n1", "kube-node-lease") is None
+        meta = {key: node["metadata"][key] for key in ("name", "labels", "annotations")}
+        await cluster.client.create(NODES, {"metadata": meta, "spec": {"podCIDR": "10.244.1.0/24"}})
+        await cluster.until(lambda: _ready_is(cluster, "True"))
+        await cluster.until(lambda: cluster.exists(LEASES, "n1", "kube-node-lease"))
+
+
 async def test_a_node_without_subnets_waits_and_says_so(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine, subnets=False) as agent:
