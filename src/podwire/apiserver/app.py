@@ -19,7 +19,7 @@ from podwire.apiserver.objects import Objects
 from podwire.apiserver.openapi import OpenApi
 from podwire.apiserver.patching import patch
 from podwire.apiserver.proxy import NodeProxy
-from podwire.apiserver.request import Target, negotiate, parse_path
+from podwire.apiserver.request import STREAMED, Target, negotiate, parse_path
 from podwire.apiserver.reviews import review
 from podwire.apiserver.storage import encode
 from podwire.apiserver.subresources import Serve, Subresources
@@ -106,8 +106,8 @@ class Api:
         if target is None:
             return await self._review(request) if request.method == "POST" else self._discovery(request)
         serve = self._serve(target, request.method)
-        call = Call(request, target, negotiate(request.headers.get("Accept", ""), request.query), self._config.now())
-        return await serve(call)
+        accept = "*/*" if target.subresource in STREAMED else request.headers.get("Accept", "")
+        return await serve(Call(request, target, negotiate(accept, request.query), self._config.now()))
 
     def _serve(self, target: Target, method: str) -> Serve:
         if target.subresource:

@@ -27,8 +27,6 @@ class Target(NamedTuple):
     namespace: str = ""
     name: str = ""
     subresource: str = ""
-    rest: str = ""
-    """What follows a subresource such as proxy/."""
 
 
 def parse_path(path: str) -> Target | None:
@@ -51,9 +49,9 @@ def parse_path(path: str) -> Target | None:
             return None
         kind = found
     name, subresource = [*rest[1:3], "", ""][:2]
-    if subresource and all(sub.name != subresource for sub in kind.subresources):
+    if len(rest) > 3 or (subresource and all(sub.name != subresource for sub in kind.subresources)):
         return None
-    return Target(kind, namespace, name, subresource, "/".join(rest[3:]))
+    return Target(kind, namespace, name, subresource)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +144,10 @@ def page_expired() -> StatusError:
         "The provided continue parameter is too old to display a consistent list result. You can start a new list"
         " without the continue parameter."
     )
+
+
+STREAMED = frozenset({"log", "exec"})
+"""Subresources whose answers are no API objects: nothing to negotiate."""
 
 
 class Answer(NamedTuple):

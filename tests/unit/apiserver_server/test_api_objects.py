@@ -264,6 +264,7 @@ async def test_what_is_not_served_names_itself(api: Api) -> None:
         status = await api.fails(404, "GET", path)
         assert status["message"] == f"the server could not find the requested resource (GET {path})"
     await api.fails(404, "GET", PODS + "/p/nonsense")
+    await api.fails(404, "GET", PODS + "/p/status/more")
     await api.fails(404, "GET", "/nowhere")
     await api.fails(404, "GET", "/api/v1/namespaces/default/nodes")
     assert (await api.fails(405, "POST", PODS + "/p", {}))["reason"] == "MethodNotAllowed"

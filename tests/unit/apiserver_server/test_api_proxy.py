@@ -87,7 +87,8 @@ async def placed(serve: Serve, kubelet: FakeKubelet) -> Api:
 
 
 async def test_a_log_comes_from_the_node(placed: Api, kubelet: FakeKubelet) -> None:
-    answer = await placed("GET", PODS + "/p/log?container=main&tailLines=5&timestamps=true&container=main")
+    path = PODS + "/p/log?container=main&tailLines=5&timestamps=true&container=main"
+    answer = await placed("GET", path, Accept="text/plain")
     assert (answer.code, answer.body) == (200, b"one\ntwo\n")
     path, query, authorization = kubelet.asked[0]
     assert path == "/containerLogs/default/p/main"
