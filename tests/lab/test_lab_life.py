@@ -164,4 +164,4 @@ def test_an_ordinary_user_has_labs_too(ordinary: Podwire) -> None:
     report = ordinary("paths", "--lab", "mine", "-o", "json")
     assert report.status == 0, report.out + report.err
     ordinary.ok("lab", "down", "mine")
-    assert not Path(f"/proc/{pid}").exists()
+    until(lambda: not Path(f"/proc/{pid}").exists())

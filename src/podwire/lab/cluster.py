@@ -178,8 +178,8 @@ class LabCluster:
                 for node in fresh:
                     await node.ready()
         except TimeoutError:
-            late = [node.name for node in fresh if node.agent is None or not node.agent.status().services_ready]
-            raise LabError(f"nodes not ready after {within:g} s: {', '.join(late)}; `podwire lab logs` may say why") from None
+            late = [node for node in fresh if node.agent is None or not node.agent.status().ready]
+            raise LabError(f"nodes not ready after {within:g} s: {'; '.join(map(_state, late))}") from None
         await await_nodes(self.client, within)
 
     async def _make_node(self, index: int) -> LabNode:
@@ -298,6 +298,13 @@ class LabCluster:
 def _listen(address: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family, backlog=512)
+
+
+def _state(node: LabNode) -> str:
+    if node.agent is None:
+        return f"{node.name} (its agent does not start)"
+    degraded = node.agent.status().degraded
+    return f"{node.name} ({'; '.join(f'{part}: {why}' for part, why in sorted(degraded.items())) or 'no error known'})"
 
 
 def _last_words(shim: ShimProcess) -> str:

@@ -45,11 +45,12 @@ def start_lab(directory: LabDirectory, spec: LabSpec, on_step: Callable[[Step], 
     except BaseException as error:
         if directory.alive and directory.record() is not None:
             directory.end(grace=1.0)
-        if isinstance(error, _Silence):
-            raise LabError(
-                f"the lab ended before it was ready ({error}); its last words were: {_last_words(directory)}"
-            ) from None
-        raise
+        if not isinstance(error, _Silence | LabError):
+            raise
+        words, log = directory.log_tail(3), directory.keep_log()
+        if isinstance(error, LabError):
+            raise LabError(f"{error}; the lab's log is {log}") from None
+        raise LabError(f"the lab ended before it was ready ({error}); its log is {log} and ends with: {words}") from None
     finally:
         os.close(read_end)
 
@@ -97,7 +98,3 @@ def _await_ready(read_end: int, timeout: float, on_step: Callable[[Step], None])
             if "ready" in document:
                 return
             on_step(Step(document["step"], document["seconds"]))
-
-
-def _last_words(directory: LabDirectory) -> str:
-    return directory.log_tail(3) or f"(nothing in {directory.log})"

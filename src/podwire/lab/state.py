@@ -173,6 +173,14 @@ class LabDirectory:
         finally:
             os.close(lock)
 
+    def keep_log(self) -> Path:
+        """Move the log of a lab that did not come up to where it stays, and delete the rest; returns its new place."""
+        kept = self.path.parent / f"{self.name}.failed.log"
+        with suppress(OSError):
+            self.log.replace(kept)
+        self.remove()
+        return kept
+
     def log_tail(self, lines: int = 5) -> str:
         try:
             return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
