@@ -248,11 +248,14 @@ class DelSet:
 
 @dataclass(frozen=True, slots=True)
 class AddElements:
-    """Add elements. One that is there with the same data is left as it is; with other data it is a conflict."""
+    """Add elements. One that is there with the same data is left as it is; with other data it is a conflict.
+
+    `comments`: what nft shows beside some of them, by key; for humans, no part of the value."""
 
     table: TableRef
     set: NftSet
     elements: tuple[Element, ...]
+    comments: Mapping[bytes, str] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         return _elements_text("add", self.table, self.set, self.elements)
@@ -277,6 +280,7 @@ class ReplaceElements:
     table: TableRef
     set: NftSet
     elements: tuple[Element, ...]
+    comments: Mapping[bytes, str] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         return _elements_text("replace", self.table, self.set, self.elements)
@@ -352,6 +356,8 @@ class SetState:
 
     set: NftSet
     elements: Mapping[bytes, Data] = field(default_factory=dict)
+    comments: Mapping[bytes, str] = field(default_factory=dict, compare=False)
+    """As in `AddElements`; only of a planned set."""
 
 
 @dataclass(frozen=True, slots=True)

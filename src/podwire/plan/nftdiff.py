@@ -41,6 +41,12 @@ class ElementChanges:
     added: list[Element] = field(default_factory=list)
     replaced: list[Element] = field(default_factory=list)
     gone: list[Element] = field(default_factory=list)
+    comments: Mapping[bytes, str] = field(default_factory=dict)
+    """Of all elements of the set, as far as they have one."""
+
+    def said_of(self, elements: Iterable[Element]) -> Mapping[bytes, str]:
+        """The comments of some elements."""
+        return {key: self.comments[key] for key, _ in elements if key in self.comments} if self.comments else {}
 
     def __bool__(self) -> bool:
         return bool(self.added or self.replaced or self.gone)
@@ -67,9 +73,9 @@ def order_changes(
         of = change.set
         target = lead if of.verdicts else make
         if change.added:
-            target.append(AddElements(table, of, tuple(change.added)))
+            target.append(AddElements(table, of, tuple(change.added), change.said_of(change.added)))
         if change.replaced:
-            lead.append(ReplaceElements(table, of, tuple(change.replaced)))
+            lead.append(ReplaceElements(table, of, tuple(change.replaced), change.said_of(change.replaced)))
         if change.gone:
             (lead if of.verdicts else remove).append(DelElements(table, of, tuple(change.gone)))
     # Sets are listed with what restricts others last (restricted after its ranges): it goes first on the way out.
@@ -124,7 +130,7 @@ def _diff_chains(
 
 
 def _diff_elements(desired: SetState, observed: SetState | None) -> ElementChanges:
-    changes = ElementChanges(desired.set)
+    changes = ElementChanges(desired.set, comments=desired.comments)
     held: Mapping[bytes, Data] = observed.elements if observed is not None else {}
     if not held:
         changes.added = list(desired.elements.items())

@@ -141,7 +141,7 @@ class ServicePlanner:
 
     def _win(self, key: bytes, owner: str, frontend: Frontend) -> None:
         self._holders[key] = owner
-        self._maps[len(frontend.address)].program(key, frontend)
+        self._maps[len(frontend.address)].program(key, frontend, owner)
 
     def _maps_of(self, key: bytes) -> FamilyMaps:
         return self._maps[len(key) - _PROTOCOL_AND_PORT]
@@ -166,8 +166,8 @@ _PROTOCOL_AND_PORT = 8
 
 
 def _service_owner(key: ObjectKey) -> str:
-    return f"service {key}"
+    return str(key)
 
 
 def _pod_owner(uid: str) -> str:
-    return f"pod {uid}"
+    return f"host ports of pod {uid}"

@@ -73,6 +73,7 @@ class ElementBook:
     def __init__(self, of: NftSet) -> None:
         self.set = of
         self.elements: dict[bytes, Data] = {}
+        self.comments: dict[bytes, str] = {}
         self._before: dict[bytes, object] = {}
 
     def put(self, key: bytes, data: Data = None) -> None:
@@ -96,7 +97,7 @@ class ElementBook:
 
     def take(self) -> ElementChanges:
         """What changed since the last call."""
-        changes = ElementChanges(self.set)
+        changes = ElementChanges(self.set, comments=self.comments)
         for key, old in self._before.items():
             new = self.elements.get(key, _ABSENT)
             if new is _ABSENT:
@@ -242,13 +243,14 @@ class FamilyMaps:
         """What is served under `key`."""
         return self._programmed[key].frontend
 
-    def program(self, key: bytes, frontend: Frontend | None) -> None:
-        """Make the maps serve `frontend` under `key`; None: nothing any more."""
+    def program(self, key: bytes, frontend: Frontend | None, owner: str = "") -> None:
+        """Make the maps serve `frontend` under `key`; None: nothing any more. `owner` is shown to humans."""
         old = self._programmed.get(key)
         if frontend is None:
             if old is not None:
                 self._clear(key, old)
             return
+        self._services.comments[key] = owner
         outside = frontend.outside.backends if frontend.outside else ()
         if old is None:
             new = _Programmed(frontend, frontend.inside.backends, outside)
@@ -316,6 +318,7 @@ class FamilyMaps:
 
     def _clear(self, key: bytes, old: _Programmed) -> None:
         self._services.drop(key)
+        del self._services.comments[key]
         self._outside.drop(key)
         for book, order in ((self._endpoints, old.cluster), (self._local, old.local)):
             for index in range(len(order)):
@@ -390,8 +393,8 @@ class FamilyMaps:
             chains[name] = ChainState(chains[name].chain, rules)
         for key in self._chains.in_use:
             chains[key.name] = ChainState(Chain(key.name), self._chains.rules(key))
-        sets = {of.name: SetState(of, dict(self._books[of.name].elements) if not of.dynamic else {}) for of in self._sets.all()}
-        return TableState(chains, sets)
+        books = {name: SetState(b.set, dict(b.elements), dict(b.comments)) for name, b in self._books.items()}
+        return TableState(chains, {of.name: books.get(of.name, SetState(of)) for of in self._sets.all()})
 
 
 def _verdict(pool: Pool, kind: ChainKind) -> Verdict:

@@ -4,7 +4,7 @@ Layout: linux/netfilter/nf_tables.h and nfnetlink.h. A transaction is one datagr
 """
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from podwire.model.addr import Family
@@ -73,7 +73,7 @@ _SET_INTERVAL, _SET_MAP, _SET_TIMEOUT, _SET_EVAL, _SET_CONCAT, _SET_EXPR = 0x4, 
 _SET_ANONYMOUS = 0x1
 _DATA_TYPE_VERDICT = 0xFFFFFF00
 _TYPE_BITS = 6
-_ELEM_KEY, _ELEM_DATA, _ELEM_EXPR, _ELEM_KEY_END, _ELEM_EXPRESSIONS = 1, 2, 7, 10, 11
+_ELEM_KEY, _ELEM_DATA, _ELEM_USERDATA, _ELEM_EXPR, _ELEM_KEY_END = 1, 2, 6, 7, 10
 _UDATA_COMMENT = 0
 _COMMENT_MAX = 127
 _POLICY_DROP, _POLICY_ACCEPT = 0, 1
@@ -219,21 +219,20 @@ def _set_attrs(of: NftSet, ident: int) -> list[bytes]:
 def _element_units(command: AddElements | DelElements | ReplaceElements) -> Iterator[Unit]:
     of, table = command.set, command.table
     head = attr_str(1, table.name) + attr_str(2, of.name)
-    for part in _slices(of, command.elements):
+    comments = {} if isinstance(command, DelElements) else command.comments
+    for part in _slices(of, command.elements, _COMMENT_MAX if comments else 0):
         messages = []
         if not isinstance(command, AddElements):
-            messages.append(_elements_message(DELSETELEM, 0, table, head, _encode_elements(of, part, with_data=False)))
+            messages.append(_elements_message(DELSETELEM, 0, table, head, _encode_keys(of, part)))
         if not isinstance(command, DelElements):
-            messages.append(
-                _elements_message(NEWSETELEM, NLM_F_CREATE, table, head, _encode_elements(of, part, with_data=True))
-            )
+            messages.append(_elements_message(NEWSETELEM, NLM_F_CREATE, table, head, _encode_elements(of, part, comments)))
         yield Unit(tuple(messages), command)
 
 
-def _slices(of: NftSet, elements: tuple[Element, ...]) -> Iterator[tuple[Element, ...]]:
-    """Cut a list so that each part fits ELEMENTS_PER_MESSAGE."""
+def _slices(of: NftSet, elements: tuple[Element, ...], extra: int) -> Iterator[tuple[Element, ...]]:
+    """Cut a list so that each part fits ELEMENTS_PER_MESSAGE. `extra`: bytes that an element may have on top."""
     # At most 48 bytes of attribute headers an element, and 32 of chain name.
-    size = 48 + of.key_length * (2 if of.interval else 1) + sum(f.padded for f in of.data) + (32 if of.verdicts else 0)
+    size = 48 + extra + of.key_length * (2 if of.interval else 1) + sum(f.padded for f in of.data) + (32 if of.verdicts else 0)
     count = max(1, ELEMENTS_PER_MESSAGE // size)
     if len(elements) <= count:
         yield elements
@@ -246,34 +245,49 @@ def _elements_message(kind: int, flags: int, table: TableRef, head: bytes, eleme
     return _message(kind, flags, table, head, attr(3 | NLA_F_NESTED, b"".join(elements)))
 
 
-def _encode_elements(of: NftSet, elements: tuple[Element, ...], *, with_data: bool) -> list[bytes]:
-    """NFTA_LIST_ELEM attributes. All of a set are of one length, so that headers are made once (verdicts: once each)."""
+def _encode_keys(of: NftSet, elements: tuple[Element, ...]) -> list[bytes]:
+    """NFTA_LIST_ELEM attributes without data. All of a set are of one length, so that headers are made once."""
     n = of.key_length
     if of.interval:
         return [_interval_element(n, key) for key, _ in elements]
-    key_head = _ATTR.pack(8 + n, _ELEM_KEY | NLA_F_NESTED) + _ATTR.pack(4 + n, 1)
-    if not with_data or not of.is_map:
-        prefix = _ATTR.pack(12 + n, _LIST_ELEM | NLA_F_NESTED) + key_head
-        return [prefix + key for key, _ in elements]
+    prefix = _ATTR.pack(12 + n, _LIST_ELEM | NLA_F_NESTED) + _key_head(n)
+    return [prefix + key for key, _ in elements]
+
+
+def _key_head(n: int) -> bytes:
+    return _ATTR.pack(8 + n, _ELEM_KEY | NLA_F_NESTED) + _ATTR.pack(4 + n, 1)
+
+
+def _encode_elements(of: NftSet, elements: tuple[Element, ...], comments: Mapping[bytes, str]) -> list[bytes]:
+    """NFTA_LIST_ELEM attributes with data."""
     if of.verdicts:
-        return _verdict_elements(key_head, n, elements)
-    m = sum(f.padded for f in of.data)
-    prefix = _ATTR.pack(12 + n + 8 + m, _LIST_ELEM | NLA_F_NESTED) + key_head
+        return _verdict_elements(of.key_length, elements, comments)
+    if not of.data:
+        return _encode_keys(of, elements)
+    n, m = of.key_length, sum(f.padded for f in of.data)
+    prefix = _ATTR.pack(12 + n + 8 + m, _LIST_ELEM | NLA_F_NESTED) + _key_head(n)
     middle = _ATTR.pack(8 + m, _ELEM_DATA | NLA_F_NESTED) + _ATTR.pack(4 + m, 1)
     return [b"".join((prefix, key, middle, data)) for key, data in elements]  # type: ignore[arg-type]  # a map's are bytes
 
 
-def _verdict_elements(key_head: bytes, n: int, elements: tuple[Element, ...]) -> list[bytes]:
-    made: dict[Data, tuple[bytes, bytes]] = {}
+def _verdict_elements(n: int, elements: tuple[Element, ...], comments: Mapping[bytes, str]) -> list[bytes]:
+    """Each verdict is encoded once, and so is each comment: a Service's frontends share it."""
+    verdicts: dict[Data, bytes] = {}
+    remarks: dict[str, bytes] = {"": b""}
+    head = _key_head(n)
     out = []
     for key, data in elements:
-        parts = made.get(data)
-        if parts is None:
+        verdict = verdicts.get(data)
+        if verdict is None:
             if not isinstance(data, Verdict):
                 raise TypeError(f"element data {data!r} in a map of verdicts")
-            verdict = encode_verdict(_ELEM_DATA, data)
-            made[data] = parts = (_ATTR.pack(12 + n + len(verdict), _LIST_ELEM | NLA_F_NESTED) + key_head, verdict)
-        out.append(parts[0] + key + parts[1])
+            verdict = verdicts[data] = encode_verdict(_ELEM_DATA, data)
+        comment = comments.get(key, "")
+        remark = remarks.get(comment)
+        if remark is None:
+            remark = remarks[comment] = attr(_ELEM_USERDATA, _comment_udata(comment))
+        size = _ATTR.pack(12 + n + len(verdict) + len(remark), _LIST_ELEM | NLA_F_NESTED)
+        out.append(b"".join((size, head, key, verdict, remark)))
     return out
 
 

@@ -182,6 +182,16 @@ def decoded(raw: bytes, kind: int) -> dict[bytes, Data]:
     return found
 
 
+def test_a_comment_goes_with_an_element() -> None:
+    of = NftSet("m", KEY, verdicts=True)
+    one, two = bytes(12), bytes(11) + b"\1"
+    command = AddElements(TABLE, of, ((one, DROP), (two, goto("x"))), {one: "shop/web"})
+    raw = sent(command)
+    assert decoded(raw, nftables.NEWSETELEM) == {one: DROP, two: goto("x")}
+    assert raw.count(b"\0\x09shop/web\0") == 1
+    assert command == AddElements(TABLE, of, command.elements), "comments are no part of the value"
+
+
 packed_keys = st.binary(min_size=12, max_size=12)
 
 
