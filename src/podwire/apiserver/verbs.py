@@ -88,21 +88,23 @@ class Verbs:
         options = list_options(call.kind, call.query)
         if options.watch:
             return await self.watch(call)
-        if options.limit or options.at or options.match == "Exact":
-            return await self._list_page(call, options)
+        if options.at or options.match == "Exact":
+            return await self._list_past(call, options)
         await wait_for_version(self.hub, options.resource_version)
         interest = Interest(call.target.namespace, options.labels, options.fields, call.answer.form)
         entries = list(self.hub.shelf(call.kind).select(call.kind, interest))
         meta: Json = {"resourceVersion": str(self.hub.revision)}
+        if options.limit and len(entries) > options.limit:
+            meta["continue"] = write_continue(self.hub.revision, entries[options.limit - 1].key)
+            meta["remainingItemCount"] = len(entries) - options.limit
+            entries = entries[: options.limit]
         if call.answer != Answer(Form()):
             return respond_list(call, [entry.document(call.kind) for entry in entries], meta)
         return web.Response(body=_join_list(call.kind, entries, meta), content_type=JSON)
 
-    async def _list_page(self, call: Call, options: ListOptions) -> web.Response:
-        """A page, or a list at an exact revision: from the store's history."""
-        revision = options.at or (int(options.resource_version) if options.match == "Exact" else 0)
-        if not revision and options.resource_version not in ("", "0"):
-            await wait_for_version(self.hub, options.resource_version)
+    async def _list_past(self, call: Call, options: ListOptions) -> web.Response:
+        """A further page, or a list at an exact revision: from the store's history."""
+        revision = options.at or int(options.resource_version)
         prefix = prefix_of(call.kind.storage, call.target.namespace)
         found: list[Json] = []
         after, more = options.after, True

@@ -80,6 +80,7 @@ async def test_options_that_do_not_go_together_are_a_422(api: Api, query: str) -
 
 async def test_pages_show_one_revision(filled: Api) -> None:
     first = await filled.ok("GET", ALL + "?limit=2")
+    assert first["metadata"]["remainingItemCount"] == 2
     await filled.configmap("bb")
     await filled.ok("DELETE", CMS + "/c")
     second = await filled.ok("GET", f"{ALL}?limit=2&continue={first['metadata']['continue']}")
