@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 REGISTERS = 16
 
+IPS_DST_NAT = 1 << 5
+"""A bit of `ct status` (linux/netfilter/nf_conntrack_common.h): the connection's destination was rewritten."""
+RTN_UNICAST, RTN_LOCAL = 1, 2
+"""Results of `fib … type` (linux/rtnetlink.h): an address elsewhere, one of this machine."""
+
 
 class VerdictCode(enum.Enum):
     """`.value` is the kernel's number (NF_DROP, NF_ACCEPT, NFT_JUMP, …)."""

@@ -6,14 +6,23 @@ from dataclasses import dataclass
 
 from podwire.model.addr import Family, IPNetwork
 from podwire.model.nft import FieldType, ip_field
-from podwire.model.nftexpr import Bitwise, Cmp, CmpOp, Ct, CtKey, Expression, FibSaddrType, Meta, MetaKey, Payload, PayloadBase
+from podwire.model.nftexpr import (
+    IPS_DST_NAT,
+    RTN_LOCAL,
+    Bitwise,
+    Cmp,
+    CmpOp,
+    Ct,
+    CtKey,
+    Expression,
+    FibSaddrType,
+    Meta,
+    MetaKey,
+    Payload,
+    PayloadBase,
+)
 
 Expressions = tuple[Expression, ...]
-
-IPS_DST_NAT = 1 << 5
-"""linux/netfilter/nf_conntrack_common.h: the connection's destination was rewritten."""
-RTN_LOCAL = 2
-"""linux/rtnetlink.h: an address of this machine."""
 
 _SADDR = {Family.IPV4: 12, Family.IPV6: 8}
 _DADDR = {Family.IPV4: 16, Family.IPV6: 24}

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field, replace
 from podwire.model.addr import Family, IPAddress, family_of
 from podwire.model.nft import ChainState, Data, Hook, Rule, Ruleset, SetState, TableRef, TableState
 from podwire.model.nftexpr import (
+    IPS_DST_NAT,
     REGISTERS,
+    RTN_LOCAL,
+    RTN_UNICAST,
     Bitwise,
     Cmp,
     CmpOp,
@@ -38,11 +41,6 @@ from podwire.model.nftexpr import (
     Verdict,
     VerdictCode,
 )
-
-IPS_DST_NAT = 1 << 5
-"""linux/netfilter/nf_conntrack_common.h"""
-RTN_UNICAST, RTN_LOCAL = 1, 2
-"""linux/rtnetlink.h"""
 
 _MAX_JUMPS = 16
 """NFT_JUMP_STACK_SIZE: the kernel refuses rules that can jump deeper."""
