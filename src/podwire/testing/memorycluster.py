@@ -144,8 +144,22 @@ def node_address(index: int, family: Family) -> IPAddress:
 class MemoryCluster:
     """The API and the machines. `client` is an administrator's."""
 
-    def __init__(self, client: ApiClient, url: str, directory: Path) -> None:
-        self.client, self.url, self.directory = client, url, directory
+    def __init__(self, client: ApiClient, server: "_Server", directory: Path) -> None:
+        self.client, self.directory = client, directory
+        self._server = server
+
+    @property
+    def url(self) -> str:
+        return self._server.url
+
+    @asynccontextmanager
+    async def outage(self) -> AsyncIterator[None]:
+        """No API server while the block runs."""
+        await self._server.stop()
+        try:
+            yield
+        finally:
+            await self._server.start()
 
     def machine(self, index: int, families: tuple[Family, ...] = DUAL, **settings: Any) -> Machine[FakeKernel]:
         """A machine named `n<index>` with a fake kernel; `settings` go into its AgentConfig."""
@@ -247,15 +261,39 @@ def condition(obj: Json, kind: str) -> str | None:
     return found[0] if found else None
 
 
+class _Server:
+    """The API server on a port of its own, over a store that outlives it."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self._port = 0
+        self._server: ApiServer | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    async def start(self) -> None:
+        listener = socket.create_server(("127.0.0.1", self._port))
+        self._port = listener.getsockname()[1]
+        config = ServerConfig(service_cidrs=tuple(SERVICES.values()))
+        self._server = ApiServer(create_app(self._store, config))
+        await self._server.start([Listener(listener)])
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop()
+            self._server = None
+
+
 @asynccontextmanager
 async def memory_cluster(directory: Path) -> AsyncIterator[MemoryCluster]:
+    """A cluster without nodes; machines keep their state below `directory`."""
     async with AsyncExitStack() as stack:
         store = MemoryStore()
         stack.push_async_callback(store.close)
-        server = ApiServer(create_app(store, ServerConfig(service_cidrs=tuple(SERVICES.values()))))
-        listener = socket.create_server(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        await server.start([Listener(listener)])
+        server = _Server(store)
+        await server.start()
         stack.push_async_callback(server.stop)
-        client = await stack.enter_async_context(ApiClient(url))
-        yield MemoryCluster(client, url, directory)
+        client = await stack.enter_async_context(ApiClient(server.url))
+        yield MemoryCluster(client, server, directory)

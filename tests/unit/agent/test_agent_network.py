@@ -200,6 +200,24 @@ async def test_a_node_taken_out_of_the_cluster_stays_out_until_it_is_put_back(cl
         await cluster.until(lambda: cluster.exists(LEASES, "n1", "kube-node-lease"))
 
 
+async def test_what_runs_goes_on_without_an_api_server_and_catches_up_later(cluster: MemoryCluster) -> None:
+    machine = cluster.machine(1, heartbeat_seconds=0.05)
+    async with cluster.agent(machine) as agent:
+        created = await cluster.create_pod("web", "n1")
+        await cluster.until_running("web")
+        uid = created["metadata"]["uid"]
+        async with cluster.outage():
+            whole = _content(machine)
+            machine.kernel.drift(DelLink(host_veth(uid)))
+            await cluster.until(lambda: _content(machine) == whole)  # repair needs no API
+            machine.runtime.finish(uid, "Failed")
+        await cluster.until(lambda: _phase_is(cluster, "web", "Failed"))
+        await create_service(cluster, "web", "10.96.0.50")
+        await create_slice(cluster, "web", "10.244.1.9")
+        await cluster.until(lambda: _rules_name(machine, "10.96.0.50"))
+        assert agent.status().ready
+
+
 async def test_a_node_without_subnets_waits_and_says_so(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine, subnets=False) as agent:
@@ -289,6 +307,10 @@ async def _no_rules_name(machine: Machine[FakeKernel], address: str) -> bool:
 async def _says(cluster: MemoryCluster, words: str) -> bool:
     node = await cluster.exists(NODES, "n1")
     return node is not None and words in str(node.get("status", {}).get("conditions"))
+
+
+async def _phase_is(cluster: MemoryCluster, name: str, phase: str) -> bool:
+    return bool((await cluster.pod(name))["status"]["phase"] == phase)
 
 
 async def _ready_is(cluster: MemoryCluster, status: str) -> bool:
