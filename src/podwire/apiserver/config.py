@@ -19,7 +19,7 @@ def utc_now() -> datetime:
 class KubeletAccess:
     """How the server reaches the nodes' agents for logs and exec. Without `tls` it speaks plain HTTP."""
 
-    token: str = ""
+    token: str = field(default="", repr=False)
     tls: ssl.SSLContext | None = None
 
 
@@ -32,7 +32,7 @@ class ServerConfig:
     `now` and `choose` (n → a number in 0..n-1) are the clock and the dice.
     """
 
-    tokens: Mapping[str, User] = field(default_factory=dict)
+    tokens: Mapping[str, User] = field(default_factory=dict, repr=False)
     service_cidrs: tuple[IPv4Network | IPv6Network, ...] = (ip_network("10.96.0.0/12"),)
     node_ports: range = range(30000, 32768)
     advertise: tuple[IPAddress, ...] = ()

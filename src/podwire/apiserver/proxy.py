@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import aiohttp
 from aiohttp import web
@@ -29,11 +29,12 @@ LOG_PARAMETERS = ("follow", "previous", "sinceSeconds", "sinceTime", "timestamps
 EXEC_PARAMETERS = ("stdin", "stdout", "stderr", "tty")
 
 
-class Upstream(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Upstream:
     """Where a container's log or exec is served."""
 
     url: str
-    token: str
+    token: str = field(repr=False)
 
     @property
     def headers(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from cryptography import x509
 
 from podwire.apiserver.app import create_app
 from podwire.apiserver.auth import ADMIN, Authenticator, User
-from podwire.apiserver.config import ServerConfig
+from podwire.apiserver.config import KubeletAccess, ServerConfig
 from podwire.apiserver.pki import Authority, kubeconfig
 from podwire.apiserver.server import ApiServer, Listener
 from podwire.client.api import ApiClient
@@ -122,3 +122,10 @@ def test_the_contexts_verify() -> None:
     authority = Authority.create("podwire lab", NOW)
     assert authority.client_context().verify_mode is ssl.CERT_REQUIRED
     assert authority.client_context(authority.issue("c", [], NOW)).check_hostname
+
+
+def test_nothing_secret_is_in_what_is_printed() -> None:
+    authority = Authority.create("podwire lab", NOW)
+    config = ServerConfig(tokens={"secret-token": ADMIN}, kubelet=KubeletAccess("node-token"), signing_key=b"signing-key")
+    shown = repr(config) + repr(authority)
+    assert not any(secret in shown for secret in ("secret-token", "node-token", "signing-key", "PRIVATE KEY"))
