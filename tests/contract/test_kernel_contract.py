@@ -382,6 +382,12 @@ async def test_permanent_neighbours_go_when_the_mac_changes(kernel: Kernel) -> N
     assert (await kernel.observe()).neighbours == frozenset()
 
 
+async def test_neighbours_stay_when_the_mac_is_set_to_what_it_is(kernel: Kernel) -> None:
+    entries = {Neighbour("br0", ip(text), "0a:58:0a:f4:02:00") for text in ("10.244.1.7", "fd00:1::7")}
+    await ok(kernel, AddLink(BRIDGE), *map(SetNeighbour, entries), ChangeLink(replace(BRIDGE, alias="podwire:new")))
+    assert (await kernel.observe()).neighbours == entries
+
+
 @pytest.mark.parametrize(("local", "peers"), [("10.0.0.1", ("10.0.0.2", "10.0.0.3")), ("fd00::1", ("fd00::2", "fd00::3"))])
 async def test_forwarding_entries(kernel: Kernel, local: str, peers: tuple[str, str]) -> None:
     vxlan = Link("flannel.1", Vxlan(1, 8472, ip(local), "br0"))
@@ -430,6 +436,26 @@ async def test_unknown_namespaces(kernel: Kernel) -> None:
         await kernel.observe(OTHER)
     assert await refused(kernel, AddLink(BRIDGE, ns=OTHER)) == errno.ENOENT
     assert await refused(kernel, AddLink(Link("a", Veth("b", OTHER)))) == errno.ENOENT
+
+
+async def test_later_operations_see_earlier_ones(kernel: Kernel) -> None:
+    """Also where a device went and came back within one plan, or its MAC changed twice."""
+    address = Address("br0", iface("10.244.1.1/24"))
+    other = replace(BRIDGE, mac="0a:58:00:00:00:07")
+    await ok(
+        kernel,
+        AddLink(BRIDGE),
+        AddAddress(address),
+        DelLink("br0"),
+        AddLink(BRIDGE),
+        AddAddress(address),
+        ChangeLink(other),
+        ChangeLink(BRIDGE),
+        ChangeLink(other),
+    )
+    state = await kernel.observe()
+    assert address in state.addresses
+    assert state.links["br0"].mac == other.mac
 
 
 @pytest.mark.parametrize("family", Family)

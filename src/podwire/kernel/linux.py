@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from typing import TypeVar
 
@@ -190,6 +190,7 @@ class _Run:
     def __init__(self, spaces: Mapping[NetnsName, _Space]) -> None:
         self._spaces = spaces
         self._indices: dict[NetnsName, dict[str, int]] = {}
+        self._macs: dict[tuple[NetnsName, str], str] = {}
         self._failures: list[Failure] = []
 
     def run(self, plan: Plan) -> Applied:
@@ -241,7 +242,7 @@ class _Run:
             missing = [name for name in needed if name not in known]
             if missing:
                 self._flush(space, pending)
-                self._resolve(space, ops[position:])
+                self._resolve(space, chain.from_iterable(map(opcodes.devices, ops[position:])))
                 missing = [name for name in needed if name not in known]
             if missing:
                 if not opcodes.is_absent(op, errno.ENODEV):
@@ -252,7 +253,7 @@ class _Run:
                     self._flush(space, pending)
                     self._add_link(space, op)
                 else:
-                    pending += [(op, raw) for raw in opcodes.encode(op, known)]
+                    pending += [(op, raw) for raw in opcodes.encode(self._without_needless_mac(op), known)]
             except ValueError as error:
                 self._fail([op], errno.EINVAL, str(error))
             if isinstance(op, DelLink):
@@ -269,7 +270,7 @@ class _Run:
             self._fail([op], errno.ENOENT, f"no network namespace {peer_ns!r} is attached")
             return
         if op.peer is not None and op.peer.master:
-            self._resolve(other, [ChangeLink(op.peer)])
+            self._resolve(other, (op.peer.master,))
             if op.peer.master not in self._known(other):
                 self._fail([op], errno.ENODEV, f"there is no device {op.peer.master}")
                 return
@@ -286,14 +287,23 @@ class _Run:
     def _known(self, space: _Space) -> dict[str, int]:
         return self._indices.setdefault(space.label, {})
 
-    def _resolve(self, space: _Space, ops: Iterable[opcodes.RtnlOp]) -> None:
-        """Learn the indices of all devices that `ops` need and that exist by now."""
+    def _resolve(self, space: _Space, names: Iterable[str]) -> None:
+        """Learn the indices of those devices that exist by now."""
         known = self._known(space)
-        wanted = [name for name in dict.fromkeys(chain.from_iterable(map(opcodes.devices, ops))) if name not in known]
+        wanted = [name for name in dict.fromkeys(names) if name not in known]
         outcome = space.rtnl.execute([rtnl.get_link(name) for name in wanted])
         for position, name in enumerate(wanted):
             if position in outcome.answers:
-                known[name] = rtnlread.read_link(outcome.answers[position]).index
+                found = rtnlread.read_link(outcome.answers[position])
+                known[name], self._macs[space.label, name] = found.index, found.mac
+
+    def _without_needless_mac(self, op: opcodes.RtnlOp) -> opcodes.RtnlOp:
+        """Setting the MAC that a device has already would flush its neighbours, permanent ones too."""
+        if not isinstance(op, ChangeLink) or op.link.mac is None:
+            return op
+        present = self._macs.get((op.ns, op.link.name))
+        self._macs[op.ns, op.link.name] = op.link.mac
+        return replace(op, link=replace(op.link, mac=None)) if present == op.link.mac.lower() else op
 
     def _flush(self, space: _Space, pending: list[tuple[opcodes.RtnlOp, bytes]]) -> bool:
         """Send and clear `pending`. Whether nothing was refused."""

@@ -51,7 +51,7 @@ def devices(op: RtnlOp) -> tuple[str, ...]:
             kind = link.kind
             return tuple(name for name in (link.master, kind.underlay if isinstance(kind, Vxlan) else None) if name)
         case ChangeLink(link=link):
-            return (link.master,) if link.master else ()
+            return (link.name, link.master) if link.master else (link.name,)
         case AddAddress(address=address) | DelAddress(address=address):
             return (address.dev,)
         case SetRoute(route=route):

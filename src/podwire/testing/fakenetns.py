@@ -258,6 +258,8 @@ class FakeNetns:
                 raise Refused(code, "Nexthop has invalid gateway" if via.version == 4 else "No route to host")
             if not self._link(dev).up:
                 raise Refused(errno.ENETDOWN, "Device for nexthop is not up")
+            if via is not None and route.onlink and self._is_elsewhere(dev, via):
+                raise Refused(errno.EINVAL, "Nexthop has invalid gateway or device mismatch")
         if route.src is not None and route.src not in self.local_addresses():
             raise Refused(errno.EINVAL, "Invalid prefsrc address")
         metric = 0 if route.dst.version == 6 and route.metric == 1024 else route.metric
@@ -325,6 +327,15 @@ class FakeNetns:
             route.dev == dev and route.via is None and via.version == route.dst.version and via in route.dst
             for route in self.all_routes()
         )
+
+    def _is_elsewhere(self, dev: str, via: IPAddress) -> bool:
+        """IPv6 refuses an onlink gateway that a route (the default aside) puts behind another device."""
+        if via.version == 4 or via.is_link_local:
+            return False
+        known = [route for route in self.all_routes() if route.dst.version == 6 and route.dst.prefixlen and via in route.dst]
+        closest = max((route.dst.prefixlen for route in known), default=0)
+        nearest = [route for route in known if route.dst.prefixlen == closest]
+        return bool(nearest) and all(route.dev != dev for route in nearest)
 
 
 def _observed(link: Link) -> Link:
