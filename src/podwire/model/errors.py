@@ -6,6 +6,7 @@ PodwireError
 ├── KernelError           a system call or netlink request failed      (podwire.kernel)
 ├── StoreError            conflict, compacted, …                       (podwire.store)
 ├── ApiError              an API server's metav1.Status                (podwire.client)
+├── EtcdError             what etcd refused, or that it did not answer (podwire.client.etcdmessages)
 ├── RuntimeFailure        a sandbox or container could not be run      (podwire.runtime)
 └── LabError              a lab could not be brought up or found       (podwire.lab)
 """
