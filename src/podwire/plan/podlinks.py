@@ -6,10 +6,10 @@ and the kernel's neighbour table, whose limit (gc_thresh3, 1024 by default) is o
 count permanent entries.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from podwire.model.addr import IPAddress, IPInterface, family_of, mac_for
+from podwire.model.addr import IPAddress, IPInterface, IPNetwork, family_of, mac_for
 from podwire.model.ids import HOST, NetnsName, pod_netns
 from podwire.model.kernelstate import Address, Device, Link, Neighbour, NetState, Route, Veth
 from podwire.plan.naming import BRIDGE, POD_DEVICE, host_veth, pod_alias
@@ -32,10 +32,15 @@ class PodAttachment:
     gateways: tuple[IPAddress, ...]
     gateway_mac: str
     mtu: int
+    device: str = POD_DEVICE
+    wanted_mac: str = ""
+    host_mac: str | None = None
+    default_routes: bool = True
+    routes: tuple[tuple[IPNetwork, IPAddress | None], ...] = ()
 
     @property
     def mac(self) -> str:
-        return mac_for(self.ips[0].ip)
+        return self.wanted_mac or mac_for(self.ips[0].ip)
 
 
 def plan_pod(pod: PodAttachment) -> Mapping[NetnsName, NetState]:
@@ -52,8 +57,9 @@ def _node_side(pod: PodAttachment) -> NetState:
     name = host_veth(pod.uid)
     link = Link(
         name,
-        Veth(peer=POD_DEVICE, peer_ns=pod_netns(pod.uid)),
+        Veth(peer=pod.device, peer_ns=pod_netns(pod.uid)),
         mtu=pod.mtu,
+        mac=pod.host_mac,
         master=BRIDGE,
         hairpin=True,
         alias=pod_alias(pod.namespace, pod.name),
@@ -64,7 +70,7 @@ def _node_side(pod: PodAttachment) -> NetState:
 
 def _pod_side(pod: PodAttachment) -> NetState:
     end = Link(
-        POD_DEVICE,
+        pod.device,
         Veth(peer=host_veth(pod.uid), peer_ns=HOST),
         mtu=pod.mtu,
         mac=pod.mac,
