@@ -164,7 +164,7 @@ async def test_pods_survive_the_sigkill_of_the_process_that_made_them(tmp_path: 
         "    await node.run(pod); await node.ready(pod); print('ready', flush=True); await asyncio.sleep(1000)\n"
         "asyncio.run(main())"
     )
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", script, str(tmp_path), env=environment, stdout=asyncio.subprocess.PIPE
     )
