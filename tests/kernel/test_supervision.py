@@ -173,7 +173,7 @@ async def test_a_stand_in_passes_the_probes_that_its_image_would(shim: Rig, prob
 
 async def test_network_probes_tell_what_does_not_answer(shim: Rig) -> None:
     node = shim.node()
-    probes = {
+    probes: dict[str, dict[str, object]] = {
         "tcp": {"tcpSocket": {"port": 8081}},
         "http": {"httpGet": {"port": 8081}},
         "not-http": {"httpGet": {"port": 8080}},

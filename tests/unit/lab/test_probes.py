@@ -85,7 +85,7 @@ def test_a_dual_stack_pair_is_probed_in_both_families() -> None:
 
 
 def test_containers_of_one_pod_use_localhost() -> None:
-    both = [{"name": "cart", "ports": [{"containerPort": 7070}]}, {"name": "exporter"}]
+    both: list[Document] = [{"name": "cart", "ports": [{"containerPort": 7070}]}, {"name": "exporter"}]
     (probe,) = choose_probes(snapshot(pod("cart", "node-1", "10.244.0.2", containers=both)))
     assert (probe.path, probe.sender, str(probe.address), probe.port) == (
         Path.CONTAINER,
