@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 
-class OwnerReference(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class OwnerReference(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):
     api_version: str
     kind: str
     name: str
@@ -15,7 +15,7 @@ class OwnerReference(msgspec.Struct, frozen=True, kw_only=True, rename="camel", 
     block_owner_deletion: bool = False
 
 
-class ObjectMeta(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class ObjectMeta(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):
     name: str = ""
     generate_name: str = ""
     namespace: str = ""
@@ -36,7 +36,7 @@ class ObjectMeta(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit
         return next((owner for owner in self.owner_references if owner.controller), None)
 
 
-class Requirement(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class Requirement(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):
     key: str
     operator: str
     values: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Requirement(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omi
                 raise ValueError(f"selector operator {self.operator!r} is not one of In, NotIn, Exists, DoesNotExist")
 
 
-class LabelSelector(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class LabelSelector(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):
     """metav1.LabelSelector: an empty one matches everything."""
 
     match_labels: dict[str, str] = {}
