@@ -18,7 +18,7 @@ from podwire.agent.config import AgentConfig
 from podwire.agent.plumbing import Plumbing
 from podwire.agent.podstatus import FINISHED, SANDBOX_LOST, rejection_patch, status_patch, without_times
 from podwire.agent.ports import ConfigSource, PodRuntime
-from podwire.agent.reservations import Reservations
+from podwire.agent.reservations import Owner, Reservations
 from podwire.client.api import ApiClient
 from podwire.client.backoff import Backoff
 from podwire.client.errors import Conflict, NotFound
@@ -139,9 +139,8 @@ class PodWorker:
             await env.runtime.create_sandbox(pod)
             self._ips = env.config.node_ips
         else:
-            self._ips = await env.reservations.reserve(
-                self.uid, pod.metadata.namespace, pod.metadata.name, network.pod_cidrs, env.clock()
-            )
+            owner = Owner(self.uid, pod.metadata.namespace, pod.metadata.name)
+            self._ips = await env.reservations.reserve(owner, network.pod_cidrs, env.clock())
             sandbox = await env.runtime.create_sandbox(pod)
             if self.uid not in env.plumbing.pods:
                 attachment = network.attachment(self.uid, pod.metadata.namespace, pod.metadata.name, self._ips)

@@ -12,22 +12,29 @@ import contextlib
 import ipaddress
 import sqlite3
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from podwire.model.addr import IPAddress, IPNetwork
-from podwire.plan.ipam import pick_address
+from podwire.model.errors import PodwireError
+from podwire.plan.ipam import AddressesExhausted, pick_address, pod_range
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS reservation (
     address TEXT PRIMARY KEY, uid TEXT NOT NULL, namespace TEXT NOT NULL, name TEXT NOT NULL, since TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS last_given (prefix TEXT PRIMARY KEY, address TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS attachment (uid TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
 """
 
-_Statement = tuple[str, tuple[str, ...]]
+_Statement = tuple[str, tuple[str | bytes, ...]]
+
+
+class AddressTaken(PodwireError):
+    """An address that was asked for has another holder, or is none that a pod may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,14 @@ class Reservation:
     namespace: str
     name: str
     since: str
+
+
+class Owner(NamedTuple):
+    """Who holds addresses; `namespace` and `name` are for people."""
+
+    uid: str
+    namespace: str
+    name: str
 
 
 class Reservations:
@@ -57,6 +72,7 @@ class Reservations:
         self._by_address = {r.address: r for r in (Reservation(ipaddress.ip_address(row[0]), *row[1:]) for row in rows)}
         given = self._db.execute("SELECT prefix, address FROM last_given").fetchall()
         self._last = {ipaddress.ip_network(prefix): ipaddress.ip_address(address) for prefix, address in given}
+        self._records: dict[str, bytes] = dict(self._db.execute("SELECT uid, record FROM attachment").fetchall())
         self._pending: list[tuple[Sequence[_Statement], asyncio.Future[None]]] = []
         self._writing = asyncio.Lock()
         self._in_use = threading.Lock()
@@ -70,14 +86,33 @@ class Reservations:
     def all(self) -> tuple[Reservation, ...]:
         return tuple(self._by_address.values())
 
-    async def reserve(
-        self, uid: str, namespace: str, name: str, prefixes: Collection[IPNetwork], now: datetime
-    ) -> tuple[IPAddress, ...]:
-        """One address out of each prefix for the pod; the same ones on repeat. On disk when this returns.
+    def holder(self, address: IPAddress) -> Reservation | None:
+        return self._by_address.get(address)
 
-        Raises AddressesExhausted. A pod's addresses outside `prefixes` (the node's subnet has changed) are given up.
+    @property
+    def records(self) -> Mapping[str, bytes]:
+        """What was written down beside the addresses, by uid; for those alone that gave a record."""
+        return self._records
+
+    async def reserve(
+        self,
+        owner: Owner,
+        prefixes: Collection[IPNetwork],
+        now: datetime,
+        *,
+        wanted: Collection[IPAddress] = (),
+        record: bytes | None = None,
+    ) -> tuple[IPAddress, ...]:
+        """One address out of each prefix for the owner; the same ones on repeat. On disk when this returns.
+
+        `wanted`: the address to have out of the prefix that it is in. `record`: to be kept with the addresses, in the same
+        transaction. Raises AddressesExhausted, and AddressTaken for a wanted one that cannot be had. An owner's addresses
+        outside `prefixes` (the node's subnet has changed) are given up.
         """
-        held = [r for r in self._by_address.values() if r.uid == uid]
+        uid, namespace, name = owner
+        for address in wanted:
+            self._check_wanted(address, uid, prefixes)
+        held = [r for r in self._by_address.values() if r.uid == uid and not _ousted(r.address, wanted)]
         by_prefix = {prefix: r for prefix in prefixes for r in held if r.address in prefix}
         statements: list[_Statement] = []
         fresh: list[Reservation] = []
@@ -85,16 +120,21 @@ class Reservations:
         for prefix in prefixes:
             if prefix in by_prefix:
                 continue
-            address = pick_address(prefix, self._by_address, self._last.get(prefix))
+            asked = [address for address in wanted if address in prefix]
+            address = asked[0] if asked else self._pick(prefix)
             fresh.append(Reservation(address, uid, namespace, name, since))
-            statements.append(("INSERT OR REPLACE INTO last_given VALUES (?, ?)", (str(prefix), str(address))))
+            if not asked:
+                statements.append(("INSERT OR REPLACE INTO last_given VALUES (?, ?)", (str(prefix), str(address))))
             statements.append(("INSERT INTO reservation VALUES (?, ?, ?, ?, ?)", (str(address), uid, namespace, name, since)))
-        stale = [r for r in held if r not in by_prefix.values()]
+        stale = [r for r in self._by_address.values() if r.uid == uid and r not in by_prefix.values()]
         statements += [("DELETE FROM reservation WHERE address = ?", (str(r.address),)) for r in stale]
+        if record is not None and self._records.get(uid) != record:
+            statements.append(("INSERT OR REPLACE INTO attachment VALUES (?, ?)", (uid, record)))
         # In memory first, before anything is awaited: nobody else may pick these addresses meanwhile.
         for reservation in fresh:
             self._by_address[reservation.address] = reservation
-        self._last |= {prefix: r.address for prefix in prefixes for r in fresh if r.address in prefix}
+        given = (r for r in fresh if r.address not in wanted)
+        self._last |= {prefix: r.address for r in given for prefix in prefixes if r.address in prefix}
         try:
             await self._write(statements)
         except sqlite3.Error:
@@ -103,17 +143,43 @@ class Reservations:
             raise
         for reservation in stale:
             self._by_address.pop(reservation.address, None)
+        if record is not None:
+            self._records[uid] = record
         mine = self.of(uid)
         return tuple(ip for prefix in prefixes for ip in mine if ip in prefix)
 
     async def release(self, uid: str) -> None:
         """Give up the pod's addresses. Call it when no link has them any more. Unknown uid: nothing."""
         held = self.of(uid)
-        if not held:
+        if not held and uid not in self._records:
             return
-        await self._write([("DELETE FROM reservation WHERE uid = ?", (uid,))])
+        statements: list[_Statement] = [("DELETE FROM reservation WHERE uid = ?", (uid,))]
+        if uid in self._records:
+            statements.append(("DELETE FROM attachment WHERE uid = ?", (uid,)))
+        await self._write(statements)
         for address in held:
             self._by_address.pop(address, None)
+        self._records.pop(uid, None)
+
+    def _pick(self, prefix: IPNetwork) -> IPAddress:
+        """The next free address; when there is none, the error names holders."""
+        try:
+            return pick_address(prefix, self._by_address, self._last.get(prefix))
+        except AddressesExhausted as error:
+            holders = [r for r in self._by_address.values() if r.address in prefix]
+            some = ", ".join(f"{r.address} {r.namespace}/{r.name}" for r in sorted(holders, key=lambda r: r.since)[:5])
+            raise AddressesExhausted(prefix, f"its {len(holders)} addresses are held, the longest by {some}") from error
+
+    def _check_wanted(self, address: IPAddress, uid: str, prefixes: Collection[IPNetwork]) -> None:
+        prefix = next((prefix for prefix in prefixes if address in prefix), None)
+        if prefix is None:
+            raise AddressTaken(f"address {address} is in none of this node's subnets {', '.join(map(str, prefixes))}")
+        first, last = pod_range(prefix)
+        if not first <= int(address) <= last:
+            raise AddressTaken(f"address {address} is not one for pods: it is the subnet's own, the gateway or the broadcast")
+        holder = self._by_address.get(address)
+        if holder is not None and holder.uid != uid:
+            raise AddressTaken(f"address {address} is held by {holder.namespace}/{holder.name} since {holder.since}")
 
     def close(self) -> None:
         """Waits for a transaction that runs, and lets none begin any more."""
@@ -159,6 +225,12 @@ class Reservations:
                 with contextlib.suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
                 raise
+
+
+def _ousted(address: IPAddress, wanted: Collection[IPAddress]) -> bool:
+    """Whether the owner wants another address than this in its place."""
+    same_family = [other for other in wanted if other.version == address.version]
+    return bool(same_family) and address not in same_family
 
 
 def _retrieve(written: asyncio.Future[None]) -> None:

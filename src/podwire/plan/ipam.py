@@ -10,9 +10,10 @@ from podwire.model.errors import PodwireError
 class AddressesExhausted(PodwireError):
     """Every address that a pod could have out of `prefix` is taken."""
 
-    def __init__(self, prefix: IPNetwork) -> None:
-        self.prefix = prefix
-        super().__init__(f"no address is free in {prefix}: delete pods on this node or give its nodes larger subnets")
+    def __init__(self, prefix: IPNetwork, details: str = "") -> None:
+        self.prefix, self.details = prefix, details
+        known = f" ({details})" if details else ""
+        super().__init__(f"no address is free in {prefix}{known}: delete pods on this node or give its nodes larger subnets")
 
 
 def gateway(prefix: IPNetwork) -> IPAddress:

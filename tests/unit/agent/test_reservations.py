@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from podwire.agent.reservations import Reservations
+from podwire.agent.reservations import AddressTaken, Owner, Reservations
 from podwire.model.addr import IPAddress, IPNetwork
 from podwire.plan.ipam import AddressesExhausted
 
@@ -22,7 +22,7 @@ V6 = ipaddress.ip_network("fd00:10:244:1::/64")
 
 
 async def reserve(book: Reservations, uid: str, *prefixes: IPNetwork) -> tuple[IPAddress, ...]:
-    return await book.reserve(uid, "default", f"pod-{uid}", prefixes or (V4, V6), NOW)
+    return await book.reserve(Owner(uid, "default", f"pod-{uid}"), prefixes or (V4, V6), NOW)
 
 
 async def test_one_address_of_each_family_and_the_same_on_repeat(tmp_path: Path) -> None:
@@ -49,11 +49,42 @@ async def test_what_was_reserved_is_known_to_the_next_agent(tmp_path: Path) -> N
     again.close()
 
 
+async def test_an_address_that_is_asked_for(tmp_path: Path) -> None:
+    book = Reservations(tmp_path / "r.db")
+    wanted = ipaddress.ip_address("10.244.1.77")
+    asking = Owner("a", "default", "pod-a")
+    assert wanted in await book.reserve(asking, (V4, V6), NOW, wanted=(wanted,))
+    assert [str(ip) for ip in await reserve(book, "b")] == ["10.244.1.2", "fd00:10:244:1::3"]
+    for text, why in (("10.244.1.77", "held by default/pod-a"), ("10.9.9.9", "in none of"), ("10.244.1.1", "gateway")):
+        with pytest.raises(AddressTaken, match=why):
+            await book.reserve(Owner("c", "default", "pod-c"), (V4, V6), NOW, wanted=(ipaddress.ip_address(text),))
+    moved = ipaddress.ip_address("10.244.1.78")
+    assert (await book.reserve(asking, (V4, V6), NOW, wanted=(moved,)))[0] == moved
+    assert book.holder(wanted) is None
+    book.close()
+
+
+async def test_a_record_lives_and_goes_with_its_addresses(tmp_path: Path) -> None:
+    book = Reservations(tmp_path / "r.db")
+    await book.reserve(Owner("a", "n", "x"), (V4,), NOW, record=b"one")
+    await book.reserve(Owner("b", "n", "y"), (), NOW, record=b"two")
+    book.close()
+    again = Reservations(tmp_path / "r.db")
+    assert again.records == {"a": b"one", "b": b"two"}
+    await again.release("a")
+    await again.release("b")
+    again.close()
+    last = Reservations(tmp_path / "r.db")
+    assert not last.records
+    assert not last.all()
+    last.close()
+
+
 async def test_a_full_subnet_is_told_and_nothing_half_is_kept(tmp_path: Path) -> None:
     small = ipaddress.ip_network("10.0.0.0/30")
     book = Reservations(tmp_path / "r.db")
     await reserve(book, "a", small)
-    with pytest.raises(AddressesExhausted):
+    with pytest.raises(AddressesExhausted, match=r"10\.0\.0\.0/30 .*10\.0\.0\.2 default/pod-a"):
         await reserve(book, "b", V4, small)
     assert book.of("b") == ()
     await book.release("a")
@@ -121,13 +152,13 @@ WRITER = """
 import asyncio, ipaddress, sys
 from datetime import datetime, UTC
 from pathlib import Path
-from podwire.agent.reservations import Reservations
+from podwire.agent.reservations import AddressTaken, Owner, Reservations
 
 async def main() -> None:
     book = Reservations(Path(sys.argv[1]))
     prefix = ipaddress.ip_network("10.0.0.0/16")
     for number in range(100_000):
-        (ip,) = await book.reserve(str(number), "default", "p", (prefix,), datetime.now(UTC))
+        (ip,) = await book.reserve(Owner(str(number), "default", "p"), (prefix,), datetime.now(UTC))
         print(number, ip, flush=True)
 
 asyncio.run(main())
