@@ -116,10 +116,13 @@ class Topology:
         return (*self.plan_place(place), *(SetRoute(route, place.netns) for route in defaults))
 
     def plan_world(self) -> Plan:
-        """The outside: reaches LoadBalancer addresses through the balancer."""
+        """The outside: reaches LoadBalancer addresses through the balancer. It passes nothing on: what a node does not know
+        and sends to its default gateway ends here, and does not go round through the balancer again."""
         place = self.world
+        switches = {Family.IPV4: "net/ipv4/ip_forward", Family.IPV6: "net/ipv6/conf/all/forwarding"}
+        ops = [SetSysctl(switches[f], "0", place.netns) for f in self.families]
         routes = [Route(self.balancer_pools[f], dev=UPLINK, via=self.balancer.addresses[f]) for f in self.families]
-        return (*self.plan_place(place), *(SetRoute(route, place.netns) for route in routes))
+        return (*self.plan_place(place), *ops, *(SetRoute(route, place.netns) for route in routes))
 
     def plan_balancer(self) -> Plan:
         """The balancer's machine; its routes follow the Services (`podwire.lab.balancer`).
