@@ -57,8 +57,11 @@ class PlumbingError(PodwireError):
 
 @dataclass(frozen=True, slots=True)
 class _PodUnit:
+    """`shared`: the pod's namespace is an engine's; other things in it are not ours to judge."""
+
     unit: Unit
     netns: str
+    shared: bool = False
 
 
 class Plumbing:
@@ -106,24 +109,34 @@ class Plumbing:
         return {f.op.key: f.message for f in applied.failures if isinstance(f.op, SetSysctl)}
 
     async def adopt(
-        self, base: NetState, peers: Iterable[Peer], pods: Iterable[tuple[PodAttachment, str]]
+        self,
+        base: NetState,
+        peers: Iterable[Peer],
+        pods: Iterable[tuple[PodAttachment, str]],
+        engines: Iterable[tuple[PodAttachment, str]] = (),
     ) -> Mapping[str, str]:
         """Take the node over as it is and make it what it shall be: what is right already stays untouched.
 
-        `pods` come with the path of their namespace. Returns, by uid, the pods that could not be adopted, and why; raises
-        PlumbingError where the base or a peer could not be had."""
+        `pods` come with the path of their namespace; `engines` are those of container engines, whose paths may be out of
+        sight: while the node's end of the link stands, they live. Returns, by uid, the pods that could not be adopted, and
+        why; raises PlumbingError where the base or a peer could not be had."""
         lost: dict[str, str] = {}
         async with self._busy:
             self._base = base
             self._peers = _by_node(peers)
             self._pods = {pod.uid: _PodUnit(plan_pod(pod), netns) for pod, netns in pods}
-            for uid in [uid for uid, pod in self._pods.items() if not self._attach(uid, pod.netns)]:
-                del self._pods[uid]
-                lost[uid] = "its network namespace is gone"
+            self._pods |= {pod.uid: _PodUnit(plan_pod(pod), netns, shared=True) for pod, netns in engines}
+            observed = await self._kernel.observe()
+            attached = [uid for uid, pod in self._pods.items() if self._attach(uid, pod.netns)]
+            for uid in self._pods.keys() - set(attached):
+                pod = self._pods[uid]
+                if not pod.shared or not _stands(uid, pod, observed):
+                    del self._pods[uid]
+                    lost[uid] = "its network namespace is gone"
             try:
-                _, failures = await self._reconcile(tuple(self._pods))
+                _, failures = await self._reconcile(attached, observed)
             finally:
-                for uid in self._pods:
+                for uid in attached:
                     self._kernel.detach(pod_netns(uid))
         if failures:
             raise PlumbingError("adopting the node", failures)
@@ -146,8 +159,10 @@ class Plumbing:
         if failures:
             raise PlumbingError(f"peers {', '.join(sorted(peers))}", failures)
 
-    async def plumb(self, pod: PodAttachment, netns: str) -> None:
-        """Join the pod, whose namespace is at path `netns`, to the node. Raises PlumbingError; nothing is left then."""
+    async def plumb(self, pod: PodAttachment, netns: str, *, engine_path: str | None = None) -> None:
+        """Join the pod, whose namespace is at path `netns`, to the node. Raises PlumbingError; nothing is left then.
+
+        `engine_path`: the namespace is a container engine's, to be found there later (`netns` may be good for now only)."""
         unit = plan_pod(pod)
         label = pod_netns(pod.uid)
         async with self._busy:
@@ -158,7 +173,8 @@ class Plumbing:
                 if failures:
                     await self._change({}, {HOST: unit[HOST]})
                     raise PlumbingError(f"pod {pod.namespace}/{pod.name}", failures)
-                self._pods[pod.uid] = _PodUnit(unit, netns)
+                shared = engine_path is not None
+                self._pods[pod.uid] = _PodUnit(unit, netns if engine_path is None else engine_path, shared)
             finally:
                 self._kernel.detach(label)
 
@@ -170,6 +186,29 @@ class Plumbing:
             failures = await self._change({}, {HOST: old})
         if failures:
             raise PlumbingError(f"pod {uid}", failures)
+
+    async def compare(self, uid: str, netns: str, *, repair: bool) -> tuple[str, ...]:
+        """What of a plumbed pod's link is not as it was left, as words; empty: nothing. With `repair` it is put back.
+
+        `netns`: a path to the pod's namespace. Raises PlumbingError where it is gone, or something cannot be put back."""
+        async with self._busy:
+            pod = self._pods[uid]
+            if not self._attach(uid, netns):
+                raise PlumbingError(f"pod {uid}: its network namespace {netns} is gone", ())
+            try:
+                seen = {ns: restrict(await self._kernel.observe(ns), wanted) for ns, wanted in pod.unit.items()}
+                plan = self._known(diff(pod.unit, seen))
+                failures = self._note(await self._execute(plan)) if plan and repair else ()
+            finally:
+                self._kernel.detach(pod_netns(uid))
+        if failures:
+            raise PlumbingError(f"pod {uid}", failures)
+        return tuple(describe(op) for op in plan)
+
+    def stands(self, uid: str, observed: NetState) -> bool:
+        """Whether the node's end of a plumbed pod's link is among what was observed."""
+        pod = self._pods.get(uid)
+        return pod is not None and _stands(uid, pod, observed)
 
     async def check(self) -> tuple[str, ...]:
         """Compare all with the kernel and put back what is missing; returns what that was, as words for a log line.
@@ -198,7 +237,8 @@ class Plumbing:
         desired = self._desired(uids, without)
         seen = {HOST: observed or await self._kernel.observe()}
         for uid in uids:
-            seen[pod_netns(uid)] = await self._kernel.observe(pod_netns(uid))
+            there, pod = await self._kernel.observe(pod_netns(uid)), self._pods[uid]
+            seen[pod_netns(uid)] = restrict(there, pod.unit[pod_netns(uid)]) if pod.shared else there
         plan = self._known(diff(desired, seen))
         if not plan:
             return (), ()
