@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from labcommand import SHOP, Lab, Podwire
 def podwire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podwire]:
     command = Podwire(tmp_path_factory.mktemp("labs") / "state")
     yield command
-    command("lab", "down", "--all")
+    command.ok("lab", "down", "--all")
 
 
 @pytest.fixture(scope="session")
@@ -26,26 +27,21 @@ def lab(podwire: Podwire) -> Iterator[Lab]:
 
 
 @pytest.fixture
-def ordinary(tmp_path: Path) -> Iterator[Podwire]:
+def ordinary() -> Iterator[Podwire]:
     """The command as an ordinary user runs it: as ourselves, or, where we are root, as uid 12345.
 
     Root's Python may live where others cannot look (/root). In a mount namespace of its own the directories above it are
-    made passable, which nobody else sees."""
-    state = tmp_path / "state"
-    if os.geteuid() != 0:
-        yield Podwire(state)
-        return
-    state.mkdir()
-    os.chown(state, 12345, 12345)
-    for parent in tmp_path.parents:
-        if parent.owner() == "root" and parent != Path("/") and str(parent).startswith("/tmp/"):
-            parent.chmod(0o755)
-    tmp_path.chmod(0o755)
-    command = Podwire(state, ("unshare", "--mount", "--propagation", "private", "sh", "-ec", _AS_USER, "sh"))
-    yield command
-    command("lab", "down", "--all")
+    made passable, which nobody else sees. The state is not below pytest's directory: pytest keeps that one from others."""
+    with tempfile.TemporaryDirectory(prefix="podwire-test-") as directory:
+        command = Podwire(Path(directory) / "state")
+        if os.geteuid() == 0:
+            os.chown(directory, _ORDINARY, _ORDINARY)
+            command = Podwire(command.state, ("unshare", "--mount", "--propagation", "private", "sh", "-ec", _AS_USER, "sh"))
+        yield command
+        command.ok("lab", "down", "--all")
 
 
+_ORDINARY = 12345
 _PREFIX = Path(sys.base_prefix)
 _TOP = Path(*_PREFIX.parts[:2])
 _AS_USER = f"""
@@ -54,5 +50,5 @@ if [ ! -x {_TOP} ] || [ "$(stat -c %a {_TOP})" = 700 ]; then
   mount -t tmpfs -o mode=755 tmpfs {_TOP} && mkdir -p {_PREFIX} && mount --move /mnt/python {_PREFIX}
 fi
 export HOME=/nonexistent; unset XDG_RUNTIME_DIR
-exec setpriv --reuid 12345 --regid 12345 --clear-groups "$@"
+exec setpriv --reuid {_ORDINARY} --regid {_ORDINARY} --clear-groups "$@"
 """
