@@ -52,6 +52,7 @@ class ServiceSync:
         self._stale = StaleFlows()
         self._port_tables: dict[str, ServiceTable] = {}
         self._programmed = asyncio.Event()
+        self._host_ports_asked: list[asyncio.Future[None]] = []
         services.subscribe(self._service_changed)
         slices.subscribe(self._slice_changed)
 
@@ -59,6 +60,13 @@ class ServiceSync:
         """A pod of this node with its addresses in `status.podIPs`, or None when it is gone."""
         self._dirty_ports[uid] = pod
         self._wake.set()
+
+    async def host_ports_programmed(self) -> None:
+        """Returns once the kernel has the host ports that were set before this call."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._host_ports_asked.append(done)
+        self._wake.set()
+        await done
 
     def request_resync(self) -> None:
         """Compare with the kernel at the next opportunity: somebody may have changed the rules."""
@@ -84,9 +92,11 @@ class ServiceSync:
             self._busy = True
             self._wake.clear()
             started = loop.time()
+            asked, self._host_ports_asked = self._host_ports_asked, []
             try:
                 await self._sync(planner, facts)
             except KernelError as error:
+                self._host_ports_asked += asked
                 self._resync = True
                 self._health.failed("services", error)
                 delay = backoff.next()
@@ -94,6 +104,9 @@ class ServiceSync:
                 await asyncio.sleep(delay)
                 continue
             backoff.reset()
+            for waiting in asked:
+                if not waiting.done():
+                    waiting.set_result(None)
             self._health.works("services")
             self._health.services_ready = True
             self._programmed.set()
