@@ -77,8 +77,11 @@ class PodWorker:
         return self.pod.metadata.uid
 
     def update(self, pod: Pod) -> None:
+        contradicted = self.pod.ready and not pod.ready and self._report is not None and self._report.ready
         self.pod = pod
-        if pod.metadata.deletion_timestamp:
+        if contradicted:  # somebody took this node for dead; what was written does not stand any more
+            self._written = None
+        if contradicted or pod.metadata.deletion_timestamp:
             self._changed.set()
 
     def gone(self) -> None:

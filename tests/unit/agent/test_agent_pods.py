@@ -227,6 +227,22 @@ async def test_a_pod_of_the_same_name_gets_nothing_of_its_predecessors_status(cl
             await cluster.client.delete(PODS, "web", "default", grace_period_seconds=0)
 
 
+async def test_a_pod_that_others_called_unready_while_the_node_was_silent_is_ready_again(cluster: MemoryCluster) -> None:
+    machine = cluster.machine(1)
+    async with cluster.agent(machine):
+        await cluster.create_pod("web", "n1")
+        pod = await cluster.until_running("web")
+        stale = {"type": "Ready", "status": "False", "reason": "NodeNotReady"}
+        kept = [c for c in pod["status"]["conditions"] if c["type"] != "Ready"]
+        patch = {"status": {"conditions": [*kept, stale]}}
+        await cluster.client.patch(PODS, "web", patch, "default", subresource="status")
+
+        async def ready_again() -> bool:
+            return condition(await cluster.client.get(PODS, "web", "default"), "Ready") == "True"
+
+        await cluster.until(ready_again)
+
+
 async def test_two_pods_never_share_an_address(cluster: MemoryCluster) -> None:
     machine = cluster.machine(1)
     async with cluster.agent(machine):
