@@ -25,6 +25,7 @@ from podwire.model.ops import (
     DelLink,
     DelNeighbour,
     DelRoute,
+    DelWireguardPeer,
     Failure,
     Op,
     Plan,
@@ -32,6 +33,7 @@ from podwire.model.ops import (
     SetNeighbour,
     SetRoute,
     SetSysctl,
+    SetWireguardPeer,
 )
 from podwire.plan.diff import EMPTY, diff, restrict, same_kind
 from podwire.plan.naming import BRIDGE, host_veth
@@ -324,6 +326,10 @@ def describe(op: Op) -> str:
             return f"forwarding entry {forward.mac} to {forward.dst} on {forward.dev}"
         case DelFdb(entry=forward):
             return f"stray forwarding entry {forward.mac} on {forward.dev}"
+        case SetWireguardPeer(peer=peer):
+            return f"WireGuard peer {peer.public_key} on {peer.dev}"
+        case DelWireguardPeer(peer=peer):
+            return f"stray WireGuard peer {peer.public_key} on {peer.dev}"
         case SetSysctl(key=key, value=value):
             return f"{key}={value}"
         case CommitNft():

@@ -18,11 +18,26 @@ from podwire.kernel.nftclient import NftClient
 from podwire.kernel.port import KernelError
 from podwire.kernel.rtnlsocket import RtnlSocket, open_netlink
 from podwire.kernel.sysctl import read_sysctls, write_sysctls
+from podwire.kernel.tun import make_tun
+from podwire.kernel.wireguard import WireguardClient
+from podwire.model.errors import Unsupported
 from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import NetState, Veth, Vxlan
+from podwire.model.kernelstate import Link, NetState, Tun, Veth, Vxlan, Wireguard
 from podwire.model.nft import Ruleset
-from podwire.model.ops import AddLink, Applied, ChangeLink, CommitNft, DelLink, Failure, Op, Plan, SetSysctl
+from podwire.model.ops import (
+    AddLink,
+    Applied,
+    ChangeLink,
+    CommitNft,
+    DelLink,
+    DelWireguardPeer,
+    Failure,
+    Op,
+    Plan,
+    SetSysctl,
+    SetWireguardPeer,
+)
 from podwire.wire import rtnl, rtnlread
 from podwire.wire.netlink import NETLINK_NETFILTER
 
@@ -42,6 +57,7 @@ class _Space:
     _netfilter: socket.socket | None = None
     _nft: NftClient | None = None
     _conntrack: socket.socket | None = None
+    _wireguard: WireguardClient | None = None
 
     @property
     def rtnl(self) -> RtnlSocket:
@@ -67,6 +83,12 @@ class _Space:
             self._conntrack = open_netlink(self.fd, NETLINK_NETFILTER)
         return ConntrackClient(self._conntrack)
 
+    @property
+    def wireguard(self) -> WireguardClient:
+        if self._wireguard is None:
+            self._wireguard = WireguardClient(self.fd)
+        return self._wireguard
+
     def own_ports(self) -> tuple[int, int]:
         """The numbers by which the kernel's notices name our sockets."""
         address: tuple[int, int] = self.netfilter.getsockname()
@@ -74,10 +96,10 @@ class _Space:
 
     def release(self) -> None:
         """Close the sockets; the next use opens them again."""
-        for sock in (self._rtnl, self._netfilter, self._conntrack):
+        for sock in (self._rtnl, self._netfilter, self._conntrack, self._wireguard):
             if sock is not None:
                 sock.close()
-        self._rtnl = self._netfilter = self._nft = self._conntrack = None
+        self._rtnl = self._netfilter = self._nft = self._conntrack = self._wireguard = None
 
     def close(self) -> None:
         self.release()
@@ -172,6 +194,8 @@ def _observe(space: _Space) -> NetState:
     families = (rtnl.AF_INET, rtnl.AF_INET6)
     routes = (rtnlread.read_route(msg, names) for af in families for msg in sock.dump(rtnl.dump_routes(af)))
     neighbours = (rtnlread.read_neighbour(msg, names) for af in families for msg in sock.dump(rtnl.dump_neighbours(af)))
+    secured = {link.name: space.wireguard.read(link.name) for link in links.values() if isinstance(link.kind, Wireguard)}
+    links |= {name: replace(links[name], kind=state.device) for name, state in secured.items()}
     tunnels = [raw.index for raw in raws if isinstance(links[raw.name].kind, Vxlan)]
     entries = (rtnlread.read_fdb(msg, names) for index in tunnels for msg in sock.dump(rtnl.dump_fdb(index)))
     return NetState(
@@ -181,6 +205,7 @@ def _observe(space: _Space) -> NetState:
         neighbours=frozenset(filter(None, neighbours)),
         fdb=frozenset(filter(None, entries)),
         sysctls=read_sysctls(space.fd, sorted(space.sysctl_keys)),
+        wireguard=frozenset(peer for state in secured.values() for peer in state.peers),
     )
 
 
@@ -205,8 +230,12 @@ class _Run:
                     self._sysctls(space, [op for op in ops if isinstance(op, SetSysctl)])
                 elif kind is CommitNft:
                     self._nft(space, [op for op in ops if isinstance(op, CommitNft)])
+                elif kind is SetWireguardPeer:
+                    self._wireguard_peers(space, [op for op in ops if isinstance(op, SetWireguardPeer | DelWireguardPeer)])
                 else:
-                    self._links_and_routes(space, [op for op in ops if not isinstance(op, SetSysctl | CommitNft)])
+                    self._links_and_routes(space, [op for op in ops if isinstance(op, opcodes.RtnlOp)])
+            except Unsupported as error:
+                self._fail(ops, errno.EOPNOTSUPP, str(error))
             except KernelError as error:
                 self._fail(ops, error.errno or errno.EIO, str(error))
             except OSError as error:
@@ -235,6 +264,16 @@ class _Run:
             except KernelError as error:
                 self._fail([op], error.errno or errno.EIO, str(error))
 
+    def _wireguard_peers(self, space: _Space, ops: list[SetWireguardPeer | DelWireguardPeer]) -> None:
+        try:
+            outcome = space.wireguard.change_peers([(op.peer, isinstance(op, SetWireguardPeer)) for op in ops])
+        except ValueError as error:
+            self._fail(ops, errno.EINVAL, str(error))
+            return
+        for position, ack in outcome.errors.items():
+            if not (isinstance(ops[position], DelWireguardPeer) and ack.errno == errno.ENODEV):
+                self._fail([ops[position]], ack.errno, ack.message or os.strerror(ack.errno))
+
     def _links_and_routes(self, space: _Space, ops: list[opcodes.RtnlOp]) -> None:
         pending: list[tuple[opcodes.RtnlOp, bytes]] = []
         for position, op in enumerate(ops):
@@ -254,6 +293,9 @@ class _Run:
                     self._add_link(space, op)
                 else:
                     pending += [(op, raw) for raw in opcodes.encode(self._without_needless_mac(op), known)]
+                    if isinstance(op, ChangeLink) and isinstance(op.link.kind, Wireguard):
+                        self._flush(space, pending)
+                        self._key_and_port(space, op, op.link)
             except ValueError as error:
                 self._fail([op], errno.EINVAL, str(error))
             if isinstance(op, DelLink):
@@ -275,14 +317,37 @@ class _Run:
                 self._fail([op], errno.ENODEV, f"there is no device {op.peer.master}")
                 return
         indices = self._known(space)
-        made = rtnl.new_link(op.link, indices=indices, peer=op.peer, peer_ns_fd=None if other is space else other.fd)
-        if not self._flush(space, [(op, made)]):
+        if isinstance(op.link.kind, Tun):
+            if not self._add_tun(space, op):
+                return
+        else:
+            made = rtnl.new_link(op.link, indices=indices, peer=op.peer, peer_ns_fd=None if other is space else other.fd)
+            if not self._flush(space, [(op, made)]):
+                return
+        if isinstance(op.link.kind, Wireguard) and not self._key_and_port(space, op, op.link):
+            space.rtnl.execute([rtnl.del_link(op.link.name)])
             return
         settled = self._flush(space, [(op, raw) for raw in rtnl.settle_link(op.link, indices=indices)])
         if settled and op.peer is not None:
             settled = self._flush(other, [(op, raw) for raw in rtnl.settle_link(op.peer, indices=self._known(other))])
         if not settled:
             space.rtnl.execute([rtnl.del_link(op.link.name)])  # all of it or nothing
+
+    def _add_tun(self, space: _Space, op: AddLink) -> bool:
+        try:
+            make_tun(space.fd, op.link.name)
+        except OSError as error:
+            self._fail([op], error.errno or errno.EIO, error.strerror or str(error))
+            return False
+        return self._flush(space, [(op, raw) for raw in rtnl.change_link(replace(op.link, up=False, master=None), indices={})])
+
+    def _key_and_port(self, space: _Space, op: AddLink | ChangeLink, link: Link) -> bool:
+        """Give a WireGuard device what rtnetlink cannot. Whether nothing was refused."""
+        assert isinstance(link.kind, Wireguard)
+        for ack in space.wireguard.set_device(link.name, link.kind).errors.values():
+            self._fail([op], ack.errno, ack.message or os.strerror(ack.errno))
+            return False
+        return True
 
     def _known(self, space: _Space) -> dict[str, int]:
         return self._indices.setdefault(space.label, {})
@@ -319,4 +384,6 @@ class _Run:
 
 
 def _kind(op: Op) -> type:
+    if isinstance(op, SetWireguardPeer | DelWireguardPeer):
+        return SetWireguardPeer
     return type(op) if isinstance(op, SetSysctl | CommitNft) else AddLink

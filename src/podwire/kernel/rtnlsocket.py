@@ -53,11 +53,11 @@ def netlink_socket(protocol: int, groups: Sequence[int] = ()) -> socket.socket:
 
 
 class RtnlSocket:
-    """Requests to one namespace's rtnetlink. Not for use by two threads at once. Errors other than a refused request
-    (no answer, a broken message) raise KernelError."""
+    """Requests to one namespace's rtnetlink (or another `protocol` of the same manners). Not for use by two threads at once.
+    Errors other than a refused request (no answer, a broken message) raise KernelError."""
 
-    def __init__(self, fd: int) -> None:
-        self._sock = open_netlink(fd, netlink.NETLINK_ROUTE)
+    def __init__(self, fd: int, protocol: int = netlink.NETLINK_ROUTE) -> None:
+        self._sock = open_netlink(fd, protocol)
         # Strict checking makes the kernel honour the filters of a dump, and refuse what it does not understand.
         self._sock.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_GET_STRICT_CHK, 1)
         self._sock.settimeout(_TIMEOUT_S)

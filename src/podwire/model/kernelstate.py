@@ -46,6 +46,31 @@ class Vxlan:
     local: IPAddress
     underlay: str
     learning: bool = False
+    gbp: bool = False
+    """Group Based Policy: the packet mark's lower 16 bits travel in the VXLAN header."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ipip:
+    """An IPv4-in-IPv4 tunnel from `local` to wherever a route's gateway is."""
+
+    local: IPAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Tun:
+    """A persistent TUN device (no packet information): its packets go to the process that attaches to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wireguard:
+    """A WireGuard device. `private_key`: base64, as `wg` writes it."""
+
+    port: int
+    private_key: str = field(repr=False)
+
+
+LinkKind = Device | Bridge | Veth | Vxlan | Ipip | Tun | Wireguard
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +78,7 @@ class Link:
     """A network device. Key: name. `hairpin` only means something for a bridge port."""
 
     name: str
-    kind: Device | Bridge | Veth | Vxlan
+    kind: LinkKind
     mtu: int | None = None
     mac: str | None = None
     up: bool = True
@@ -118,6 +143,21 @@ class FdbEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class WireguardPeer:
+    """Who is at the other end of a WireGuard device. Key: (dev, public_key).
+
+    `allowed`: the networks behind the peer, sorted; what comes from elsewhere is dropped. `endpoint`: its address and UDP
+    port; not observed (None), because WireGuard follows a peer that answers from another. `psk`: base64 or empty."""
+
+    dev: str
+    public_key: str
+    allowed: tuple[IPNetwork, ...]
+    endpoint: tuple[IPAddress, int] | None = None
+    keepalive: int = 0
+    psk: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class NetState:
     """One namespace. nftables live beside this, in `model.nft`, because they are planned incrementally."""
 
@@ -128,3 +168,4 @@ class NetState:
     fdb: frozenset[FdbEntry] = frozenset()
     sysctls: Mapping[str, str] = field(default_factory=dict)
     """Path below /proc/sys → value, e.g. {"net/ipv4/ip_forward": "1"}."""
+    wireguard: frozenset[WireguardPeer] = frozenset()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import Address, FdbEntry, Link, Neighbour, Route
+from podwire.model.kernelstate import Address, FdbEntry, Link, Neighbour, Route, WireguardPeer
 from podwire.model.nft import Batch
 
 
@@ -81,6 +81,20 @@ class DelFdb:
 
 
 @dataclass(frozen=True, slots=True)
+class SetWireguardPeer:
+    """Add the peer, or bring it to exactly this."""
+
+    peer: WireguardPeer
+    ns: NetnsName = HOST
+
+
+@dataclass(frozen=True, slots=True)
+class DelWireguardPeer:
+    peer: WireguardPeer
+    ns: NetnsName = HOST
+
+
+@dataclass(frozen=True, slots=True)
 class SetSysctl:
     key: str
     value: str
@@ -97,7 +111,7 @@ class CommitNft:
 
 Op = (
     AddLink | ChangeLink | DelLink | AddAddress | DelAddress | SetRoute | DelRoute | SetNeighbour | DelNeighbour
-    | SetFdb | DelFdb | SetSysctl | CommitNft
+    | SetFdb | DelFdb | SetWireguardPeer | DelWireguardPeer | SetSysctl | CommitNft
 )  # fmt: skip
 
 Plan = tuple[Op, ...]

@@ -9,12 +9,25 @@ The observed side may also be a *desired* value that was applied before: that is
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from podwire.model.addr import IPAddress, IPNetwork
 from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import Address, Device, FdbEntry, Link, Neighbour, NetState, Route, Veth, Vxlan
+from podwire.model.kernelstate import (
+    Address,
+    Device,
+    FdbEntry,
+    Ipip,
+    Link,
+    Neighbour,
+    NetState,
+    Route,
+    Veth,
+    Vxlan,
+    Wireguard,
+    WireguardPeer,
+)
 from podwire.model.ops import (
     AddAddress,
     AddLink,
@@ -24,12 +37,14 @@ from podwire.model.ops import (
     DelLink,
     DelNeighbour,
     DelRoute,
+    DelWireguardPeer,
     Op,
     Plan,
     SetFdb,
     SetNeighbour,
     SetRoute,
     SetSysctl,
+    SetWireguardPeer,
 )
 
 K = TypeVar("K", bound=Hashable)
@@ -94,6 +109,7 @@ def restrict(observed: NetState, to: NetState) -> NetState:
         neighbours=frozenset(n for n in observed.neighbours if _neighbour_key(n) in neighbours),
         fdb=frozenset(e for e in observed.fdb if _fdb_key(e) in fdb),
         sysctls={key: value for key, value in observed.sysctls.items() if key in to.sysctls},
+        wireguard=frozenset(p for p in observed.wireguard if _peer_key(p) in set(map(_peer_key, to.wireguard))),
     )
 
 
@@ -101,6 +117,7 @@ def satisfied(desired: Link, observed: Link) -> bool:
     """Whether an observed link is what is desired, as far as that says anything (None and an empty alias say nothing)."""
     return (
         same_kind(desired, observed)
+        and (not isinstance(desired.kind, Wireguard) or desired.kind == observed.kind)
         and desired.up == observed.up
         and (desired.mtu is None or desired.mtu == observed.mtu)
         and (desired.mac is None or desired.mac == observed.mac)
@@ -114,7 +131,7 @@ def same_kind(desired: Link, observed: Link) -> bool:
     """Whether changing `observed` can do, or whether it has to be made anew."""
     if isinstance(desired.kind, Device):
         return True
-    if isinstance(desired.kind, Vxlan):
+    if isinstance(desired.kind, Vxlan | Ipip):
         return desired.kind == observed.kind
     return type(desired.kind) is type(observed.kind)
 
@@ -216,6 +233,7 @@ def _makes(work: _Links, ns: NetnsName) -> list[Op]:
     ops += [SetNeighbour(entry, ns) for entry in sorted(neighbours.set, key=lambda n: (n.dev, int(n.ip)))]
     fdb = diff_keyed(desired.fdb, observed.fdb, _fdb_key)
     ops += [SetFdb(entry, ns) for entry in sorted(fdb.set, key=_fdb_key)]
+    ops += [SetWireguardPeer(peer, ns) for peer in _wireguard_changes(desired, observed)]
     routes = diff_keyed(desired.routes, observed.routes, _route_key)
     ops += [SetRoute(route, ns) for route in sorted(routes.set, key=_route_order)]
     return ops
@@ -230,6 +248,8 @@ def _breaks(work: _Links, ns: NetnsName) -> list[Op]:
     ops: list[Op] = []
     routes = diff_keyed(desired.routes, observed.routes, _route_key)
     ops += [DelRoute(route, ns) for route in sorted(routes.remove, key=_route_order, reverse=True)]
+    peers = diff_keyed(desired.wireguard, observed.wireguard, _peer_key)
+    ops += [DelWireguardPeer(peer, ns) for peer in sorted(peers.remove, key=_peer_key) if peer.dev in ours]
     fdb = diff_keyed(desired.fdb, observed.fdb, _fdb_key)
     ops += [DelFdb(entry, ns) for entry in sorted(fdb.remove, key=_fdb_key)]
     neighbours = diff_keyed(desired.neighbours, observed.neighbours, _neighbour_key)
@@ -254,7 +274,22 @@ def _without(state: NetState, gone: set[str]) -> NetState:
         neighbours=frozenset(n for n in state.neighbours if n.dev not in gone),
         fdb=frozenset(e for e in state.fdb if e.dev not in gone),
         sysctls=state.sysctls,
+        wireguard=frozenset(p for p in state.wireguard if p.dev not in gone),
     )
+
+
+def _wireguard_changes(desired: NetState, observed: NetState) -> list[WireguardPeer]:
+    """The peers to set. Networks move from peer to peer by being set, so the order does not matter; an endpoint that was not
+    observed is as good as any."""
+    present = {_peer_key(peer): peer for peer in observed.wireguard}
+
+    def differs(peer: WireguardPeer) -> bool:
+        other = present.get(_peer_key(peer))
+        if other is None:
+            return True
+        return replace(peer, endpoint=None) != replace(other, endpoint=None) or other.endpoint not in (None, peer.endpoint)
+
+    return sorted(filter(differs, desired.wireguard), key=_peer_key)
 
 
 def _same_ip(observed: Iterable[Address], wanted: Address) -> list[Address]:
@@ -271,6 +306,10 @@ def _neighbour_key(entry: Neighbour) -> tuple[str, IPAddress]:
 
 def _fdb_key(entry: FdbEntry) -> tuple[str, str]:
     return entry.dev, entry.mac
+
+
+def _peer_key(peer: WireguardPeer) -> tuple[str, str]:
+    return peer.dev, peer.public_key
 
 
 def _address_order(address: Address) -> tuple[str, int, int]:

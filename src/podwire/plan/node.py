@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from podwire.model.addr import Family, IPAddress, IPInterface, IPNetwork, family_of, mac_for
 from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import OWNER_ALIAS, Address, Bridge, FdbEntry, Link, Neighbour, NetState, Route
+from podwire.model.kernelstate import OWNER_ALIAS, Address, Bridge, FdbEntry, Link, Neighbour, NetState, Route, WireguardPeer
 from podwire.plan.ipam import gateway
 from podwire.plan.naming import BRIDGE, vtep_mac
 from podwire.plan.overlay import DEFAULT_PORT, DEFAULT_VNI, Peer, Tunnel, overhead, plan_peer, plan_tunnel
@@ -106,6 +106,7 @@ def union(states: Iterable[NetState]) -> NetState:
     routes: set[Route] = set()
     neighbours: set[Neighbour] = set()
     fdb: set[FdbEntry] = set()
+    wireguard: set[WireguardPeer] = set()
     for state in states:
         links.update(state.links)
         sysctls.update(state.sysctls)
@@ -113,7 +114,10 @@ def union(states: Iterable[NetState]) -> NetState:
         routes |= state.routes
         neighbours |= state.neighbours
         fdb |= state.fdb
-    return NetState(links, frozenset(addresses), frozenset(routes), frozenset(neighbours), frozenset(fdb), sysctls)
+        wireguard |= state.wireguard
+    return NetState(
+        links, frozenset(addresses), frozenset(routes), frozenset(neighbours), frozenset(fdb), sysctls, frozenset(wireguard)
+    )
 
 
 def union_units(units: Iterable[Unit]) -> Unit:

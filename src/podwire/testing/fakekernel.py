@@ -23,6 +23,7 @@ from podwire.model.ops import (
     DelLink,
     DelNeighbour,
     DelRoute,
+    DelWireguardPeer,
     Failure,
     Op,
     Plan,
@@ -30,6 +31,7 @@ from podwire.model.ops import (
     SetNeighbour,
     SetRoute,
     SetSysctl,
+    SetWireguardPeer,
 )
 from podwire.testing.fakenetns import FakeNetns, Refused
 from podwire.wire.rtnlread import describe_route
@@ -254,6 +256,10 @@ def _run(space: FakeNetns, op: Op) -> None:
             space.set_fdb(entry)
         case DelFdb(entry=entry):
             space.del_fdb(entry)
+        case SetWireguardPeer(peer=peer):
+            space.set_wireguard_peer(peer)
+        case DelWireguardPeer(peer=peer):
+            space.del_wireguard_peer(peer)
         case SetSysctl(key=key, value=value):
             space.set_sysctl(key, value)
         case CommitNft(batch=batch):

@@ -17,12 +17,16 @@ from podwire.model.kernelstate import (
     Bridge,
     Device,
     FdbEntry,
+    Ipip,
     Link,
     Neighbour,
     NetState,
     Route,
+    Tun,
     Veth,
     Vxlan,
+    Wireguard,
+    WireguardPeer,
 )
 from podwire.model.nft import Ruleset
 
@@ -48,6 +52,7 @@ class FakeNetns:
     routes: dict[tuple[IPNetwork, int], Route] = field(default_factory=dict)
     neighbours: dict[tuple[str, IPAddress], Neighbour] = field(default_factory=dict)
     fdb: dict[tuple[str, str], FdbEntry] = field(default_factory=dict)
+    wireguard: dict[tuple[str, str], WireguardPeer] = field(default_factory=dict)
     sysctls: dict[str, str] = field(default_factory=dict)
     ruleset: Ruleset = field(default_factory=Ruleset)
     fixed_mtu: set[str] = field(default_factory=set)
@@ -66,6 +71,7 @@ class FakeNetns:
             neighbours=frozenset(self.neighbours.values()),
             fdb=frozenset(self.fdb.values()),
             sysctls=dict(self.sysctls),
+            wireguard=frozenset(replace(peer, endpoint=None) for peer in self.wireguard.values()),
         )
 
     # --- links ------------------------------------------------------------------------------------------------
@@ -76,7 +82,8 @@ class FakeNetns:
         mtu = self._largest_mtu(link)
         if link.mtu is not None:
             mtu = min(mtu, link.mtu) if isinstance(link.kind, Vxlan) else link.mtu  # Linux caps a new VXLAN's
-        self.links[link.name] = _observed(replace(link, mtu=mtu, mac=link.mac or mac, up=False))
+        address = "" if isinstance(link.kind, Ipip | Tun | Wireguard) else link.mac or mac
+        self.links[link.name] = _observed(replace(link, mtu=mtu, mac=address, up=False))
         if link.mtu is not None:
             self.fixed_mtu.add(link.name)
         self._adjust_mtu(link.master)
@@ -118,6 +125,8 @@ class FakeNetns:
             self.links[name] = replace(self.links[name], mac=want.mac)
         if want.mtu not in (None, have.mtu):
             self._change_mtu(have, want.mtu)
+        if isinstance(want.kind, Wireguard):
+            self.links[name] = replace(self.links[name], kind=want.kind)
         if want.alias or not isinstance(want.kind, Device):
             self.links[name] = replace(self.links[name], alias=want.alias)
         if want.master not in (None, have.master):
@@ -162,6 +171,8 @@ class FakeNetns:
             del self.addresses[address]
         for key in [key for key in self.fdb if key[0] == name]:
             del self.fdb[key]
+        for key in [key for key in self.wireguard if key[0] == name]:
+            del self.wireguard[key]
         master = self.links.pop(name).master
         self.fixed_mtu.discard(name)
         for switch in [switch for switch in self.sysctls if f"/conf/{name}/" in switch or f"/neigh/{name}/" in switch]:
@@ -289,6 +300,18 @@ class FakeNetns:
         known = self.fdb.get((entry.dev, entry.mac))
         if known is not None and known.dst == entry.dst:
             del self.fdb[entry.dev, entry.mac]
+
+    def set_wireguard_peer(self, peer: WireguardPeer) -> None:
+        """A network belongs to one peer: the last that was given it."""
+        if not isinstance(self._link(peer.dev).kind, Wireguard):
+            raise Refused(errno.EOPNOTSUPP, "Operation not supported")
+        for key, other in self.wireguard.items():
+            if key[0] == peer.dev:
+                self.wireguard[key] = replace(other, allowed=tuple(n for n in other.allowed if n not in peer.allowed))
+        self.wireguard[peer.dev, peer.public_key] = peer
+
+    def del_wireguard_peer(self, peer: WireguardPeer) -> None:
+        self.wireguard.pop((peer.dev, peer.public_key), None)
 
     def set_sysctl(self, key: str, value: str) -> None:
         parts = key.split("/")

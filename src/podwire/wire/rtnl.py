@@ -11,7 +11,21 @@ from dataclasses import replace
 from typing import Literal
 
 from podwire.model.addr import IPAddress
-from podwire.model.kernelstate import ROUTE_PROTOCOL, Address, Bridge, Device, FdbEntry, Link, Neighbour, Route, Veth, Vxlan
+from podwire.model.kernelstate import (
+    ROUTE_PROTOCOL,
+    Address,
+    Bridge,
+    Device,
+    FdbEntry,
+    Ipip,
+    Link,
+    Neighbour,
+    Route,
+    Tun,
+    Veth,
+    Vxlan,
+    Wireguard,
+)
 from podwire.wire.netlink import (
     NLM_F_CREATE,
     NLM_F_DUMP,
@@ -53,7 +67,9 @@ IFLA_INET6_ADDR_GEN_MODE = 8
 IN6_ADDR_GEN_MODE_NONE = 1
 VETH_INFO_PEER = 1
 IFLA_VXLAN_ID, IFLA_VXLAN_LINK, IFLA_VXLAN_LOCAL, IFLA_VXLAN_LEARNING = 1, 3, 4, 7
-IFLA_VXLAN_PORT, IFLA_VXLAN_LOCAL6 = 15, 17
+IFLA_VXLAN_PORT, IFLA_VXLAN_LOCAL6, IFLA_VXLAN_GBP = 15, 17, 23
+IFLA_IPTUN_LOCAL, IFLA_IPTUN_PROTO = 2, 9
+IPPROTO_IPIP = 4
 RTEXT_FILTER_SKIP_STATS = 8
 
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
@@ -133,8 +149,16 @@ def _link_info(link: Link, indices: Mapping[str, int], peer: Link | None, peer_n
                     attr(local, vxlan.local.packed),
                     attr_u8(IFLA_VXLAN_LEARNING, int(vxlan.learning)),
                     attr_be16(IFLA_VXLAN_PORT, vxlan.port),
+                    *([attr(IFLA_VXLAN_GBP)] if vxlan.gbp else []),
                 ),
             ]
+        case Ipip(local=local_end):
+            data = nested(IFLA_INFO_DATA, attr(IFLA_IPTUN_LOCAL, local_end.packed), attr_u8(IFLA_IPTUN_PROTO, IPPROTO_IPIP))
+            return [attr_str(IFLA_INFO_KIND, "ipip"), data]
+        case Wireguard():
+            return [attr_str(IFLA_INFO_KIND, "wireguard")]
+        case Tun():
+            raise ValueError(f"link {link.name}: a TUN device is made through /dev/net/tun")
         case Device():
             raise ValueError(f"link {link.name}: a Device is configured, never made")
 

@@ -13,12 +13,16 @@ from podwire.model.kernelstate import (
     Bridge,
     Device,
     FdbEntry,
+    Ipip,
     Link,
+    LinkKind,
     Neighbour,
     NextHop,
     Route,
+    Tun,
     Veth,
     Vxlan,
+    Wireguard,
 )
 from podwire.wire import rtnl
 from podwire.wire.netlink import Message, NetlinkError, as_be, as_str, as_u8, as_u16, as_u32, parse_attrs
@@ -67,7 +71,8 @@ def read_link(msg: Message) -> RawLink:
 
 
 def links(raws: Iterable[RawLink]) -> dict[str, Link]:
-    """All of one namespace's links, by name; a link of a kind that podwire does not make is a Device."""
+    """All of one namespace's links, by name; a link of a kind that podwire does not make is a Device. rtnetlink does not tell
+    a WireGuard device's port and key."""
     known = list(raws)
     names = {raw.index: raw.name for raw in known}
     return {
@@ -85,7 +90,7 @@ def links(raws: Iterable[RawLink]) -> dict[str, Link]:
     }
 
 
-def _kind(raw: RawLink, names: Mapping[int, str]) -> Device | Bridge | Veth | Vxlan:
+def _kind(raw: RawLink, names: Mapping[int, str]) -> LinkKind:
     match raw.kind:
         case "bridge":
             return Bridge()
@@ -101,7 +106,14 @@ def _kind(raw: RawLink, names: Mapping[int, str]) -> Device | Bridge | Veth | Vx
                 local=_ip(local),
                 underlay=names.get(_u32(raw.data, rtnl.IFLA_VXLAN_LINK), ""),
                 learning=bool(as_u8(raw.data.get(rtnl.IFLA_VXLAN_LEARNING, b"\0"))),
+                gbp=rtnl.IFLA_VXLAN_GBP in raw.data,
             )
+        case "ipip":
+            return Ipip(_ip(raw.data.get(rtnl.IFLA_IPTUN_LOCAL, bytes(4))))
+        case "tun":
+            return Tun()
+        case "wireguard":
+            return Wireguard(0, "")
         case _:
             return Device()
 
