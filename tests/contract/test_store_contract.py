@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 import pytest
+from etcdrig import fresh_etcd
 
+from podwire.store.etcd import EtcdStore
 from podwire.store.memory import MemoryStore
 from podwire.store.port import (
     ABSENT,
@@ -23,11 +25,18 @@ from podwire.store.port import (
 from podwire.store.sqlite import SqliteStore
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "etcd"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    made: Store = MemoryStore() if request.param == "memory" else SqliteStore.open(tmp_path / "store.db")
-    yield made
-    await made.close()
+    async with AsyncExitStack() as stack:
+        made: Store
+        if request.param == "memory":
+            made = MemoryStore()
+        elif request.param == "sqlite":
+            made = SqliteStore.open(tmp_path / "store.db")
+        else:
+            made = EtcdStore(await stack.enter_async_context(fresh_etcd(tmp_path)))
+        stack.push_async_callback(made.close)
+        yield made
 
 
 async def take(events: AsyncIterator[Sequence[Event]], count: int) -> list[Event]:

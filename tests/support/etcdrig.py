@@ -107,3 +107,16 @@ async def one_member(folder: Path, *arguments: str, scheme: str = "http") -> Asy
 
 def log_of(member: Member) -> None:
     sys.stderr.write((member.folder / "log").read_text())
+
+
+QUICK = ("--heartbeat-interval", "10", "--election-timeout", "50")
+"""A cluster of one elects itself at once."""
+
+
+@asynccontextmanager
+async def fresh_etcd(folder: Path) -> AsyncIterator[EtcdClient]:
+    """An empty cluster of one, and its client, which the caller closes."""
+    async with one_member(folder, *QUICK) as member:
+        client = EtcdClient([member.client_url])
+        await answers(client)
+        yield client
