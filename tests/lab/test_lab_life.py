@@ -1,15 +1,20 @@
 """Labs come up, live side by side, and go without a trace, however they end."""
 
+import contextlib
+import http.client
+import ipaddress
 import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from labcommand import PODWIRE, ROOT, SHOP, Podwire, until
+from labcommand import PODWIRE, ROOT, SHOP, Lab, Podwire, until
 
 from podwire.lab.state import start_time
 
@@ -165,3 +170,69 @@ def test_an_ordinary_user_has_labs_too(ordinary: Podwire) -> None:
     assert report.status == 0, report.out + report.err
     ordinary.ok("lab", "down", "mine")
     until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def children(pid: int) -> dict[int, str]:
+    """pid → state letter of the direct children of a process."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == pid:
+                found[int(entry.name)] = fields[0]
+    return found
+
+
+@pytest.fixture
+def small(podwire: Podwire) -> Iterator[str]:
+    """A lab of one node, for tests that break it."""
+    podwire.ok("lab", "up", "--name", "small", "--nodes", "1")
+    yield "small"
+    podwire("lab", "down", "small")
+
+
+def test_orphans_are_buried(podwire: Podwire, small: str) -> None:
+    pid = podwire.pid(small)
+    before = children(pid)
+    podwire.ok("lab", "exec", "--name", small, "node-1", "--", "sh", "-c", "sleep 0.3 >/dev/null 2>&1 &")
+    orphan = until(lambda: set(children(pid)) - set(before))
+    until(lambda: not orphan & set(children(pid)))
+    assert "Z" not in children(pid).values()
+
+
+def test_a_lab_whose_pods_have_no_holder_any_more_ends_and_says_why(podwire: Podwire, small: str) -> None:
+    """Its only child is the shim. Better no lab than one in which nothing can start."""
+    log = podwire.state / small / "lab.log"
+    (shim,) = children(podwire.pid(small))
+    os.kill(shim, signal.SIGKILL)
+    with log.open() as file:  # the next look at the labs deletes what is left of it
+        until(lambda: small not in {lab["name"] for lab in podwire.labs()})
+        assert "the process that holds the pods has ended" in file.read()
+
+
+def test_nobody_gets_in_without_the_token(podwire: Podwire, small: str) -> None:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    for path in ("/api/v1/pods", "/lab/v1/status", "/lab/v1/paths"):
+        connection = http.client.HTTPSConnection("127.0.0.1", port_of(podwire, small), timeout=5, context=context)
+        with contextlib.closing(connection):
+            connection.request("POST" if path.endswith("paths") else "GET", path)
+            assert connection.getresponse().status == 401, path
+
+
+def test_ranges_are_those_that_were_asked_for(podwire: Podwire) -> None:
+    ranges = ["--service-cluster-ip-range", "10.50.0.0/20,fd00:50::/112", "--service-node-port-range", "31000-31009"]
+    podwire.ok("lab", "up", "--name", "ranges", "--nodes", "1", *ranges)
+    try:
+        lab = Lab(podwire, "ranges", podwire.ok("lab", "kubeconfig", "ranges", "--path").strip())
+        assert lab.kubectl("get", "service", "kubernetes", "-o", "jsonpath={.spec.clusterIP}") == "10.50.0.1"
+        lab.kubectl("create", "service", "nodeport", "web", "--tcp=80:80")
+        port = int(lab.kubectl("get", "service", "web", "-o", "jsonpath={.spec.ports[0].nodePort}"))
+        address = lab.kubectl("get", "service", "web", "-o", "jsonpath={.spec.clusterIP}")
+        assert 31000 <= port <= 31009
+        assert ipaddress.ip_address(address) in ipaddress.ip_network("10.50.0.0/20")
+    finally:
+        podwire.ok("lab", "down", "ranges")

@@ -31,3 +31,11 @@ def with_client(name: str, work: "Callable[[ApiClient], Awaitable[T]]") -> T:
             return await work(client)
 
     return asyncio.run(run())
+
+
+async def ask_lab(client: "ApiClient", method: str, path: str) -> bytes:
+    """A request to the lab itself (`podwire.lab.control`), which may take as long as what it asks for. Raises ApiError."""
+    from contextlib import aclosing
+
+    async with aclosing(client.stream(method, path)) as chunks:
+        return b"".join([chunk async for chunk in chunks])

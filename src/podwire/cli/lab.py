@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from podwire.cli.connect import lab_directory, with_client
+from podwire.cli.connect import ask_lab, lab_directory, with_client
 from podwire.cli.options import files_option, lab_option, make_spec, name_argument, spec_options
 from podwire.cli.progress import Progress
 from podwire.lab.spec import MAX_NODES
@@ -82,7 +82,7 @@ def await_lab(name: str, timeout: float, progress: Progress) -> None:
 
     async def wait(client: "ApiClient") -> None:
         await await_ready(client, timeout, show)
-        await client.request("POST", "/lab/v1/settle")
+        await ask_lab(client, "POST", f"/lab/v1/settle?within={timeout:g}")
 
     with progress.step("all pods ready"):
         with_client(name, wait)
@@ -241,7 +241,4 @@ def restart_node(lab_name: str, node: str) -> None:
 
 
 def _control(lab_name: str, method: str, path: str) -> Any:
-    async def call(client: "ApiClient") -> bytes:
-        return await client.request(method, path)
-
-    return json.loads(with_client(lab_name, call) or b"{}")
+    return json.loads(with_client(lab_name, lambda client: ask_lab(client, method, path)))

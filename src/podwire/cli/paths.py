@@ -4,20 +4,17 @@ import json
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlencode
 
 import click
 
 import podwire
-from podwire.cli.connect import lab_directory, with_client
+from podwire.cli.connect import ask_lab, lab_directory, with_client
 from podwire.cli.lab import await_lab, bring_up
 from podwire.cli.options import lab_option, make_spec, spec_options
 from podwire.cli.progress import Progress
 from podwire.lab.errors import LabError
-
-if TYPE_CHECKING:
-    from podwire.client.api import ApiClient
 
 _OUTPUT = click.option(
     "-o", "output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True, help="Output format."
@@ -92,11 +89,7 @@ def example(name: str) -> Path:
 def probe(lab_name: str, source: str = "", target: str = "") -> Any:
     """The paths report of a lab, as its document."""
     query = "?" + urlencode({"pod": source, "to": target}) if source else ""
-
-    async def ask(client: "ApiClient") -> bytes:
-        return await client.request("POST", f"/lab/v1/paths{query}")
-
-    return json.loads(with_client(lab_name, ask))
+    return json.loads(with_client(lab_name, lambda client: ask_lab(client, "POST", f"/lab/v1/paths{query}")))
 
 
 def print_report(report: Any, output: str) -> bool:

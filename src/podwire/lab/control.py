@@ -5,12 +5,13 @@
 * DELETE /lab/v1/nodes/{node}          remove one
 * POST   /lab/v1/nodes/{node}/restart  kill its agent and start another
 * POST   /lab/v1/paths?pod=&to=        probe → the paths report (`podwire.lab.report.document`)
-* POST   /lab/v1/settle                wait until every node has programmed what the API says now
+* POST   /lab/v1/settle?within=        wait until every node has programmed what the API says now
 * POST   /lab/v1/shutdown              end the lab
 """
 
-from collections.abc import Awaitable
-from typing import TYPE_CHECKING, TypeVar
+import asyncio
+from collections.abc import Awaitable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -39,33 +40,40 @@ def add_routes(app: web.Application, cluster: "LabCluster") -> None:
 T = TypeVar("T")
 
 _SETTLE_SECONDS = 25.0
-"""Less than a client waits for an answer."""
 
 
 class _Control:
     def __init__(self, cluster: "LabCluster") -> None:
         self._cluster = cluster
+        self._changes: set[asyncio.Task[Any]] = set()
 
     async def status(self, request: web.Request) -> web.Response:
         return _json(self._cluster.status())
 
     async def add_node(self, request: web.Request) -> web.Response:
-        return _json({"name": await _asked(self._cluster.add_node())})
+        return _json({"name": await self._to_the_end(self._cluster.add_node())})
 
     async def remove_node(self, request: web.Request) -> web.Response:
-        await _asked(self._cluster.remove_node(request.match_info["node"]))
+        await self._to_the_end(self._cluster.remove_node(request.match_info["node"]))
         return _json({})
 
     async def restart_node(self, request: web.Request) -> web.Response:
-        await _asked(self._cluster.restart_node(request.match_info["node"]))
+        await self._to_the_end(self._cluster.restart_node(request.match_info["node"]))
         return _json({})
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """A change that was begun is finished, also when its asker has gone: a node is never left half made."""
+        task = asyncio.create_task(_asked(work))
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
 
     async def paths(self, request: web.Request) -> web.Response:
         results = await probe_paths(self._cluster, request.query.get("pod", ""), request.query.get("to", ""))
         return _json(document(results))
 
     async def settle(self, request: web.Request) -> web.Response:
-        await _asked(self._cluster.settle(_SETTLE_SECONDS))
+        await _asked(self._cluster.settle(_seconds(request.query.get("within", ""))))
         return _json({})
 
     async def shutdown(self, request: web.Request) -> web.Response:
@@ -79,6 +87,13 @@ async def _asked(work: Awaitable[T]) -> T:
         return await work
     except LabError as error:
         raise InvalidInput(str(error)) from error
+
+
+def _seconds(text: str) -> float:
+    try:
+        return min(max(float(text or _SETTLE_SECONDS), 0.0), 3600.0)
+    except ValueError as error:
+        raise InvalidInput(f"within={text} is no number of seconds") from error
 
 
 def _json(content: object) -> web.Response:
