@@ -160,6 +160,14 @@ async def test_veth_into_a_pod(kernel: Kernel) -> None:
     assert set((await kernel.observe(OTHER)).links) == {"lo"}
 
 
+async def test_a_link_that_is_up_carries_soon(kernel: Kernel) -> None:
+    await ok(kernel, AddLink(BRIDGE), AddLink(HOST_END, peer=POD_END))
+    async with asyncio.timeout(5):
+        while not await kernel.carries("veth1"):  # noqa: ASYNC110  # there is no event to wait for
+            await asyncio.sleep(0)
+    assert not await kernel.carries("nothing")
+
+
 async def test_veth_made_from_the_pod_side(kernel: Kernel) -> None:
     await ok(kernel, AddLink(BRIDGE), AddLink(POD_END, peer=HOST_END, ns=POD))
     assert (await kernel.observe()).links["veth1"].master == "br0"

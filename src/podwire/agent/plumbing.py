@@ -43,6 +43,7 @@ from podwire.plan.podlinks import PodAttachment, fresh_pod_namespace, plan_pod
 
 log = logging.getLogger(__name__)
 
+CARRIER_SECONDS = 1.0
 ECHO_SECONDS = 0.5
 """How long after a change of ours the kernel may still tell about it (carrier, operational state, a bridge's ports)."""
 
@@ -179,6 +180,16 @@ class Plumbing:
                 self._pods[pod.uid] = _PodUnit(unit, netns if engine_path is None else engine_path, shared)
             finally:
                 self._kernel.detach(label)
+        await self._await_carrier(host_veth(pod.uid))
+
+    async def _await_carrier(self, name: str) -> None:
+        """A packet sent before the link carries is lost, and a connection's first is not sent again for a second."""
+        try:
+            async with asyncio.timeout(CARRIER_SECONDS):
+                while not await self._kernel.carries(name):  # noqa: ASYNC110  # a few milliseconds, in the kernel
+                    await asyncio.sleep(0.001)
+        except TimeoutError:
+            log.warning("link %s does not carry packets %g s after it was made; going on", name, CARRIER_SECONDS)
 
     async def unplumb(self, uid: str) -> None:
         """Remove the pod's link, whatever state it is in; also one that an earlier agent made. Raises PlumbingError."""

@@ -144,6 +144,10 @@ class LinuxKernel:
         space = self._space(ns)
         return await self._off_loop(lambda: forget_flows(space.conntrack, wanted))
 
+    async def carries(self, name: str, ns: NetnsName = HOST) -> bool:
+        space = self._space(ns)
+        return await self._off_loop(lambda: _carries(space, name))
+
     async def apply(self, plan: Plan) -> Applied:
         if not plan:
             return Applied(0)
@@ -183,6 +187,11 @@ class LinuxKernel:
                     space.release()
 
         return await asyncio.wrap_future(self._worker.submit(work))
+
+
+def _carries(space: _Space, name: str) -> bool:
+    answers = space.rtnl.execute([rtnl.get_link(name)]).answers
+    return any(rtnlread.read_link(answer).running for answer in answers.values())
 
 
 def _observe(space: _Space) -> NetState:

@@ -72,6 +72,11 @@ class Kernel(Protocol):
         Their next packet is judged by the rules anew: a UDP client of an endpoint that is gone finds another."""
         ...
 
+    async def carries(self, name: str, ns: NetnsName = HOST) -> bool:
+        """Whether the link is operationally up. The kernel says so a while after the link was switched on (a work queue sees
+        to it); until then what is sent to it is dropped. False for a link that does not exist."""
+        ...
+
     async def apply(self, plan: Plan) -> Applied:
         """Execute in order; see `Applied`. Adding an address, route, neighbour or entry again, and removing what is not there
         (also with its device), is done, not failed. AddLink of a name in use fails (EEXIST) and leaves that link as it is;

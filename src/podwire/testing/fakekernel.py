@@ -101,6 +101,10 @@ class FakeKernel:
         space.flows[:] = kept
         return gone
 
+    async def carries(self, name: str, ns: NetnsName = HOST) -> bool:
+        link = self._attached_space(ns).links.get(name)
+        return link is not None and link.up
+
     async def apply(self, plan: Plan) -> Applied:
         await asyncio.sleep(0)  # as the real one, it lets others run
         failures: list[Failure] = []

@@ -35,6 +35,8 @@ class RawLink:
     index: int
     name: str
     up: bool
+    running: bool
+    """Operationally up (RFC 2863), that is: not only switched on, it also carries packets."""
     mtu: int
     mac: str
     alias: str
@@ -58,6 +60,7 @@ def read_link(msg: Message) -> RawLink:
         index=index,
         name=as_str(attrs.get(rtnl.IFLA_IFNAME, b"")),
         up=bool(flags & rtnl.IFF_UP),
+        running=bool(flags & rtnl.IFF_RUNNING),
         mtu=_u32(attrs, rtnl.IFLA_MTU),
         mac=attrs.get(rtnl.IFLA_ADDRESS, b"").hex(":"),
         alias=as_str(attrs.get(rtnl.IFLA_IFALIAS, b"")),
