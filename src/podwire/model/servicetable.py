@@ -17,7 +17,10 @@ class NodeFacts:
     """What planning Services on a node needs to know about it.
 
     `node_ips`: the addresses that node ports and host ports listen on. `pod_cidrs`: this node's own. `cluster_cidrs`: all
-    pods of the cluster. `service_cidrs`: where ClusterIPs come from. `zone`: topology.kubernetes.io/zone."""
+    pods of the cluster. `service_cidrs`: where ClusterIPs come from. `zone`: topology.kubernetes.io/zone.
+    `local_sources`: whose traffic counts as that of a pod of this node (kube-proxy's detectLocalMode); empty: `pod_cidrs`.
+    `masquerade_all`: whoever uses a ClusterIP is seen with the node's address. `loopback`: node ports and host ports also
+    listen on 127.0.0.1; needs the sysctl route_localnet (IPv6 has no such switch, so nothing listens on ::1)."""
 
     name: str
     node_ips: tuple[IPAddress, ...]
@@ -25,6 +28,14 @@ class NodeFacts:
     cluster_cidrs: tuple[IPNetwork, ...] = ()
     service_cidrs: tuple[IPNetwork, ...] = ()
     zone: str = ""
+    local_sources: tuple[IPNetwork, ...] = ()
+    masquerade_all: bool = False
+    loopback: bool = False
+
+    @property
+    def local_pods(self) -> tuple[IPNetwork, ...]:
+        """Sources that are treated as pods of this node."""
+        return self.local_sources or self.pod_cidrs
 
 
 Backend = bytes
@@ -67,7 +78,8 @@ class Frontend(msgspec.Struct, frozen=True, gc=False):
     `address` is packed, `protocol` the IP protocol number. `inside`: for traffic of this node's pods and processes;
     `outside`: for all other, None where it is the same. `masquerade`: the source is rewritten for everyone.
     `affinity_s`: clients stay with their backend for so long after the last connection; 0: they do not.
-    `source_ranges`: (first, last) packed addresses of those who may come in; None: anyone."""
+    `source_ranges`: (first, last) packed addresses of those who may come in; None: anyone. `port_name`: the Service's port;
+    with `protocol` it tells which frontends are the same port at different addresses."""
 
     address: bytes
     protocol: int
@@ -78,14 +90,18 @@ class Frontend(msgspec.Struct, frozen=True, gc=False):
     masquerade: bool = False
     affinity_s: int = 0
     source_ranges: tuple[tuple[bytes, bytes], ...] | None = None
+    port_name: str = ""
 
 
 class ServiceTable(msgspec.Struct, frozen=True, gc=False):
     """All frontends of one Service (or of one Pod's host ports).
 
     `local_addresses`: the backends that run on this node. `cluster_ips`: addresses that belong to the Service alone, so that
-    any other port of theirs is closed."""
+    any other port of theirs is closed. `health_check_port`: where balancers ask whether this node has endpoints; 0: nowhere.
+    `local_ready`: how many of its pods on this node are ready, for the answer."""
 
     frontends: tuple[Frontend, ...] = ()
     local_addresses: frozenset[bytes] = frozenset()
     cluster_ips: frozenset[bytes] = frozenset()
+    health_check_port: int = 0
+    local_ready: int = 0

@@ -14,6 +14,8 @@ _HEADLESS_LABEL = "service.kubernetes.io/headless"
 
 _NOTHING = ServiceTable()
 _ADDRESS_BYTES = {"IPv4": 4, "IPv6": 16}
+LOOPBACK = bytes((127, 0, 0, 1))
+"""A frontend on it serves the node's own processes, whose source (127.0.0.1 too) must not leave the node."""
 _OCTETS = {str(n): n for n in range(256)}
 
 
@@ -107,7 +109,7 @@ def _pools(port: ServicePort, sources: list[_Source], facts: NodeFacts, needs_lo
     leaving: list[_Found] = []
     for source in sources:
         for target in source.piece.ports:
-            if target.name == port.name and target.port:
+            if target.name == port.name and target.protocol == port.protocol and target.port:
                 tail = backend(b"", target.port)
                 ready += [(address + tail, endpoint) for address, endpoint in source.ready]
                 leaving += [(address + tail, endpoint) for address, endpoint in source.leaving]
@@ -152,7 +154,13 @@ def service_table(service: Service | None, slices: Sequence[EndpointSlice], fact
                 frontends.setdefault((frontend.address, frontend.protocol, frontend.port), frontend)
     here = facts.name
     local = [a for s in sources for found in (s.ready, s.leaving) for a, endpoint in found if endpoint.node_name == here]
-    return ServiceTable(tuple(frontends.values()), frozenset(local), frozenset(cluster_ips))
+    return ServiceTable(
+        tuple(frontends.values()),
+        frozenset(local),
+        frozenset(cluster_ips),
+        health_check_port=spec.health_check_node_port if outside_local and spec.type == "LoadBalancer" else 0,
+        local_ready=len({a for s in sources for a, endpoint in s.ready if endpoint.node_name == here}),
+    )
 
 
 def _reached_from_outside(service: Service) -> bool:
@@ -173,9 +181,8 @@ def _places(service: Service, facts: NodeFacts, length: int) -> Iterator[_Place]
     for address in _packed_of(spec.cluster_ips or (spec.cluster_ip,), length):
         yield _Place(address, FrontendKind.CLUSTER_IP)
     if spec.type in ("NodePort", "LoadBalancer"):
-        for ip in facts.node_ips:
-            if ip.max_prefixlen == 8 * length:
-                yield _Place(ip.packed, FrontendKind.NODE_PORT)
+        for address in _node_addresses(facts, length):
+            yield _Place(address, FrontendKind.NODE_PORT)
     if spec.type == "LoadBalancer":
         # ipMode Proxy: the balancer itself answers on that address, so packets to it have to leave the node.
         texts = [i.ip for i in service.status.load_balancer.ingress if i.ip_mode != "Proxy"]
@@ -183,6 +190,12 @@ def _places(service: Service, facts: NodeFacts, length: int) -> Iterator[_Place]
             yield _Place(address, FrontendKind.LOAD_BALANCER, _source_ranges(spec, facts, address))
     for address in _packed_of(spec.external_ips, length):
         yield _Place(address, FrontendKind.EXTERNAL_IP)
+
+
+def _node_addresses(facts: NodeFacts, length: int) -> tuple[bytes, ...]:
+    """Where the node itself listens, in one family."""
+    addresses = tuple(ip.packed for ip in facts.node_ips if ip.max_prefixlen == 8 * length)
+    return (*addresses, LOOPBACK) if facts.loopback and length == len(LOOPBACK) else addresses
 
 
 def _packed_of(texts: Sequence[str], length: int) -> Iterator[bytes]:
@@ -202,12 +215,15 @@ def _frontends(
     affinity = spec.session_affinity_config.client_ip.timeout_seconds if spec.session_affinity == "ClientIP" else 0
     for address, kind, ranges in places:
         if kind is FrontendKind.CLUSTER_IP:
-            yield Frontend(address, protocol, port.port, kind, inside, affinity_s=affinity)
+            yield Frontend(address, protocol, port.port, kind, inside, affinity_s=affinity, port_name=port.name)
             continue
         number = port.node_port if kind is FrontendKind.NODE_PORT else port.port
         if number:
             outside = pools.local if outside_local else None
-            yield Frontend(address, protocol, number, kind, pools.cluster, outside, not outside_local, affinity, ranges)
+            masquerade = not outside_local or address == LOOPBACK
+            yield Frontend(
+                address, protocol, number, kind, pools.cluster, outside, masquerade, affinity, ranges, port_name=port.name
+            )
 
 
 def _source_ranges(spec: ServiceSpec, facts: NodeFacts, address: bytes) -> tuple[tuple[bytes, bytes], ...] | None:
@@ -251,7 +267,8 @@ def host_port_table(pod: Pod | None, facts: NodeFacts) -> ServiceTable:
                 pool = Pool((backend(pod_address, port.container_port),))
                 for address in _host_addresses(port.host_ip, len(pod_address), facts):
                     key = (address, protocol, port.host_port)
-                    frontends.setdefault(key, Frontend(*key, FrontendKind.HOST_PORT, pool))
+                    local = address == LOOPBACK
+                    frontends.setdefault(key, Frontend(*key, FrontendKind.HOST_PORT, pool, masquerade=local))
     return ServiceTable(tuple(frontends.values()), frozenset(addresses) if frontends else frozenset())
 
 
@@ -262,4 +279,4 @@ def _host_addresses(host_ip: str, length: int, facts: NodeFacts) -> tuple[bytes,
         return (packed,) if len(packed) == length else ()
     if packed is not None and len(packed) != length:
         return ()  # 0.0.0.0 and :: mean one family
-    return tuple(ip.packed for ip in facts.node_ips if ip.max_prefixlen == 8 * length)
+    return _node_addresses(facts, length)
