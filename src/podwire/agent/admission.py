@@ -13,6 +13,10 @@ class HostPort(NamedTuple):
     port: int
     ip: str
 
+    def clashes(self, other: "HostPort") -> bool:
+        same_ip = not self.ip or not other.ip or self.ip == other.ip
+        return self.protocol == other.protocol and self.port == other.port and same_ip
+
 
 class Rejection(NamedTuple):
     """Why not, as pod.status.reason and message have it."""
@@ -40,14 +44,9 @@ def refuse(pod: Pod, others: Iterable[Pod], max_pods: int) -> Rejection | None:
             continue
         for held in host_ports(other):
             for port in wanted:
-                if _clash(port, held):
+                if port.clashes(held):
                     text = f"host port {port.port}/{port.protocol} is in use by pod {other.key} on this node"
                     return Rejection("NodePorts", text)
     if count >= max_pods:
         return Rejection("OutOfpods", f"this node takes {max_pods} pods and has {count}")
     return None
-
-
-def _clash(one: HostPort, other: HostPort) -> bool:
-    same_ip = not one.ip or not other.ip or one.ip == other.ip
-    return one.protocol == other.protocol and one.port == other.port and same_ip

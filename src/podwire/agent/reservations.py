@@ -89,6 +89,11 @@ class Reservations:
     def holder(self, address: IPAddress) -> Reservation | None:
         return self._by_address.get(address)
 
+    def has_room(self, prefix: IPNetwork) -> bool:
+        """Whether an address of `prefix` is free."""
+        first, last = pod_range(prefix)
+        return last - first >= sum(r.address in prefix for r in self._by_address.values())
+
     @property
     def records(self) -> Mapping[str, bytes]:
         """What was written down beside the addresses, by uid; for those alone that gave a record."""
