@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+BACKLOG = 4096
+"""Connections that may wait to be accepted (the kernel cuts it to net.core.somaxconn): hundreds of agents start at once."""
+
 STOP_SECONDS = 2.0
 """How long requests may take to end when the server stops."""
 
@@ -33,7 +36,7 @@ class ApiServer:
             await self.listen(listener)
 
     async def listen(self, listener: Listener) -> None:
-        await web.SockSite(self._runner, listener.sock, ssl_context=listener.tls, backlog=512).start()
+        await web.SockSite(self._runner, listener.sock, ssl_context=listener.tls, backlog=BACKLOG).start()
 
     async def stop(self) -> None:
         await self._runner.cleanup()

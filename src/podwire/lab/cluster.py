@@ -135,7 +135,7 @@ class LabCluster:
         """An abstract Unix socket: it exists in the lab's own network namespace only, where no pod is."""
         sock = socket.socket(socket.AF_UNIX)
         sock.bind(_INSIDE)
-        sock.listen(512)
+        sock.listen()
         return sock
 
     def _connect(self, user_agent: str) -> ApiClient:
