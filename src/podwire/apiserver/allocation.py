@@ -177,12 +177,23 @@ class ServiceAllocator:
         """The commit failed or was a dry run: nothing was acquired."""
         self._forget(allocation.acquire)
 
+    def start_over(self, prefix: str, keys: Iterable[str]) -> None:
+        """Of the addresses (IP_PREFIX) or the ports (PORT_PREFIX), exactly what the store's keys hold is taken."""
+        pools: tuple[_Pool, ...] = tuple(self._addresses.values()) if prefix == IP_PREFIX else (self._ports,)
+        for pool in pools:
+            pool.taken.clear()
+        self.load(keys)
+
     def repair(self, keys: Iterable[str], services: Iterable[Json]) -> tuple[list[str], list[str]]:
         """Keys to put (held by a Service, not in the store) and to delete (held by none), for start-up."""
         stored, wanted = set(keys), set[str]().union(*(held(service) for service in services))
         self._forget(stored - wanted)
         self.load(wanted)
         return sorted(wanted - stored), sorted(stored - wanted)
+
+    def follow(self, key: str, *, taken: bool) -> None:
+        """The store says that `key` is there, or is not: another server may have taken it, or given it back."""
+        self._mark(key, taken=taken)
 
     # --- addresses
 
@@ -276,6 +287,8 @@ class ServiceAllocator:
             if found is None:
                 return
             pool, offset = found, found.offset(address)
+        elif not key.startswith(PORT_PREFIX):
+            return  # kube-apiserver's own records lie beside ours
         else:
             pool, port = self._ports, int(key.removeprefix(PORT_PREFIX))
             offset = port - self._ports.ports.start if port in self._ports.ports else None

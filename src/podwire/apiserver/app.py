@@ -10,7 +10,7 @@ from podwire.apiserver import discovery, status
 from podwire.apiserver.allocation import ServiceAllocator, ServiceRanges
 from podwire.apiserver.auth import ADMIN, ANONYMOUS, Authenticator, User
 from podwire.apiserver.bootstrap import bootstrap
-from podwire.apiserver.claims import ServiceClaims, repair_claims
+from podwire.apiserver.claims import ServiceClaims, ledgers, repair_claims
 from podwire.apiserver.config import ServerConfig
 from podwire.apiserver.housekeeping import keep_house
 from podwire.apiserver.hub import Hub
@@ -45,8 +45,8 @@ class Api:
         self._store, self._config = store, config
         ranges = ServiceRanges(config.service_cidrs, config.node_ports)
         self._allocator = ServiceAllocator(ranges, config.choose)
-        self.hub = Hub(store, REGISTRY, config.now)
-        self.objects = Objects(store, config.now, {"services": ServiceClaims(self._allocator)})
+        self.hub = Hub(store, REGISTRY, config.now, ledgers(self._allocator))
+        self.objects = Objects(store, config.now, {"services": ServiceClaims(self._allocator, self.hub.up_to_date)})
         self._verbs = Verbs(store, self.hub, self.objects, config.bookmark_seconds)
         self._authenticator = Authenticator(config.tokens, config.signing_key)
         self._proxy = NodeProxy(self.objects, config.kubelet)

@@ -11,9 +11,10 @@ import contextlib
 import logging
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Protocol
 
 import msgspec
 
@@ -331,12 +332,27 @@ class Shelf:
                 yield self._line(kind, interest, seen)
 
 
-class Hub:
-    """Every kind's shelf, kept up with the store by `run`."""
+class Ledger(Protocol):
+    """Something else that is kept up with a part of the store."""
 
-    def __init__(self, store: Store, kinds: Iterable[Kind], now: Callable[[], datetime]) -> None:
+    def reset(self, items: Iterable[KeyValue]) -> None: ...
+
+    def apply(self, event: Event) -> None: ...
+
+
+class Hub:
+    """Every kind's shelf, and `ledgers` by their prefix below ROOT (`ranges/serviceips`), kept up with the store by `run`."""
+
+    def __init__(
+        self,
+        store: Store,
+        kinds: Iterable[Kind],
+        now: Callable[[], datetime],
+        ledgers: Mapping[str, Ledger] | None = None,
+    ) -> None:
         self._store = store
         self._shelves = {_shelf_name(k.resource): Shelf(k, now) for k in kinds if k.storage == k.resource}
+        self._ledgers = dict(ledgers or {})
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self.revision = 0
         self.oldest = 0
@@ -390,13 +406,21 @@ class Hub:
         """Wait until the hub knows everything up to `revision`."""
         if self.revision >= revision:
             return
+        await self._store.revision()  # a store with other users learns by this that someone waits
+        if self.revision >= revision:
+            return
+        await self._known(revision)
+
+    async def _known(self, revision: int) -> None:
         known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((revision, known))
         await known
 
     async def up_to_date(self) -> int:
         """Wait until the hub knows everything that was committed before this call; the revision it knows then."""
-        await self.at_least(await self._store.revision())
+        revision = await self._store.revision()
+        if self.revision < revision:
+            await self._known(revision)
         return self.revision
 
     async def _load(self) -> None:
@@ -408,8 +432,8 @@ class Hub:
         by_shelf: dict[str, list[KeyValue]] = defaultdict(list)
         for item in page.items:
             by_shelf[self._name_for(item.key)].append(item)
-        for name, shelf in self._shelves.items():
-            shelf.reset(by_shelf.get(name, ()))
+        for name, part in (*self._shelves.items(), *self._ledgers.items()):
+            part.reset(by_shelf.get(name, ()))
         self.oldest = page.revision
         self._advance(page.revision)
 
@@ -420,9 +444,10 @@ class Hub:
 
     def _apply(self, batch: Sequence[Event]) -> None:
         for event in batch:
-            shelf = self._shelves.get(self._name_for(event.key))
-            if shelf is not None:
-                shelf.apply(event)
+            name = self._name_for(event.key)
+            part = self._shelves.get(name) or self._ledgers.get(name)
+            if part is not None:
+                part.apply(event)
         self._advance(batch[-1].revision)
 
     def _advance(self, revision: int) -> None:

@@ -53,7 +53,7 @@ class Claim(Protocol):
 class Claims(Protocol):
     """What a kind keeps in the store beside its objects (a Service: its addresses and ports)."""
 
-    def plan(self, new: Json | None, old: Json | None) -> Claim:
+    async def plan(self, new: Json | None, old: Json | None) -> Claim:
         """For `new` in place of `old`; None: not there. Raises StatusError."""
         ...
 
@@ -117,7 +117,7 @@ class Objects:
         self._check(kind, draft, None, "")
         for _ in range(ATTEMPTS):
             # What a claim completes may have to be done over, with other addresses.
-            claim = self._claim(kind, copy.deepcopy(draft) if kind.storage.plural in self._claims else draft, None)
+            claim = await self._claim(kind, copy.deepcopy(draft) if kind.storage.plural in self._claims else draft, None)
             obj = claim.document
             place = Place(kind, namespace, obj["metadata"]["name"])
             if dry_run:
@@ -190,7 +190,7 @@ class Objects:
             if _without_version(new) == _without_version(old):
                 return old
             gone = _can_go(place.kind, new)
-            claim = self._claim(place.kind, None if gone else new, old)
+            claim = await self._claim(place.kind, None if gone else new, old)
             new = new if gone else claim.document
             if dry_run:
                 claim.close(done=False)
@@ -244,7 +244,7 @@ class Objects:
                 return marked, gone
             if not gone and _without_version(marked) == _without_version(old):
                 return old, False
-            claim = self._claim(place.kind, None, old) if gone else NoClaim(marked)
+            claim = await self._claim(place.kind, None, old) if gone else NoClaim(marked)
             value = None if gone else to_value(place.kind, marked)
             try:
                 revision = await self._commit(_write(place.key, value, item.mod_revision), claim)
@@ -298,9 +298,9 @@ class Objects:
             raise status.not_found(place.kind.resource, place.name)
         return item
 
-    def _claim(self, kind: Kind, new: Json | None, old: Json | None) -> Claim:
+    async def _claim(self, kind: Kind, new: Json | None, old: Json | None) -> Claim:
         claims = self._claims.get(kind.storage.plural)
-        return NoClaim(new or old or {}) if claims is None else claims.plan(new, old)
+        return NoClaim(new or old or {}) if claims is None else await claims.plan(new, old)
 
     async def _commit(self, write: Write, claim: Claim, guards: Sequence[Write] = ()) -> int:
         done, lost = False, ""

@@ -11,13 +11,16 @@ from podwire.store.port import KeyValue
 
 ROOT = "/registry/"
 
+OLD_NAMES = {"services": "services/specs", "nodes": "minions"}
+"""Where kube-apiserver keeps what had another name once. Every built-in kind lies by its plural alone, without its group."""
+
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(dict[str, Any])
 
 
 def prefix_of(resource: Resource, namespace: str = "") -> str:
-    """`/registry/pods/`, `/registry/apps/deployments/shop/`."""
-    base = f"{ROOT}{resource.group}/{resource.plural}/" if resource.group else f"{ROOT}{resource.plural}/"
+    """`/registry/pods/`, `/registry/deployments/shop/`, `/registry/services/specs/`: as kube-apiserver has them."""
+    base = f"{ROOT}{OLD_NAMES.get(resource.plural, resource.plural)}/"
     return f"{base}{namespace}/" if namespace else base
 
 

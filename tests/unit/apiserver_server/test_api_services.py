@@ -55,6 +55,20 @@ async def test_two_servers_on_one_store_do_not_share_either(serve: Serve) -> Non
     assert len({s["spec"]["clusterIP"] for s in made}) == 40
 
 
+async def test_what_one_server_gave_back_the_other_hands_out(serve: Serve) -> None:
+    store = MemoryStore()
+    config = ServerConfig(service_cidrs=(ip_network("10.96.0.0/29"),), node_ports=range(30000, 30005))
+    one, two = await serve(store, config), await serve(store, config)
+    for _ in range(4):
+        made = await asyncio.gather(*(one.ok("POST", SERVICES, service(f"s{n}", type="NodePort")) for n in range(5)))
+        await two.fails(500, "POST", SERVICES, service("one-too-many"))
+        await asyncio.gather(*(one.ok("DELETE", f"{SERVICES}/s{n}") for n in range(5)))
+        wished = made[0]["spec"]["clusterIP"]
+        again = await two.ok("POST", SERVICES, service("wish", clusterIP=wished, type="NodePort"))
+        assert again["spec"]["clusterIP"] == wished
+        await two.ok("DELETE", f"{SERVICES}/wish")
+
+
 async def test_a_full_range_is_an_error_that_says_so(serve: Serve) -> None:
     api = await serve(config=ServerConfig(service_cidrs=(ip_network("10.96.0.0/30"),)))
     await api.ok("POST", SERVICES, service("a"))
