@@ -1,19 +1,18 @@
-"""Services in the kernel: dirty keys in, one small nftables transaction out."""
+"""Services in the kernel: dirty keys in, one small change of the rules out, whatever the back end."""
 
 import asyncio
 import logging
 from random import Random
 
 from podwire.agent.health import Health
+from podwire.agent.proxymodes.nft import NftRules
+from podwire.agent.proxymodes.port import MakeRules, ServiceRules
 from podwire.client.backoff import Backoff
 from podwire.client.informer import Change, Informer
 from podwire.kernel.port import Kernel, KernelError
 from podwire.model.ids import ObjectKey
-from podwire.model.nft import Batch
 from podwire.model.objects import EndpointSlice, Pod, Service
-from podwire.model.ops import CommitNft
-from podwire.model.servicetable import ServiceTable
-from podwire.plan.services import TABLE, NodeFacts, ServicePlanner
+from podwire.model.servicetable import NodeFacts, ServiceTable
 from podwire.plan.services_table import host_port_table
 from podwire.plan.staleflows import StaleFlows
 
@@ -40,8 +39,10 @@ class ServiceSync:
         slices: Informer[EndpointSlice],
         health: Health,
         rng: Random,
+        make_rules: MakeRules | None = None,
     ) -> None:
         self._kernel, self._health, self._rng = kernel, health, rng
+        self._make_rules: MakeRules = make_rules or (lambda facts: NftRules(kernel, facts))
         self._services = services
         self._slices: dict[ObjectKey, dict[ObjectKey, EndpointSlice]] = {}
         self._dirty: dict[ObjectKey, None] = {}
@@ -85,7 +86,7 @@ class ServiceSync:
     async def run(self, facts: NodeFacts) -> None:
         """Program until cancelled. Call it when the informers are synced and the host ports of adopted pods are set:
         until then nothing is touched, because an incomplete plan would take away what an earlier agent made."""
-        planner = ServicePlanner(facts)
+        rules = self._make_rules(facts)
         backoff = Backoff(self._rng, initial=0.05, maximum=30.0)
         loop = asyncio.get_running_loop()
         while True:
@@ -94,7 +95,7 @@ class ServiceSync:
             started = loop.time()
             asked, self._host_ports_asked = self._host_ports_asked, []
             try:
-                await self._sync(planner, facts)
+                await self._sync(rules, facts)
             except KernelError as error:
                 self._host_ports_asked += asked
                 self._resync = True
@@ -114,34 +115,33 @@ class ServiceSync:
             await self._wake.wait()
             await asyncio.sleep(max(0.0, started + MIN_INTERVAL - loop.time()))
 
-    async def _sync(self, planner: ServicePlanner, facts: NodeFacts) -> None:
-        self._feed(planner, facts)
+    async def _sync(self, rules: ServiceRules, facts: NodeFacts) -> None:
+        self._feed(rules, facts)
         if self._resync:
-            observed = await self._kernel.observe_nft(TABLE)
             self._resync = False
-            batch = planner.resync(observed)
-            if batch and self._health.services_ready:
+            commands = await rules.compare()
+            if commands and self._health.services_ready:
                 self._health.repairs += 1
-                log.warning("services: rules were not as left; %d commands put them back", len(batch.commands))
+                log.warning("services: rules were not as left; %d commands put them back", commands)
         else:
-            batch = planner.take_batch()
-        if batch:
-            await self._commit(batch)
+            commands = await rules.program()
+        if commands:
+            self._health.commits += 1
         if self._stale:
             await self._forget_stale()
 
-    def _feed(self, planner: ServicePlanner, facts: NodeFacts) -> None:
-        """Give the planner what changed, and note whose UDP clients may have lost their endpoint."""
+    def _feed(self, rules: ServiceRules, facts: NodeFacts) -> None:
+        """Give the back end what changed, and note whose UDP clients may have lost their endpoint."""
         for key in self._dirty:
             slices = tuple(self._slices.get(key, {}).values())
-            before = planner.table(key)
-            planner.set_service(key, self._services.get(key), slices)
-            self._stale.note(before, planner.table(key), slices)
+            before = rules.table(key)
+            rules.set_service(key, self._services.get(key), slices)
+            self._stale.note(before, rules.table(key), slices)
         self._dirty = {}
         for uid, pod in self._dirty_ports.items():
             before = self._port_tables.pop(uid, ServiceTable())
             after = host_port_table(pod, facts)
-            planner.set_host_ports(uid, pod)
+            rules.set_host_ports(uid, pod)
             if after.frontends:
                 self._port_tables[uid] = after
             self._stale.note(before, after)
@@ -160,13 +160,6 @@ class ServiceSync:
         self._health.works("conntrack")
         if forgotten:
             log.info("services: %d UDP connections to endpoints that are gone were forgotten", forgotten)
-
-    async def _commit(self, batch: Batch) -> None:
-        applied = await self._kernel.apply((CommitNft(batch),))
-        if applied.failures:
-            failure = applied.failures[0]
-            raise KernelError(f"nftables refused the transaction: {failure.message}", failure.errno)
-        self._health.commits += 1
 
     def _service_changed(self, change: Change[Service]) -> None:
         self._touch(change.key)

@@ -1,0 +1,1 @@
+"""Services in the kernel, one module for each back end."""

@@ -1,0 +1,60 @@
+"""Services in nftables: one transaction for each round of changes."""
+
+from collections.abc import Sequence
+
+from podwire.kernel.port import Kernel, KernelError
+from podwire.model.ids import ObjectKey
+from podwire.model.nft import Batch, DelTable
+from podwire.model.objects import EndpointSlice, Pod, Service
+from podwire.model.ops import CommitNft
+from podwire.model.proxymode import ProxyMode
+from podwire.model.servicetable import NodeFacts, ServiceTable
+from podwire.plan.services import TABLE, ServicePlanner
+
+
+class NftRules:
+    """`ServiceRules` by `ServicePlanner` and a kernel port."""
+
+    mode = ProxyMode.NFTABLES
+
+    def __init__(self, kernel: Kernel, facts: NodeFacts) -> None:
+        self._kernel = kernel
+        self._planner = ServicePlanner(facts)
+
+    def set_facts(self, facts: NodeFacts) -> None:
+        self._planner.set_facts(facts)
+
+    def set_service(self, key: ObjectKey, service: Service | None, slices: Sequence[EndpointSlice] = ()) -> None:
+        self._planner.set_service(key, service, slices)
+
+    def set_host_ports(self, uid: str, pod: Pod | None) -> None:
+        self._planner.set_host_ports(uid, pod)
+
+    def table(self, key: ObjectKey) -> ServiceTable:
+        return self._planner.table(key)
+
+    async def program(self) -> int:
+        return await commit(self._kernel, self._planner.take_batch())
+
+    async def compare(self) -> int:
+        return await commit(self._kernel, self._planner.resync(await self._kernel.observe_nft(TABLE)))
+
+    async def remove(self) -> None:
+        await remove_tables(self._kernel, TABLE)
+
+
+async def remove_tables(kernel: Kernel, name: str) -> bool:
+    """Take the nftables tables of that name, of both families, out of the kernel. Whether there were any."""
+    held = await kernel.observe_nft(name)
+    return bool(await commit(kernel, Batch(tuple(DelTable(table) for table in held.tables))))
+
+
+async def commit(kernel: Kernel, batch: Batch) -> int:
+    """Returns the number of commands. Raises KernelError, in nftables' words, where the kernel refuses."""
+    if not batch:
+        return 0
+    applied = await kernel.apply((CommitNft(batch),))
+    if applied.failures:
+        failure = applied.failures[0]
+        raise KernelError(f"nftables refused the transaction: {failure.message}", failure.errno)
+    return len(batch.commands)

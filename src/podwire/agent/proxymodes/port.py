@@ -1,0 +1,50 @@
+"""What a back end for Services is to the agent: fed with objects, it plans; told to, it brings the kernel up to date."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from podwire.model.ids import ObjectKey
+from podwire.model.objects import EndpointSlice, Pod, Service
+from podwire.model.proxymode import ProxyMode
+from podwire.model.servicetable import NodeFacts, ServiceTable
+
+
+class ServiceRules(Protocol):
+    """One node's Service rules in one back end. Every back end gives the same verdict for the same packet.
+
+    Feeding (`set_…`) only plans. `program` and `compare` raise KernelError where the kernel refuses; then, and at the
+    start, `compare` has to follow, since what the kernel holds is not known."""
+
+    @property
+    def mode(self) -> ProxyMode: ...
+
+    def set_facts(self, facts: NodeFacts) -> None:
+        """The node changed: everything is planned again. `compare` has to follow."""
+        ...
+
+    def set_service(self, key: ObjectKey, service: Service | None, slices: Sequence[EndpointSlice] = ()) -> None:
+        """A Service with all of its slices as they are now; None: it is gone."""
+        ...
+
+    def set_host_ports(self, uid: str, pod: Pod | None) -> None:
+        """A pod of this node that has addresses and may have host ports; None: it is gone."""
+        ...
+
+    def table(self, key: ObjectKey) -> ServiceTable:
+        """What is planned for a Service; empty for one that is not known."""
+        ...
+
+    async def program(self) -> int:
+        """Bring the kernel from what was last programmed to what is planned. Returns how many commands that took."""
+        ...
+
+    async def compare(self) -> int:
+        """Bring the kernel from what it holds to what is planned. Returns how many commands that took: 0 is all well."""
+        ...
+
+    async def remove(self) -> None:
+        """Take everything of this back end out of the kernel; connections that are tracked go on."""
+        ...
+
+
+MakeRules = Callable[[NodeFacts], ServiceRules]
