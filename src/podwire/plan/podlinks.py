@@ -14,16 +14,16 @@ from podwire.model.ids import HOST, NetnsName, pod_netns
 from podwire.model.kernelstate import Address, Device, Link, Neighbour, NetState, Route, Veth
 from podwire.plan.naming import BRIDGE, POD_DEVICE, host_veth, pod_alias
 
-_NO_REDIRECTS = {f"net/ipv6/conf/{POD_DEVICE}/accept_redirects": "0"}
-"""A routed pod must not learn the short way to another: its answers would miss the node's conntrack. (In IPv4 the node can be
-told not to send redirects.)"""
-
 
 @dataclass(frozen=True, slots=True)
 class PodAttachment:
     """What is to be known of a pod to plumb it. `ips` have the node's subnet as their prefix, or where pods are routed none
     but themselves; `gateways` are the bridge's addresses, one for each of `ips` in the same order; `gateway_mac` is the
-    bridge's."""
+    bridge's.
+
+    The rest is for pods of container engines: `device` is the name of the pod's end; `wanted_mac` its MAC, where that shall
+    not follow from the address; `host_mac` that of the node's end; `default_routes` False: another interface of the pod has
+    them; `routes`: more destinations, through a gateway (None: the bridge)."""
 
     uid: str
     namespace: str
@@ -78,9 +78,24 @@ def _pod_side(pod: PodAttachment) -> NetState:
     )
     routed = all(ip.network.prefixlen == ip.max_prefixlen for ip in pod.ips)
     return NetState(
-        links={"lo": Link("lo", Device()), POD_DEVICE: end},
-        addresses=frozenset(Address(POD_DEVICE, ip) for ip in pod.ips),
-        routes=frozenset(Route(family_of(via).any, dev=POD_DEVICE, via=via, onlink=routed) for via in pod.gateways),
-        neighbours=frozenset(Neighbour(POD_DEVICE, via, pod.gateway_mac) for via in pod.gateways),
-        sysctls=_NO_REDIRECTS if routed and any(ip.version == 6 for ip in pod.ips) else {},
+        links={"lo": Link("lo", Device()), pod.device: end},
+        addresses=frozenset(Address(pod.device, ip) for ip in pod.ips),
+        routes=frozenset(_routes(pod, onlink=routed)),
+        neighbours=frozenset(Neighbour(pod.device, via, pod.gateway_mac) for via in pod.gateways),
+        sysctls=_no_redirects(pod.device) if routed and any(ip.version == 6 for ip in pod.ips) else {},
     )
+
+
+def _no_redirects(device: str) -> Mapping[str, str]:
+    """A routed pod must not learn the short way to another: its answers would miss the node's conntrack. (In IPv4 the node
+    can be told not to send redirects.)"""
+    return {f"net/ipv6/conf/{device}/accept_redirects": "0"}
+
+
+def _routes(pod: PodAttachment, *, onlink: bool) -> Iterator[Route]:
+    if pod.default_routes:
+        yield from (Route(family_of(via).any, dev=pod.device, via=via, onlink=onlink) for via in pod.gateways)
+    through = {via.version: via for via in pod.gateways}
+    for dst, via in pod.routes:
+        if via is not None or dst.version in through:
+            yield Route(dst, dev=pod.device, via=via or through[dst.version], onlink=onlink)
