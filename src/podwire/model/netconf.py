@@ -27,7 +27,7 @@ WIREGUARD_MODES = ("separate", "auto", "ipv4", "ipv6")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VxlanBackend:
-    """`mtu` 0: the underlay's less the outer headers. `direct_routing`: no tunnel to peers on the same link."""
+    """`mtu`: of packets that leave the node, 0 for the underlay's. `direct_routing`: no tunnel to peers on the same link."""
 
     vni: int = DEFAULT_VNI
     port: int = DEFAULT_VXLAN_PORT
@@ -74,7 +74,7 @@ class IpipBackend:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WireguardBackend:
     """`mode`: `separate` has one device a family, the others one device for both. `keepalive` in seconds, 0: none.
-    `psk`: base64, never shown."""
+    `psk`: base64, never shown. `mtu` as for vxlan."""
 
     port: int = DEFAULT_WIREGUARD_PORT
     port_v6: int = DEFAULT_WIREGUARD_PORT_V6

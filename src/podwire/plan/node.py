@@ -1,19 +1,19 @@
 """A node's desired state, in independent units: the base (bridge, tunnels, forwarding), one per peer, one per pod."""
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from podwire.model.addr import Family, IPAddress, IPInterface, IPNetwork, family_of, mac_for
-from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import OWNER_ALIAS, Address, Bridge, FdbEntry, Link, Neighbour, NetState, Route, WireguardPeer
+from podwire.model.ids import HOST
+from podwire.model.kernelstate import OWNER_ALIAS, Address, Bridge, Link, NetState, Route
 from podwire.plan.ipam import gateway
 from podwire.plan.naming import BRIDGE, vtep_mac
 from podwire.plan.overlay import DEFAULT_PORT, DEFAULT_VNI, Peer, Tunnel, overhead, plan_peer, plan_tunnel
 from podwire.plan.podlinks import PodAttachment, plan_pod
-
-Unit = Mapping[NetnsName, NetState]
-"""A piece of desired state that changes as a whole, by namespace."""
+from podwire.plan.states import Unit as Unit
+from podwire.plan.states import union as union
+from podwire.plan.states import union_units as union_units
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,36 +96,6 @@ def plan_node(network: NodeNetwork, peers: Iterable[Peer], pods: Iterable[PodAtt
     """Everything, by namespace: the union of all units."""
     units: list[Unit] = [{HOST: plan_base(network)}, *({HOST: plan_peer(peer)} for peer in peers), *map(plan_pod, pods)]
     return union_units(units)
-
-
-def union(states: Iterable[NetState]) -> NetState:
-    """States of one namespace put together. Units have no key in common (or agree on it: `lo`)."""
-    links: dict[str, Link] = {}
-    sysctls: dict[str, str] = {}
-    addresses: set[Address] = set()
-    routes: set[Route] = set()
-    neighbours: set[Neighbour] = set()
-    fdb: set[FdbEntry] = set()
-    wireguard: set[WireguardPeer] = set()
-    for state in states:
-        links.update(state.links)
-        sysctls.update(state.sysctls)
-        addresses |= state.addresses
-        routes |= state.routes
-        neighbours |= state.neighbours
-        fdb |= state.fdb
-        wireguard |= state.wireguard
-    return NetState(
-        links, frozenset(addresses), frozenset(routes), frozenset(neighbours), frozenset(fdb), sysctls, frozenset(wireguard)
-    )
-
-
-def union_units(units: Iterable[Unit]) -> Unit:
-    by_ns: dict[NetnsName, list[NetState]] = {}
-    for unit in units:
-        for ns, state in unit.items():
-            by_ns.setdefault(ns, []).append(state)
-    return {ns: states[0] if len(states) == 1 else union(states) for ns, states in by_ns.items()}
 
 
 def _bridge(network: NodeNetwork) -> NetState:
