@@ -1,15 +1,18 @@
-"""Both drivers against a model that remembers everything, over random histories."""
+"""All drivers against a model that remembers everything, over random histories."""
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
+from etcdrig import fresh_etcd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from podwire.client.etcd import EtcdClient
+from podwire.store.etcd import EtcdStore
 from podwire.store.memory import MemoryStore
 from podwire.store.port import ABSENT, Check, Compacted, Conflict, Delete, Event, Put, Store, Write
 from podwire.store.sqlite import SqliteStore
@@ -102,10 +105,11 @@ async def check(store: Store, model: Model) -> None:
             assert [(e.key, e.revision, e.value, e.previous.value if e.previous else None) for e in seen] == history
 
 
-async def run(steps: Steps, directory: Path | None) -> None:
-    path = None if directory is None else directory / "store.db"
-    store: Store = MemoryStore() if path is None else SqliteStore.open(path)
-    model = Model()
+Reopen = Callable[[], Store]
+
+
+async def run(steps: Steps, first: Store, reopen: Reopen | None) -> None:
+    store, model = first, Model()
     try:
         for name, argument in steps:
             if isinstance(argument, list):
@@ -118,9 +122,9 @@ async def run(steps: Steps, directory: Path | None) -> None:
             elif name == "compact":
                 model.compacted = max(model.compacted, model.revision - argument, 1)
                 await store.compact(model.compacted)
-            elif path is not None:
+            elif reopen is not None:
                 await store.close()
-                store = SqliteStore.open(path)
+                store = reopen()
         await check(store, model)
     finally:
         await store.close()
@@ -129,11 +133,25 @@ async def run(steps: Steps, directory: Path | None) -> None:
 @given(steps=STEPS)
 @settings(max_examples=60, deadline=None)
 def test_memory_does_what_the_model_does(steps: Steps) -> None:
-    asyncio.run(run(steps, None))
+    asyncio.run(run(steps, MemoryStore(), None))
 
 
 @given(steps=STEPS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_sqlite_does_what_the_model_does(steps: Steps) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        asyncio.run(run(steps, Path(directory)))
+        path = Path(directory) / "store.db"
+        asyncio.run(run(steps, SqliteStore.open(path), lambda: SqliteStore.open(path)))
+
+
+async def run_on_etcd(steps: Steps, directory: Path) -> None:
+    async with fresh_etcd(directory) as client:
+        await run(steps, EtcdStore(client), lambda: EtcdStore(EtcdClient(client.endpoints)))
+
+
+@given(steps=STEPS)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.timeout(90)
+def test_etcd_does_what_the_model_does(steps: Steps) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(run_on_etcd(steps, Path(directory)))

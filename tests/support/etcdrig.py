@@ -120,3 +120,23 @@ async def fresh_etcd(folder: Path) -> AsyncIterator[EtcdClient]:
         client = EtcdClient([member.client_url])
         await answers(client)
         yield client
+
+
+@asynccontextmanager
+async def three_members(folder: Path, *arguments: str) -> AsyncIterator[list[Member]]:
+    """A cluster of three that has elected its leader."""
+    need_etcd()
+    names = ("one", "two", "three")
+    peers = {name: f"http://127.0.0.1:{free_port()}" for name in names}
+    cluster = ",".join(f"{name}={url}" for name, url in peers.items())
+    more = ("--initial-cluster", cluster, "--heartbeat-interval", "50", "--election-timeout", "500", *arguments)
+    members = [Member(folder, name, f"http://127.0.0.1:{free_port()}", peers[name], more) for name in names]
+    try:
+        for member in members:
+            await member.start()
+        async with EtcdClient([member.client_url for member in members]) as client:
+            await answers(client)
+        yield members
+    finally:
+        for member in members:
+            await member.end()

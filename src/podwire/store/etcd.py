@@ -4,13 +4,17 @@ A commit is one transaction whose comparisons are the writes' expectations. etcd
 who uses the cluster, also of keys that are not ours; all that this store promises about revisions holds nevertheless.
 
 A member that dies or loses its leader is waited out (`patience`): reads are asked again elsewhere, watches go on after the
-last revision they saw, and a commit of unknown outcome is sent again where its own expectations keep it from being done twice.
+last revision they saw. So that a commit whose answer was lost can be sent again without being done twice, each one also writes
+a mark of its own, and expects its predecessor's (COMMITS).
 """
 
 import asyncio
+import itertools
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from random import Random
 from typing import Final, TypeVar
 
@@ -24,6 +28,7 @@ from podwire.client.etcdmessages import (
     EtcdEvent,
     EtcdFutureRevision,
     EtcdKeyValue,
+    EtcdLeaseNotFound,
     EtcdUnavailable,
     Operation,
     PutKey,
@@ -58,6 +63,12 @@ PROGRESS_KEY: Final = "/registry/podwire.progress"
 PROGRESS_SECONDS = 0.2
 """How long a watch may be behind before the reason is taken to be such changes."""
 
+COMMITS: Final = "podwire/commits/"
+"""Below it each store keeps the marks of its last commits, one key for each that is under way at a time, on a lease."""
+
+COMMITS_TTL = 3600
+"""Seconds that the marks stay after their store has gone."""
+
 PATIENCE = 10.0
 """Seconds that a call waits for etcd to answer: electing a leader takes one to three."""
 
@@ -72,6 +83,11 @@ class EtcdStore:
         self._client, self._patience, self._rng = client, patience, rng or Random()
         self._watches: set[_Watch] = set()
         self._progress: asyncio.Task[None] | None = None
+        self._name = secrets.token_hex(8)
+        self._numbers = itertools.count(1)
+        self._marks: list[_Mark] = []
+        self._made = 0
+        self._lease, self._lease_until, self._leasing = 0, 0.0, asyncio.Lock()
         self._closed = False
 
     async def revision(self) -> int:
@@ -110,21 +126,14 @@ class EtcdStore:
         self._check_open()
         if not writes:
             return await self.revision()
-        checked = [write for write in writes if write.expected_revision is not None]
-        compare = [Compare(write.key, "MOD", write.expected_revision or ABSENT) for write in checked]
-        done = [operation for write in writes if (operation := _operation(write)) is not None]
-        read = [ReadKeys(key=write.key) for write in checked]
-        answer, repeated = await self._transact(compare, done, read)
-        if answer.succeeded:
-            return answer.header.revision
-        found = _read_by(answer)
-        if repeated and (revision := _done_before(writes, found)):
-            return revision
-        for write in checked:
-            actual = found[write.key].mod_revision if write.key in found else ABSENT
-            if write.expected_revision is not None and actual != write.expected_revision:
-                raise Conflict(write.key, write.expected_revision, actual)
-        raise StoreError("etcd refused a transaction whose comparisons all hold")
+        if not any(isinstance(w, Put) or (isinstance(w, Delete) and w.expected_revision) for w in writes):
+            return await self._commit(writes)  # it may change nothing, so it must leave no mark
+        mark = self._marks.pop() if self._marks else self._new_mark()
+        mark.value = str(next(self._numbers)).encode()
+        try:
+            return await self._commit(writes, mark)
+        finally:
+            self._marks.append(mark)
 
     def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Sequence[Event], None]:
         self._check_open()
@@ -166,24 +175,52 @@ class EtcdStore:
             except EtcdError as error:
                 raise StoreError(str(error)) from error
 
-    async def _transact(
-        self, compare: Sequence[Compare], success: Sequence[Operation], failure: Sequence[Operation]
-    ) -> tuple[TxnResponse, bool]:
-        """The answer, and whether the transaction may have been done already by an attempt that was not answered."""
+    async def _commit(self, writes: Sequence[Write], mark: "_Mark | None" = None) -> int:
+        """Send until there is an answer. Without a `mark` a commit that may have been done is not sent again."""
+        checked = {w.key: w.expected_revision for w in writes if w.expected_revision is not None}
+        done = [operation for write in writes if (operation := _operation(write)) is not None]
         backoff, deadline = self._backoff(), self._deadline()
-        writing = {operation.key for operation in success}
-        guarded = not success or any(comparison.key in writing for comparison in compare)
-        repeated = False
         while True:
+            expected = checked if mark is None else checked | {mark.key: mark.revision}
+            compare = [Compare(key, "MOD", revision) for key, revision in expected.items()]
+            read = [ReadKeys(key=key) for key in expected]
             try:
-                return await self._client.txn(compare, success, failure), repeated
+                marking = [] if mark is None else [PutKey(mark.key, mark.value, await self._leased())]
+                answer = await self._client.txn(compare, [*done, *marking], read)
+            except EtcdLeaseNotFound:
+                self._lease_until = 0.0
+                continue
             except EtcdUnavailable as error:
-                if error.sent and not guarded:
+                if error.sent and mark is None:
                     raise StoreError(f"{error}; whether the write was done is not known") from error
-                repeated = repeated or error.sent
                 await self._wait(backoff, deadline, error)
+                continue
             except EtcdError as error:
                 raise StoreError(str(error)) from error
+            if answer.succeeded:
+                if mark is not None:
+                    mark.revision = answer.header.revision
+                return answer.header.revision
+            found = _read_by(answer)
+            if mark is not None and mark.look(found.get(mark.key)):
+                return mark.revision
+            for key, revision in checked.items():
+                actual = found[key].mod_revision if key in found else ABSENT
+                if actual != revision:
+                    raise Conflict(key, revision, actual)
+
+    def _new_mark(self) -> "_Mark":
+        self._made += 1
+        return _Mark(f"{COMMITS}{self._name}/{self._made}")
+
+    async def _leased(self) -> int:
+        """The lease for marks, renewed by a new one at half its time."""
+        async with self._leasing:
+            now = asyncio.get_running_loop().time()
+            if now > self._lease_until:
+                self._lease = (await self._client.grant(COMMITS_TTL)).id
+                self._lease_until = now + COMMITS_TTL / 2
+            return self._lease
 
     def _backoff(self) -> Backoff:
         return Backoff(self._rng, initial=0.02, maximum=1.0)
@@ -273,6 +310,20 @@ class EtcdStore:
             self._progress = None
 
 
+@dataclass(slots=True)
+class _Mark:
+    """A key that only one commit at a time writes. `value` is that commit's own; `revision` where the key was last seen."""
+
+    key: str
+    value: bytes = b""
+    revision: int = ABSENT
+
+    def look(self, kv: EtcdKeyValue | None) -> bool:
+        """Take over what a refused transaction found; whether it is this commit's own mark: it has been done before."""
+        self.revision = ABSENT if kv is None else kv.mod_revision
+        return kv is not None and kv.value == self.value
+
+
 class _Watch:
     """One watcher: its queue, and the revision up to which it has been told everything."""
 
@@ -318,19 +369,3 @@ def _event(event: EtcdEvent) -> Event:
 def _read_by(answer: TxnResponse) -> dict[str, EtcdKeyValue]:
     """What a transaction's reads found, by key."""
     return {kv.key: kv for one in answer.responses if one.response_range for kv in one.response_range.kvs}
-
-
-def _done_before(writes: Sequence[Write], found: Mapping[str, EtcdKeyValue]) -> int:
-    """The revision at which `writes` were done by an attempt whose answer was lost; 0 if something else is there."""
-    revisions: set[int] = set()
-    for write in writes:
-        if write.expected_revision is None or isinstance(write, Check):
-            continue
-        kv = found.get(write.key)
-        if isinstance(write, Delete) != (kv is None):
-            return 0
-        if isinstance(write, Put) and kv is not None:
-            if kv.value != write.value:
-                return 0
-            revisions.add(kv.mod_revision)
-    return revisions.pop() if len(revisions) == 1 else 0
