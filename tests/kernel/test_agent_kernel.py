@@ -21,13 +21,28 @@ from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import create_netns, run_in_netns
 from podwire.model.addr import Family, IPAddress
 from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import Address, Bridge, Link, NetState, Veth
+from podwire.model.kernelstate import Address, Bridge, Device, Link, NetState, Route, Veth
+from podwire.model.nft import Batch, DelTable, TableRef
 from podwire.model.objects import Pod
-from podwire.model.ops import DelAddress, DelLink, DelNeighbour, DelRoute, SetSysctl
+from podwire.model.ops import (
+    ChangeLink,
+    CommitNft,
+    DelAddress,
+    DelFdb,
+    DelLink,
+    DelNeighbour,
+    DelRoute,
+    Op,
+    SetFdb,
+    SetNeighbour,
+    SetRoute,
+    SetSysctl,
+)
 from podwire.model.podruntime import Sandbox
 from podwire.model.resources import ENDPOINTSLICES, PODS, SERVICES
 from podwire.plan.diff import diff
 from podwire.plan.naming import host_veth
+from podwire.plan.services import TABLE
 from podwire.testing.memorycluster import DUAL, Machine, MemoryCluster, MemoryRuntime, memory_cluster, node_address
 
 pytestmark = [pytest.mark.kernel, pytest.mark.needs("VXLAN devices", "bridge devices", "IPv6", "nftables")]
@@ -226,32 +241,82 @@ async def test_a_udp_client_is_led_away_from_an_endpoint_that_is_gone(site: Site
             await site.cluster.until(partial(_answers, sock, address, "two"))
 
 
-async def test_what_someone_else_breaks_is_put_back_within_a_second(site: Site) -> None:
+async def test_what_someone_else_breaks_is_put_back_within_a_second(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """Each thing is named in the log and counted by its kind."""
     kernel = site.nodes[0].kernel
     async with site.cluster.agent(site.nodes[0]) as agent, site.cluster.agent(site.nodes[1]):
         near, far = await site.pod("near", "n1"), await site.pod("far", "n2")
         await programmed(site)
-        whole = content(await kernel.observe())
+        whole = await everything(kernel)
         stranger = LinuxKernel(site.netns[0])
         try:
-            state = await stranger.observe()
-            for broken in (
-                DelRoute(next(r for r in state.routes if r.dst.version == 4)),
-                DelNeighbour(next(n for n in state.neighbours if n.dev == "flannel.1")),
-                DelLink("flannel.1"),
-                DelAddress(next(a for a in state.addresses if str(a.interface) == "10.244.1.1/24")),
-                DelLink(host_veth(near.uid)),
-                DelLink("cni0"),
-            ):
-                repairs = agent.status().repairs
-                assert (await stranger.apply((broken,))).ok
-                async with asyncio.timeout(3):
-                    await site.cluster.until(partial(_repaired, agent, repairs))
-                    await site.cluster.until(lambda: _is(kernel, whole))
+            for kind, name, broken in damages(await stranger.observe(), near.uid):
+                caplog.clear()
+                before = agent.status()
+                assert (await stranger.apply(broken)).ok, name
+                async with asyncio.timeout(REPAIR_SECONDS):
+                    await site.cluster.until(partial(_repaired, agent, before.repairs))
+                    await site.cluster.until(lambda: _is_whole(kernel, whole))
+                assert agent.status().repaired[kind] > before.repaired.get(kind, 0)
+                assert name in caplog.text
         finally:
             await stranger.close()
         with echo_server(far.netns, Family.IPV4):
             assert await asyncio.to_thread(call, near.netns, far.ips[Family.IPV4])
+
+
+REPAIR_SECONDS = 1.5
+"""A second, and something for a machine that does other things."""
+
+
+def damages(state: NetState, pod: str) -> Iterator[tuple[str, str, tuple[Op, ...]]]:
+    """(kind as counted, words of the log line, what a stranger does) of all that is put back."""
+    route = next(r for r in state.routes if r.dst.version == 4)
+    route6 = next(r for r in state.routes if r.dst.version == 6)
+    entry = next(n for n in state.neighbours if n.dev == "flannel.1")
+    forward = next(e for e in state.fdb if e.dev == "flannel.1")
+    yield "route", f"route {route.dst}", (DelRoute(route),)
+    yield "route", f"route {route.dst}", (SetRoute(Route(route.dst, dev="cni0", protocol=4)),)  # an administrator's
+    yield "route", f"route {route6.dst}", (SetRoute(Route(route6.dst, dev="cni0", protocol=4)),)
+    yield "neighbour", f"neighbour {entry.ip}", (DelNeighbour(entry),)
+    yield "neighbour", f"neighbour {entry.ip}", (SetNeighbour(replace(entry, mac="02:00:00:00:00:01")),)
+    yield "fdb", f"forwarding entry {forward.mac}", (DelFdb(forward),)
+    elsewhere = replace(forward, dst=ipaddress.ip_address("198.18.0.99"))
+    yield "fdb", f"forwarding entry {forward.mac}", (SetFdb(elsewhere),)
+    yield "fdb", "stray forwarding entry", (SetFdb(replace(elsewhere, mac="02:00:00:00:00:02")),)
+    yield "address", "address 10.244.1.1/24", (DelAddress(_address(state, "10.244.1.1/24")),)
+    yield "device-setting", "link flannel.1", (ChangeLink(Link("flannel.1", Device(), mtu=1300)),)
+    yield "device-setting", "link flannel.1", (ChangeLink(Link("flannel.1", Device(), mac="02:00:00:00:00:03")),)
+    yield "device-setting", "link flannel.1", (ChangeLink(Link("flannel.1", Device(), up=False)),)
+    yield "device-setting", "link cni0", (ChangeLink(Link("cni0", Device(), mtu=1000)),)
+    yield (
+        "device-setting",
+        f"link {host_veth(pod)}",
+        (ChangeLink(Link(host_veth(pod), Device(), master="cni0", hairpin=False)),),
+    )
+    yield "sysctl", "net/ipv4/ip_forward=1", (SetSysctl("net/ipv4/ip_forward", "0"),)
+    yield "sysctl", "net/ipv6/conf/all/forwarding=1", (SetSysctl("net/ipv6/conf/all/forwarding", "0"),)
+    yield "sysctl", "rp_filter=2", (SetSysctl("net/ipv4/conf/all/rp_filter", "1"),)
+    yield "rules", "rules were not as left", tuple(CommitNft(Batch((DelTable(TableRef(f, TABLE)),))) for f in DUAL)
+    yield "device", "link flannel.1", (DelLink("flannel.1"),)
+    yield "device", f"link {host_veth(pod)}", (DelLink(host_veth(pod)),)
+    yield "device", "link cni0", (DelLink("cni0"),)
+
+
+async def everything(kernel: LinuxKernel) -> tuple[Any, ...]:
+    """`content`, and what else a stranger may spoil."""
+    state = await kernel.observe()
+    fixed = {(link.name, link.mac) for link in state.links.values() if link.name.startswith(("flannel", "cni"))}
+    ports = {(link.name, link.hairpin) for link in state.links.values() if link.master}
+    return *content(state), fixed, ports, state.sysctls, (await kernel.observe_nft(TABLE)).tables.keys()
+
+
+async def _is_whole(kernel: LinuxKernel, whole: tuple[Any, ...]) -> bool:
+    return await everything(kernel) == whole
+
+
+def _address(state: NetState, text: str) -> Address:
+    return next(a for a in state.addresses if str(a.interface) == text)
 
 
 async def test_pods_that_come_and_go_are_nobodys_fault(site: Site) -> None:

@@ -108,6 +108,7 @@ class NodeAgent:
             repairs=self._health.repairs,
             routed_pods=self._health.routed_pods,
             degraded=self._health.degraded | self._plumbing.refused_sysctls,
+            repaired=dict(self._health.repaired),
         )
 
     async def run(self) -> None:

@@ -8,12 +8,12 @@ import asyncio
 import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from podwire.kernel.port import Kernel, KernelEvent
 from podwire.model.errors import PodwireError
 from podwire.model.ids import HOST, NetnsName, pod_netns
-from podwire.model.kernelstate import Link, NetState, Veth
+from podwire.model.kernelstate import Bridge, Device, Link, NetState, Veth
 from podwire.model.ops import (
     AddAddress,
     AddLink,
@@ -92,10 +92,23 @@ class Plumbing:
         routes and neighbours, but not of links and forwarding entries."""
         if event.ours or (event.what == "address" and event.subject.startswith("fe80:")):
             return True
-        if event.what not in ("link", "fdb"):
+        if event.what == "neighbour" and event.removed:
+            return not self._concerns_us(event.subject)
+        if event.what not in ("link", "fdb", "sysctl"):
             return False
-        since = self._touched.get((event.subject.partition(" ")[0], event.removed))
+        subject = event.subject if event.what == "fdb" else event.subject.partition(" ")[0]
+        since = self._touched.get((subject, event.removed))
         return since is not None and asyncio.get_running_loop().time() - since < ECHO_SECONDS
+
+    def _concerns_us(self, neighbour: str) -> bool:
+        """Whether a neighbour that went, or was learnt (`<ip> is <mac> on <device>`), may have been one of our entries."""
+        ip, device = neighbour.partition(" is ")[0], neighbour.rpartition(" on ")[2]
+        link = self._base.links.get(device)
+        if link is None or isinstance(link.kind, Device):
+            return False
+        if not isinstance(link.kind, Bridge):
+            return True
+        return any(str(entry.ip) == ip for pod in self._pods.values() for entry in pod.unit[HOST].neighbours)
 
     def _touch(self, plan: Plan) -> None:
         now = asyncio.get_running_loop().time()
@@ -223,8 +236,8 @@ class Plumbing:
         pod = self._pods.get(uid)
         return pod is not None and _stands(uid, pod, observed)
 
-    async def check(self) -> tuple[str, ...]:
-        """Compare all with the kernel and put back what is missing; returns what that was, as words for a log line.
+    async def check(self) -> Plan:
+        """Compare all with the kernel and put back what is missing; returns the operations that did it.
 
         Raises PlumbingError where something could not be put back."""
         async with self._busy:
@@ -244,7 +257,7 @@ class Plumbing:
 
     async def _reconcile(
         self, uids: Collection[str], observed: NetState | None = None, without: Collection[str] = ()
-    ) -> tuple[tuple[str, ...], tuple[Failure, ...]]:
+    ) -> tuple[Plan, tuple[Failure, ...]]:
         """Full comparison of HOST and of the namespaces of the pods `uids`, which are attached. Pods in `without` are left
         out: their namespace is gone, and the runtime will say so."""
         desired = self._desired(uids, without)
@@ -256,7 +269,11 @@ class Plumbing:
         if not plan:
             return (), ()
         failures = self._note(await self._execute(plan))
-        return tuple(describe(op) for op in plan), failures
+        blocked = [f.op for f in failures if isinstance(f.op, SetRoute)]
+        if blocked:
+            again = await self._execute(tuple(op for refused in blocked for op in _in_place_of_another(refused)))
+            failures = tuple(f for f in failures if f.op not in blocked) + self._note(again)
+        return plan, failures
 
     def _desired(self, uids: Collection[str], without: Collection[str]) -> Unit:
         units: list[Unit] = [{HOST: self._base}]
@@ -314,6 +331,29 @@ class Plumbing:
         return tuple(f for f in applied.failures if not isinstance(f.op, SetSysctl))
 
 
+def kind_of(op: Op) -> str:
+    """What kind of thing an operation is about, as the label `kind` of the metric of repairs."""
+    match op:
+        case AddLink() | DelLink():
+            return "device"
+        case ChangeLink():
+            return "device-setting"
+        case AddAddress() | DelAddress():
+            return "address"
+        case SetRoute() | DelRoute():
+            return "route"
+        case SetNeighbour() | DelNeighbour():
+            return "neighbour"
+        case SetFdb() | DelFdb():
+            return "fdb"
+        case SetSysctl():
+            return "sysctl"
+        case CommitNft():
+            return "rules"
+        case _:
+            return "tunnel-peer"
+
+
 def describe(op: Op) -> str:
     """An operation in few words, for a log line."""
     match op:
@@ -353,17 +393,25 @@ def _stray(uid: str) -> NetState:
     return NetState(links={name: Link(name, Veth())})
 
 
+def _in_place_of_another(op: SetRoute) -> Plan:
+    """The same in two steps: IPv6 does not replace a route that leads elsewhere by one whose gateway lies behind it, as a
+    peer's does (`ip6_route_check_nh_onlink`). Protocol 0 is anybody's: we would have replaced it anyway."""
+    return DelRoute(replace(op.route, protocol=0), op.ns), op
+
+
 def _echoes(op: Op) -> tuple[tuple[str, bool], ...]:
-    """What the kernel will tell about an operation without saying that it was ours: device or MAC, and whether it goes."""
+    """What the kernel will tell about an operation without saying that it was ours, and whether something goes."""
     match op:
         case AddLink(link=link) | ChangeLink(link=link):
             return (link.name, False), (link.master or BRIDGE, False)
         case DelLink(name=name):
             return (name, False), (name, True), (BRIDGE, False)
         case SetFdb(entry=entry):
-            return ((entry.mac, False),)
+            return ((f"{entry.mac} → {entry.dst} on {entry.dev}", False),)
         case DelFdb(entry=entry):
-            return ((entry.mac, True),)
+            return ((f"{entry.mac} → {entry.dst} on {entry.dev}", True),)
+        case SetSysctl(key=key):
+            return ((key, False),)
         case _:
             return ()
 

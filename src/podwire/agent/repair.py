@@ -3,10 +3,10 @@
 import asyncio
 import logging
 from random import Random
+from typing import Protocol
 
 from podwire.agent.health import Health
-from podwire.agent.plumbing import Plumbing, PlumbingError
-from podwire.agent.services import ServiceSync
+from podwire.agent.plumbing import Plumbing, PlumbingError, describe, kind_of
 from podwire.client.backoff import Backoff
 from podwire.kernel.port import Kernel, KernelError, KernelEvent
 
@@ -18,19 +18,32 @@ CHECK_INTERVAL = 0.7
 """Seconds between two looks at the node. With SETTLE_SECONDS it keeps repairs below one second."""
 LAZY_SECONDS = 5.0
 """How soon the node is looked at when only expected things were heard; under them a stranger's change could hide."""
+WARY_SECONDS = 60.0
+"""So long after a repair expected things are looked at as soon as others: who has changed something does it again."""
 AUDIT_SECONDS = 300.0
 """How often the node is looked at without being told of anything: notifications can be lost when a socket overflows."""
+
+
+MOST_NAMED = 10
+"""So many repaired things are named in a log line; a deleted bridge alone makes hundreds."""
+
+
+class Rules(Protocol):
+    """Whoever keeps nftables: compares its own with the kernel and puts them back when told that somebody changed some."""
+
+    def request_resync(self) -> None: ...
 
 
 class Repair:
     """Listens to the kernel and compares when something of ours may have gone."""
 
-    def __init__(self, kernel: Kernel, plumbing: Plumbing, services: ServiceSync, health: Health, rng: Random) -> None:
-        self._kernel, self._plumbing, self._services, self._health = kernel, plumbing, services, health
+    def __init__(self, kernel: Kernel, plumbing: Plumbing, rules: Rules, health: Health, rng: Random) -> None:
+        self._kernel, self._plumbing, self._rules, self._health = kernel, plumbing, rules, health
         self._rng = rng
         self._links = asyncio.Event()
         self._maybe = False
         """Something changed that looks like our own doing: worth a look when there is time."""
+        self._wary_until = 0.0
 
     async def run(self) -> None:
         """Until cancelled. Start it when the node has been adopted."""
@@ -52,20 +65,22 @@ class Repair:
                 log.warning("kernel notifications: %s; comparing everything", error)
             finally:
                 await events.aclose()
-            self._services.request_resync()
+            self._rules.request_resync()
             self._links.set()
             await asyncio.sleep(CHECK_INTERVAL)
 
     def _heard(self, event: KernelEvent) -> None:
         if event.what in ("nft", "lost"):
             if not event.ours:
-                self._services.request_resync()
+                self._rules.request_resync()
             if event.what == "nft":
                 return
         if not self._plumbing.expects(event):
             self._links.set()
         elif not event.ours:
             self._maybe = True
+            if asyncio.get_running_loop().time() < self._wary_until:
+                self._links.set()
 
     async def _check_when_told(self) -> None:
         backoff = Backoff(self._rng, initial=0.1, maximum=10.0)
@@ -92,5 +107,9 @@ class Repair:
             backoff.reset()
             self._health.works("links")
             if repaired:
+                self._wary_until = loop.time() + WARY_SECONDS
                 self._health.repairs += 1
-                log.warning("put back what somebody changed: %s", ", ".join(repaired[:10]))
+                self._health.repaired.update(map(kind_of, repaired))
+                words = list(dict.fromkeys(map(describe, repaired)))
+                more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
+                log.warning("put back what somebody changed: %s%s", ", ".join(words[:MOST_NAMED]), more)

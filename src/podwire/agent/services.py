@@ -122,6 +122,7 @@ class ServiceSync:
             commands = await rules.compare()
             if commands and self._health.services_ready:
                 self._health.repairs += 1
+                self._health.repaired["rules"] += 1
                 log.warning("services: rules were not as left; %d commands put them back", commands)
         else:
             commands = await rules.program()

@@ -1,4 +1,4 @@
-"""Notifications of one namespace: links, addresses, routes, neighbours, forwarding entries, nftables."""
+"""Notifications of one namespace: links, addresses, routes, neighbours, forwarding entries, nftables, kernel switches."""
 
 import asyncio
 import ctypes
@@ -7,12 +7,13 @@ import socket
 import struct
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Self
 
 from podwire.kernel.netns import run_in_netns
 from podwire.kernel.port import KernelEvent
 from podwire.kernel.rtnlsocket import RECEIVE_BYTES, RtnlSocket, netlink_socket
+from podwire.kernel.switchwatch import SwitchWatch
 from podwire.model.ids import NetnsName
 from podwire.wire import rtnl, rtnlread
 from podwire.wire.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, NetlinkError, as_str, parse_attrs, parse_messages
@@ -44,16 +45,18 @@ _NLMSG_PID_OFFSET = 12
 
 _RECEIVE_BUFFER = 1 << 20
 _DATAGRAMS_PER_TURN = 64
+_SWITCHES_SECONDS = 0.25
+"""Time between two looks at the switches, for which the kernel has no notices: 15 µs a node each."""
 
 
 class EventStream:
     """The notifications since it was made, but for nftables transactions from one of `own_ports`. An asynchronous iterator;
-    `close` ends it. Needs a running loop.
+    `close` ends it. Needs a running loop. `switches`: kernel switches to watch, and the values they were set to.
 
     When the kernel drops notices because they came faster than they were read, one event with `what` "lost" says so:
     observe everything again."""
 
-    def __init__(self, ns: NetnsName, fd: int, own_ports: Collection[int]) -> None:
+    def __init__(self, ns: NetnsName, fd: int, own_ports: Collection[int], switches: Mapping[str, str] | None = None) -> None:
         self._ns, self._own_ports = ns, own_ports
         self._ready: deque[KernelEvent] = deque()
         self._wake = asyncio.Event()
@@ -62,6 +65,8 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         for sock in self._sockets:
             self._loop.add_reader(sock, self._drain, sock)
+        self._switches = SwitchWatch(fd, switches) if switches is not None else None
+        self._timer = self._loop.call_later(_SWITCHES_SECONDS, self._look) if self._switches else None
 
     def __aiter__(self) -> Self:
         return self
@@ -85,7 +90,19 @@ class EventStream:
         for sock in self._sockets:
             self._loop.remove_reader(sock)
             sock.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._switches is not None:
+            self._switches.close()
         self._wake.set()
+
+    def _look(self) -> None:
+        assert self._switches is not None
+        for key, value in self._switches.look():
+            self._add(KernelEvent(self._ns, "sysctl", f"{key} is {value}", removed=False))
+        self._timer = self._loop.call_later(_SWITCHES_SECONDS, self._look)
+        if self._ready:
+            self._wake.set()
 
     def _drain(self, sock: socket.socket) -> None:
         for _ in range(_DATAGRAMS_PER_TURN):

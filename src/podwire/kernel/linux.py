@@ -52,7 +52,8 @@ class _Space:
 
     label: NetnsName
     fd: int
-    sysctl_keys: set[str] = field(default_factory=set)
+    switches: dict[str, str] = field(default_factory=dict)
+    """The kernel switches that were set, and to what."""
     _rtnl: RtnlSocket | None = None
     _netfilter: socket.socket | None = None
     _nft: NftClient | None = None
@@ -157,7 +158,7 @@ class LinuxKernel:
 
     def events(self) -> EventStream:
         host = self._space(HOST)
-        stream = EventStream(HOST, host.fd, self._own_ports)
+        stream = EventStream(HOST, host.fd, self._own_ports, host.switches)
         self._streams.append(stream)
         return stream
 
@@ -213,7 +214,7 @@ def _observe(space: _Space) -> NetState:
         routes=frozenset(filter(None, routes)),
         neighbours=frozenset(filter(None, neighbours)),
         fdb=frozenset(filter(None, entries)),
-        sysctls=read_sysctls(space.fd, sorted(space.sysctl_keys)),
+        sysctls=read_sysctls(space.fd, sorted(space.switches)),
         wireguard=frozenset(peer for state in secured.values() for peer in state.peers),
     )
 
@@ -264,7 +265,7 @@ class _Run:
                 error = refused[op.key]
                 self._fail([op], error.errno or errno.EIO, f"setting {op.key} to {op.value}: {error.strerror}")
             else:
-                space.sysctl_keys.add(op.key)
+                space.switches[op.key] = op.value
 
     def _nft(self, space: _Space, ops: list[CommitNft]) -> None:
         for op in ops:

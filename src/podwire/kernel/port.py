@@ -25,8 +25,8 @@ class KernelError(PodwireError):
 class KernelEvent:
     """Something in a namespace changed.
 
-    `what` is "link", "address", "route", "neighbour", "fdb" or "nft"; `subject` names it for a log line. "lost": notices
-    came faster than they were read, so anything may have changed. `ours`: the kernel says that this port did it
+    `what` is "link", "address", "route", "neighbour", "fdb", "sysctl" (a switch that was set through this port) or "nft";
+    `subject` names it for a log line. "lost": notices came faster than they were read, so anything may have changed. `ours`: the kernel says that this port did it
     (it says so for routes, neighbours and IPv4 addresses, never for links and fdb)."""
 
     ns: NetnsName

@@ -16,7 +16,7 @@ def write_sysctls(fd: int, values: Mapping[str, str]) -> dict[str, OSError]:
         refused: dict[str, OSError] = {}
         for key, value in values.items():
             try:
-                _write(_path(key), value)
+                _write(sysctl_path(key), value)
             except OSError as error:
                 refused[key] = error
         return refused
@@ -34,7 +34,7 @@ def read_sysctls(fd: int, keys: Iterable[str]) -> dict[str, str]:
         values: dict[str, str] = {}
         for key in wanted:
             try:
-                with open(_path(key)) as file:
+                with open(sysctl_path(key)) as file:
                     values[key] = " ".join(file.read().split())
             except OSError:
                 continue
@@ -51,7 +51,8 @@ def _write(path: str, value: str) -> None:
         os.close(descriptor)
 
 
-def _path(key: str) -> str:
+def sysctl_path(key: str) -> str:
+    """The file of a switch. Raises OSError for one that no network namespace has."""
     # Only switches of a network namespace: a plan must never reach the machine's own.
     parts = key.split("/")
     if parts[0] != "net" or ".." in parts or "" in parts:

@@ -250,10 +250,13 @@ def _breaks(work: _Links, ns: NetnsName) -> list[Op]:
     ops += [DelRoute(route, ns) for route in sorted(routes.remove, key=_route_order, reverse=True)]
     peers = diff_keyed(desired.wireguard, observed.wireguard, _peer_key)
     ops += [DelWireguardPeer(peer, ns) for peer in sorted(peers.remove, key=_peer_key) if peer.dev in ours]
+    # A unit's old value has no devices in it: what it says of them is ours to take back.
+    foreign = (whole.links.keys() - ours) | strangers
     fdb = diff_keyed(desired.fdb, observed.fdb, _fdb_key)
-    ops += [DelFdb(entry, ns) for entry in sorted(fdb.remove, key=_fdb_key)]
+    ops += [DelFdb(entry, ns) for entry in sorted(fdb.remove, key=_fdb_key) if entry.dev not in foreign]
     neighbours = diff_keyed(desired.neighbours, observed.neighbours, _neighbour_key)
-    ops += [DelNeighbour(entry, ns) for entry in sorted(neighbours.remove, key=lambda n: (n.dev, int(n.ip)))]
+    stale = (entry for entry in neighbours.remove if entry.dev not in foreign)
+    ops += [DelNeighbour(entry, ns) for entry in sorted(stale, key=lambda n: (n.dev, int(n.ip)))]
     kept = {(address.dev, address.interface.ip) for address in desired.addresses}
     for address in sorted(observed.addresses - desired.addresses, key=_address_order):
         removable = address.dev in ours - strangers and not address.interface.ip.is_link_local

@@ -280,7 +280,9 @@ def _changes(op: Op, before: NetState, after: NetState) -> list[tuple[str, str, 
     if isinstance(op, CommitNft) and op.ns == HOST:
         tables = sorted({str(command.table.name) for command in op.batch.commands})
         return [("nft", f"element in table {name}", False) for name in tables]
-    found: list[tuple[str, str, bool]] = []
+    found: list[tuple[str, str, bool]] = [
+        ("sysctl", f"{key} is {value}", False) for key, value in after.sysctls.items() if before.sysctls.get(key) != value
+    ]
     if before.links != after.links:
         found += [("link", name, True) for name in before.links if name not in after.links]
         found += [("link", name, False) for name, link in after.links.items() if before.links.get(name) != link]

@@ -25,7 +25,7 @@ from podwire.model.kernelstate import (
     Wireguard,
 )
 from podwire.wire import rtnl
-from podwire.wire.netlink import Message, NetlinkError, as_be, as_str, as_u8, as_u16, as_u32, parse_attrs
+from podwire.wire.netlink import NLM_F_REPLACE, Message, NetlinkError, as_be, as_str, as_u8, as_u16, as_u32, parse_attrs
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,8 @@ def read_notice(msg: Message, names: Mapping[int, str]) -> Notice | None:
     (learnt neighbours, other tables, bridge bookkeeping)."""
     match msg.type:
         case rtnl.RTM_NEWLINK | rtnl.RTM_DELLINK:
-            if msg.payload and msg.payload[0] == rtnl.AF_BRIDGE:
+            # A bridge tells of its ports in its own family: of changes to their settings only so.
+            if msg.payload and msg.payload[0] == rtnl.AF_BRIDGE and msg.type == rtnl.RTM_DELLINK:
                 return None
             return Notice("link", read_link(msg).name, msg.type == rtnl.RTM_DELLINK)
         case rtnl.RTM_NEWADDR | rtnl.RTM_DELADDR:
@@ -224,19 +225,39 @@ def read_notice(msg: Message, names: Mapping[int, str]) -> Notice | None:
                 else Notice("address", f"{address.interface} on {address.dev}", msg.type == rtnl.RTM_DELADDR)
             )
         case rtnl.RTM_NEWROUTE | rtnl.RTM_DELROUTE:
-            route = read_route(msg, names)
-            return route if route is None else Notice("route", describe_route(route), msg.type == rtnl.RTM_DELROUTE)
+            return _route_notice(msg, names)
         case rtnl.RTM_NEWNEIGH | rtnl.RTM_DELNEIGH:
             gone = msg.type == rtnl.RTM_DELNEIGH
             fdb = read_fdb(msg, names)
             if fdb is not None:
                 return Notice("fdb", f"{fdb.mac} → {fdb.dst} on {fdb.dev}", gone)
-            entry = read_neighbour(msg, names)
-            if entry is not None and entry.ip.is_multicast:
-                return None
-            return entry if entry is None else Notice("neighbour", f"{entry.ip} is {entry.mac} on {entry.dev}", gone)
+            return _neighbour_notice(msg, names, gone=gone)
         case _:
             return None
+
+
+def _route_notice(msg: Message, names: Mapping[int, str]) -> Notice | None:
+    """Of ours; or, as removed, of one that somebody else's has replaced: the kernel tells of the new one only."""
+    route = read_route(msg, names)
+    if route is not None:
+        return Notice("route", describe_route(route), msg.type == rtnl.RTM_DELROUTE)
+    if msg.type != rtnl.RTM_NEWROUTE or not msg.flags & NLM_F_REPLACE:
+        return None
+    af, dst_len, _, _, table, _, _, _, _ = _header(rtnl.RTMSG, msg)
+    attrs = parse_attrs(msg.payload, rtnl.RTMSG.size)
+    if (_u32(attrs, rtnl.RTA_TABLE) or table) != rtnl.RT_TABLE_MAIN or af not in (rtnl.AF_INET, rtnl.AF_INET6):
+        return None
+    dst = _interface(attrs.get(rtnl.RTA_DST, bytes(4 if af == rtnl.AF_INET else 16)), dst_len).network
+    return Notice("route", f"{dst} replaced", removed=True)
+
+
+def _neighbour_notice(msg: Message, names: Mapping[int, str], *, gone: bool) -> Notice | None:
+    """Permanent entries, those that go, and, as gone, learnt ones: one of them may have been permanent."""
+    entry = read_neighbour(msg._replace(type=rtnl.RTM_DELNEIGH), names)
+    if entry is None or entry.ip.is_multicast:
+        return None
+    learnt = not _header(rtnl.NDMSG, msg)[2] & rtnl.NUD_PERMANENT
+    return Notice("neighbour", f"{entry.ip} is {entry.mac} on {entry.dev}", gone or learnt)
 
 
 def describe_route(route: Route) -> str:

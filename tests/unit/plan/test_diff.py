@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from podwire.model.addr import Family
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import Address, Bridge, FdbEntry, Link, Neighbour, NetState, Route, Vxlan
-from podwire.model.ops import AddAddress, AddLink, ChangeLink, DelAddress, DelLink, DelRoute, Op, SetNeighbour, SetRoute
+from podwire.model.ops import (
+    AddAddress,
+    AddLink,
+    ChangeLink,
+    DelAddress,
+    DelFdb,
+    DelLink,
+    DelRoute,
+    Op,
+    SetFdb,
+    SetNeighbour,
+    SetRoute,
+)
 from podwire.plan.diff import diff, diff_host, restrict
 from podwire.plan.naming import host_veth
 from podwire.plan.node import Unit, plan_base, plan_node, union_units
@@ -257,3 +269,32 @@ def test_a_pair_that_lost_an_end_is_made_anew() -> None:
 
 def _address(text: str) -> Address:
     return Address("cni0", ipaddress.ip_interface(text))
+
+
+def test_entries_on_a_strangers_device_are_left_alone() -> None:
+    """An administrator's permanent neighbour on the uplink is none of ours to sweep."""
+    state = plan_node(plannodes.network(1), plannodes.peers(2), [])[HOST]
+    gateway = Neighbour("eth0", ipaddress.ip_address("198.18.1.1"), "02:00:00:00:00:01")
+    theirs = FdbEntry("vxlan9", "02:00:00:00:00:02", ipaddress.ip_address("198.18.0.99"))
+    links = {**state.links, "eth0": plannodes.UPLINK, "vxlan9": Link("vxlan9", Bridge())}
+    observed = replace(state, links=links, neighbours=state.neighbours | {gateway}, fdb=state.fdb | {theirs})
+    assert diff_host(state, observed) == ()
+
+
+def test_a_peers_new_mac_leaves_no_old_entry() -> None:
+    old = plannodes.peers(2, (Family.IPV4,))[0]
+    new = replace(old, mac="02:00:00:00:00:09")
+    base = plan_base(plannodes.network(1, (Family.IPV4,)))
+    plans = [
+        diff_host(plan_peer(new), plan_peer(old)),  # from what was applied before
+        diff_host(
+            union_units([{HOST: base}, {HOST: plan_peer(new)}])[HOST], union_units([{HOST: base}, {HOST: plan_peer(old)}])[HOST]
+        ),
+    ]
+    entry = FdbEntry("flannel.1", old.mac, old.public_ip)
+    for plan in plans:
+        assert plan == (
+            SetNeighbour(Neighbour("flannel.1", old.subnet.network_address, new.mac)),
+            SetFdb(replace(entry, mac=new.mac)),
+            DelFdb(entry),
+        )
