@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,8 @@ async def make_node(
 
 
 async def give_network(node: CniNode, network: NodeNetwork, *, tunnels: bool = True) -> None:
-    base = plan_base(network if tunnels else node_network(network.pod_cidrs, uplink="none"))
-    await node.plumbing.adopt(base, (), (), await node.attachments.adoptable(network))
+    base = plan_base(network if tunnels else replace(network, node_ips=()))
+    await node.plumbing.adopt(base, {}, (), await node.attachments.adoptable(network))
     await node.attachments.sweep()
     await node.attachments.work_off()
     node.network.set_result(network)

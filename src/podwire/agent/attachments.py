@@ -240,14 +240,14 @@ class Attachments:
         ]
 
     async def run(self) -> None:
-        """Sweep from time to time until cancelled."""
+        """Look for forgotten DELs and dead containers, now and from time to time, until cancelled."""
         while True:
-            await asyncio.sleep(RETRY_SECONDS if self._unwritten else SWEEP_SECONDS)
             try:
                 await self.work_off()
                 await self.sweep()
             except (KernelError, OSError) as error:
                 log.warning("looking for containers that are no more: %s", error)
+            await asyncio.sleep(RETRY_SECONDS if self._unwritten else SWEEP_SECONDS)
 
     # --- inside: the attachment's lock is held --------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from podwire.agent.attachments import Attachments
+from podwire.agent.nodelock import AnotherAgent
 from podwire.model.cni import CNI_VERSIONS, INVALID_ENVIRONMENT, TRY_LATER, CniError, CniRequest
-from podwire.model.errors import PodwireError
 from podwire.model.meta import Json
 from podwire.wire.cni import (
     decode_frame,
@@ -35,10 +35,6 @@ SPOOL_IT = 9
 INTERNAL = 999
 _MAX_REQUEST = 4 << 20
 _RECEIVE_SECONDS = 10.0
-
-
-class AnotherAgent(PodwireError):
-    """This node has an agent already; a second one would give out the same addresses."""
 
 
 class CniServer:

@@ -17,6 +17,7 @@ class AgentConfig:
     state_dir: holds the record of address reservations; belongs to this node alone and must survive agent restarts.
     nameservers: what pods get as resolvers (the cluster DNS Service's addresses); empty: the node's own.
     routed_pods: route between the node's pods even where the kernel could bridge (see `plan.node.bridge_switches`).
+    cni_socket: where container engines are served, through the CNI plugin (cniserver.DEFAULT_SOCKET); None: they are not.
     service_route: see `plan.node.NodeNetwork`; wanted where the node has no default route.
     """
 
@@ -31,6 +32,7 @@ class AgentConfig:
     vxlan_port: int = DEFAULT_PORT
     service_route: bool = False
     routed_pods: bool = False
+    cni_socket: Path | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     nameservers: tuple[IPAddress, ...] = ()
     cluster_domain: str = "cluster.local"

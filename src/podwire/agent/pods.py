@@ -8,6 +8,7 @@ from podwire.agent.admission import refuse
 from podwire.agent.podworker import PodEnvironment, PodWorker, with_ips
 from podwire.client.backoff import Backoff
 from podwire.client.informer import Change, Informer
+from podwire.model.cni import CNI_UID
 from podwire.model.errors import PodwireError
 from podwire.model.objects import Pod
 from podwire.model.podruntime import PodEvent, PodReport, Sandbox
@@ -117,7 +118,7 @@ class Pods:
         node has been adopted: links of such pods are gone then."""
         sandboxes = {sandbox.uid: sandbox for sandbox in await self._env.runtime.sandboxes()}
         for uid in {reservation.uid for reservation in self._env.reservations.all()}:
-            if uid not in sandboxes and self._pod(uid) is None:
+            if uid not in sandboxes and self._pod(uid) is None and not uid.startswith(CNI_UID):
                 log.info("freeing the address of pod %s, which is no more", uid)
                 await self._env.reservations.release(uid)
         for sandbox in sandboxes.values():
