@@ -209,16 +209,19 @@ Operation = PutKey | DeleteKeys | ReadKeys
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """`key`'s `target` against `value`. A key that is not there has version, create and mod revision 0."""
+    """`key`'s `target` against `value`. A key that is not there has version, create and mod revision 0.
+
+    prefix: it must hold for every key that begins with `key`; where there is none, as for one that is not there."""
 
     key: str
     target: Literal["VERSION", "CREATE", "MOD", "LEASE", "VALUE"]
     value: int | bytes
     result: Literal["EQUAL", "NOT_EQUAL", "GREATER", "LESS"] = "EQUAL"
+    prefix: bool = False
 
     def document(self) -> dict[str, Any]:
         name = {"CREATE": "create_revision", "MOD": "mod_revision"}.get(self.target, self.target.lower())
-        return {"key": raw(self.key), "target": self.target, "result": self.result, name: self.value}
+        return _range(self.key, self.prefix) | {"target": self.target, "result": self.result, name: self.value}
 
 
 def operation_document(operation: Operation) -> dict[str, Any]:
