@@ -9,7 +9,7 @@ import ipaddress
 import json
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, TypeVar
@@ -176,6 +176,16 @@ def lease_of_node(node: Node, prefix: str = ANNOTATION_PREFIX) -> Lease | None:
     told = node.metadata.annotations
     texts = node.spec.pod_cidrs or ((node.spec.pod_cidr,) if node.spec.pod_cidr else ())
     return _lease_of_node(node.metadata.name, texts, tuple(told.get(f"{prefix}/{name}", "") for name in _READ))
+
+
+def told_addresses(node: Node, attrs: LeaseAttrs, prefix: str = ANNOTATION_PREFIX) -> LeaseAttrs:
+    """The attributes as a node publishes them: what its operator wrote to override its addresses (behind a NAT) counts."""
+    told = node.metadata.annotations
+    return replace(
+        attrs,
+        public_ip=_address(IPv4Address, told.get(f"{prefix}/public-ip-overwrite", "")) or attrs.public_ip,
+        public_ipv6=_address(IPv6Address, told.get(f"{prefix}/public-ipv6-overwrite", "")) or attrs.public_ipv6,
+    )
 
 
 @lru_cache(maxsize=16384)
