@@ -36,6 +36,13 @@ def test_options_after_the_target_belong_to_the_command(lab: Lab) -> None:
     assert lab.exec("node-1", "echo", "-n", "--help").out == "--help"
 
 
+def test_options_of_ours_may_stand_on_either_side_of_the_target(lab: Lab) -> None:
+    name = ["--name", lab.name]
+    for arguments in (["-n", "shop", *name, "cart"], ["cart", "-n", "shop", *name], [*name, "cart", "--namespace=shop"]):
+        assert lab.podwire.ok("lab", "exec", *arguments, "--", "echo", "-n", "--name", "x") == "--name x"
+    assert lab.podwire.ok("lab", "exec", *name, "node-1", "echo", "-n", "no dashes") == "no dashes"
+
+
 def test_each_place_has_its_own_network(lab: Lab) -> None:
     script = "import socket; print(sorted(name for _, name in socket.if_nameindex()))"
     targets = ("world", "node-1", "cart", "cart/exporter")

@@ -131,7 +131,15 @@ def _row(directory: "LabDirectory", record: "LabRecord") -> dict[str, Any]:
     }
 
 
-@lab.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+class _ExecCommand(click.Command):
+    """Our options may stand on either side of TARGET; all after `--` is the command's, without `--` all after TARGET."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.allow_interspersed_args = "--" in args
+        return super().parse_args(ctx, args)
+
+
+@lab.command("exec", cls=_ExecCommand, context_settings={"ignore_unknown_options": True})
 @lab_option
 @click.option("-n", "--namespace", default="", help="The pod's namespace, where its name alone could be several.")
 @click.option("-t/-T", "--tty/--no-tty", "tty", default=None, help="Give the command a terminal. [default: when this is one]")
