@@ -9,6 +9,7 @@ Named in order of a packet's way:
 """
 
 import enum
+import ipaddress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -46,6 +47,7 @@ _AFFINITY_SIZE = 1 << 20
 _AFFINITY_DEFAULT_S = 10800
 """Kubernetes' default; every element says its own."""
 
+_LOOPBACK_NETWORK = ipaddress.ip_network("127.0.0.0/8")
 _DSTNAT, _SRCNAT = -100, 100
 _TCP = 6
 
@@ -183,11 +185,18 @@ def _source_ranges(family: Family) -> Rule:
 
 def _prerouting(family: Family, facts: NodeFacts) -> tuple[Rule, ...]:
     f, sets = Fields(family), sets_of(family)
+    guarded = (_LOOPBACK_NETWORK,) if facts.loopback else ()
     return (
+        # A connection that this machine makes to itself has passed `output`, so nat chains see it here no more
+        # (CVE-2020-8558: with route_localnet, others could reach what listens on 127.0.0.1).
+        *(
+            Rule((*f.to_network(cidr), Counter(), Immediate(DROP)), "127.0.0.1 is for this machine alone")
+            for cidr in networks_of(family, guarded)
+        ),
         _source_ranges(family),
         *(
             Rule((*f.from_network(cidr), Immediate(goto(_INSIDE))), "from a pod of this node")
-            for cidr in networks_of(family, facts.pod_cidrs)
+            for cidr in networks_of(family, facts.local_pods)
         ),
         Rule((*f.frontend(), Lookup(sets.outside.name, 0, verdict=True)), "externalTrafficPolicy: Local"),
         Rule((Immediate(goto(_INSIDE)),)),
@@ -209,15 +218,17 @@ def _inside(family: Family, facts: NodeFacts) -> tuple[Rule, ...]:
 def _rewritten(family: Family, facts: NodeFacts) -> tuple[Rule, ...]:
     f, sets = Fields(family), sets_of(family)
     frontend = f.original_frontend()
+    to_cluster_ip = (f.original_daddr(0), Lookup(sets.cluster_ips.name, 0), Masquerade())
     return (
         Rule((*frontend, Lookup(sets.sticky.name, 0, verdict=True)), "sessionAffinity"),
         Rule((*frontend, Lookup(sets.masquerade.name, 0), Masquerade()), "externalTrafficPolicy: Cluster"),
         Rule((f.saddr(0), f.daddr(f.addr), Lookup(sets.hairpin.name, 0), Masquerade()), "a pod to itself"),
+        *((Rule(to_cluster_ip, "to a ClusterIP: masquerade all"),) if facts.masquerade_all else ()),
         *(
             Rule((*f.from_network(cidr), Immediate(RETURN)), "from a pod of this node")
-            for cidr in networks_of(family, facts.pod_cidrs)
+            for cidr in networks_of(family, facts.local_pods)
         ),
-        Rule((f.original_daddr(0), Lookup(sets.cluster_ips.name, 0), Masquerade()), "to a ClusterIP, from no pod"),
+        Rule(to_cluster_ip, "to a ClusterIP, from no pod"),
         Rule(
             (*from_this_machine(), *frontend, Lookup(sets.keep_source.name, 0), Masquerade()),
             "externalTrafficPolicy: Local, from the node itself",

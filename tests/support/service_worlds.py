@@ -1,0 +1,268 @@
+"""Random clusters, and every connection worth trying in them; what is promised against what the rules would do.
+
+Addresses come from the plan of `service_cases`. With `real=True` endpoints are only those of `servicerig`, on the port where
+its servers listen, so that the same worlds can be tried with packets.
+"""
+
+import ipaddress
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import hypothesis.strategies as st
+import msgspec
+from service_cases import FACTS, SOURCES, to_ipv6
+
+from podwire.model.addr import Family, IPAddress
+from podwire.model.nft import Ruleset
+from podwire.model.objects import EndpointSlice, Pod, Service
+from podwire.model.servicetable import NodeFacts
+from podwire.plan.services import ServicePlanner
+from podwire.plan.services_table import PROTOCOLS
+from podwire.trace.netfilter import Fate, Machine, Packet, Result, follow
+from podwire.trace.oracle import Cluster, Connection, Outcome, Promise, promise
+
+FRIENDS, STRANGERS, NODES = "198.18.1.0/24", "192.0.2.0/24", "198.18.0.0/24"
+
+IMAGINED = (
+    ("10.244.1.5", "n1", "z1"),
+    ("10.244.1.7", "n1", "z1"),
+    ("10.244.2.5", "n2", "z2"),
+    ("10.244.3.7", "n3", "z1"),
+    ("10.244.4.7", "n4", "z4"),
+    ("198.18.0.11", "n1", "z1"),
+    ("198.18.1.77", "", ""),
+)
+REAL = (("10.244.1.2", "n1", "z1"), ("10.244.1.3", "n1", "z1"), ("10.244.1.4", "n1", "z1"), ("10.244.2.2", "n2", "z2"))
+
+LOOPBACK = ipaddress.IPv4Address("127.0.0.1")
+
+_CONDITIONS: tuple[dict[str, bool], ...] = (
+    {},
+    {"ready": True},
+    {"ready": True, "serving": True, "terminating": False},
+    {"ready": False},
+    {"ready": False, "serving": True, "terminating": True},
+    {"ready": False, "serving": False, "terminating": True},
+    {"ready": False, "terminating": True},
+    {"ready": True, "serving": True, "terminating": True},  # publishNotReadyAddresses
+)
+_PORTS = (("TCP", 80), ("UDP", 53), ("TCP", 443), ("SCTP", 36412))
+
+
+@st.composite
+def endpoints(draw: st.DrawFn, places: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    hinted = draw(st.sampled_from(("none", "none", "zones", "nodes", "some")))
+    chosen = draw(st.lists(st.sampled_from(places), unique=True, max_size=5))
+    found = []
+    for ip, node, zone in chosen:
+        endpoint: dict[str, Any] = {"addresses": [ip], "conditions": draw(st.sampled_from(_CONDITIONS))}
+        if node:
+            endpoint |= {"nodeName": node, "zone": zone}
+        if zone and (hinted in ("zones", "nodes") or (hinted == "some" and draw(st.booleans()))):
+            endpoint["hints"] = {"forZones": [{"name": zone}]}
+            if hinted == "nodes":
+                endpoint["hints"]["forNodes"] = [{"name": node}]
+        found.append(endpoint)
+    return found
+
+
+@st.composite
+def slices(draw: st.DrawFn, name: str, ports: list[dict[str, Any]], real: bool) -> list[dict[str, Any]]:
+    """Up to three, in any order; one may repeat what another lists, lack a port, or have it under another number."""
+    pieces = []
+    for number in range(draw(st.integers(0, 3))):
+        resolved = [
+            {"name": p["name"], "protocol": p["protocol"], "port": 8080 if real else draw(st.sampled_from((8080, 9090)))}
+            for p in ports
+            if draw(st.integers(0, 9))
+        ]
+        piece = {
+            "metadata": {
+                "name": f"{name}-{number}",
+                "namespace": "shop",
+                "labels": {"kubernetes.io/service-name": name},
+            },
+            "addressType": "IPv4",
+            "endpoints": draw(endpoints(REAL if real else IMAGINED)),
+            "ports": resolved,
+        }
+        pieces.append(piece)
+    return draw(st.permutations(pieces))
+
+
+@st.composite
+def services(draw: st.DrawFn, number: int, real: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A Service and its slices, as documents in IPv4. `number` keeps its addresses apart from the others'."""
+    name = f"s{number}"
+    kind = draw(st.sampled_from(("ClusterIP", "NodePort", "LoadBalancer", "LoadBalancer")))
+    ports = []
+    for index, (protocol, port) in enumerate(
+        draw(st.lists(st.sampled_from(_PORTS[: 2 if real else 4]), unique=True, min_size=1))
+    ):
+        node_port = 30000 + 10 * number + index if kind != "ClusterIP" and draw(st.integers(0, 4)) else 0
+        ports.append({"name": f"p{index}", "protocol": protocol, "port": port, "nodePort": node_port})
+    service = {
+        "metadata": {"name": name, "namespace": "shop"},
+        "spec": {
+            "type": kind,
+            "clusterIP": f"10.96.0.{10 + number}",
+            "ports": ports,
+            "internalTrafficPolicy": draw(st.sampled_from(("Cluster", "Cluster", "Local"))),
+            "externalTrafficPolicy": draw(st.sampled_from(("Local", "Cluster"))),
+            "externalIPs": draw(st.sampled_from(([], [], [f"203.0.113.{100 + number}"]))),
+            "loadBalancerSourceRanges": draw(st.sampled_from(([], [], [FRIENDS], [STRANGERS], [STRANGERS, NODES]))),
+        },
+        "status": {
+            "loadBalancer": {
+                "ingress": draw(
+                    st.sampled_from(
+                        ([{"ip": f"203.0.113.{10 + number}"}], [{"ip": f"203.0.113.{10 + number}", "ipMode": "Proxy"}])
+                    )
+                )
+            }
+        },
+    }
+    return service, draw(slices(name, ports, real))
+
+
+@st.composite
+def host_pods(draw: st.DrawFn, real: bool) -> list[dict[str, Any]]:
+    if not draw(st.booleans()):
+        return []
+    ports = [{"containerPort": 8080, "hostPort": 8888, "hostIP": draw(st.sampled_from(("", "0.0.0.0", "198.18.0.11")))}]
+    ip = (REAL if real else IMAGINED)[0][0]
+    return [
+        {
+            "metadata": {"name": "edge", "namespace": "shop", "uid": "edge"},
+            "spec": {"containers": [{"name": "main", "ports": ports}], "hostNetwork": draw(st.integers(0, 5)) == 0},
+            "status": {"podIP": ip, "podIPs": [{"ip": ip}]},
+        }
+    ]
+
+
+@st.composite
+def node_facts(draw: st.DrawFn) -> NodeFacts:
+    """The node of the address plan, as it may be set up."""
+    return replace(
+        FACTS,
+        zone=draw(st.sampled_from(("z1", "z1", "z3", ""))),
+        local_sources=draw(st.sampled_from(((), (), FACTS.cluster_cidrs))),
+        masquerade_all=draw(st.integers(0, 4)) == 4,
+        loopback=draw(st.booleans()),
+    )
+
+
+@st.composite
+def clusters(draw: st.DrawFn, family: Family, *, real: bool = False, facts: NodeFacts | None = None) -> Cluster:
+    """Up to three Services and perhaps a pod with a host port, all in one family; half of the Services have both."""
+    found = []
+    for number in range(draw(st.integers(1, 3))):
+        service, pieces = draw(services(number, real))
+        if family is Family.IPV6:
+            service, pieces = _turned(service), _turned(pieces)
+        spec, v6 = (
+            service["spec"],
+            [{**_turned(p), "metadata": {**p["metadata"], "name": p["metadata"]["name"] + "-v6"}} for p in pieces],
+        )
+        if family is Family.IPV4 and draw(st.booleans()):
+            spec |= {"clusterIPs": [spec["clusterIP"], to_ipv6(spec["clusterIP"])], "ipFamilies": ["IPv4", "IPv6"]}
+            spec["externalIPs"] = [*spec["externalIPs"], *_turned(spec["externalIPs"])]
+            pieces = [*pieces, *v6]
+        else:
+            spec |= {"clusterIPs": [spec["clusterIP"]], "ipFamilies": [family.value]}
+        found.append((msgspec.convert(service, Service), tuple(msgspec.convert(p, EndpointSlice) for p in pieces)))
+    pods = draw(host_pods(real))
+    if family is Family.IPV6:
+        pods = [_turned(p) for p in pods]
+    return Cluster(facts or draw(node_facts()), tuple(found), tuple(msgspec.convert(p, Pod) for p in pods))
+
+
+def _turned(value: Any) -> Any:
+    """Every text in a document, its addresses and families turned into IPv6."""
+    if isinstance(value, dict):
+        return {k: _turned(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_turned(v) for v in value]
+    if value in ("IPv4", "0.0.0.0"):
+        return {"IPv4": "IPv6", "0.0.0.0": "::"}[value]
+    return to_ipv6(value) if isinstance(value, str) else value
+
+
+def connections(cluster: Cluster, sources: dict[str, str] = SOURCES) -> Iterator[Connection]:
+    """From every kind of source to every address that means something, and to some that mean nothing. `sources`: in IPv4;
+    the one called "node" is made by the node itself."""
+    for dst, protocol, port in sorted(_destinations(cluster), key=str):
+        for name, text in sources.items():
+            src = ipaddress.ip_address(text if dst.version == 4 else to_ipv6(text))
+            yield Connection(src, dst, protocol, port, made_here=name == "node")
+            if name == "node" and cluster.node.loopback and dst == cluster.node.node_ips[0]:
+                yield Connection(LOOPBACK, LOOPBACK, protocol, port, made_here=True)
+                yield Connection(src, LOOPBACK, protocol, port)
+
+
+def _destinations(cluster: Cluster) -> set[tuple[IPAddress, str, int]]:
+    found: set[tuple[IPAddress, str, int]] = set()
+    for service, _ in cluster.services:
+        spec = service.spec
+        externals = [*spec.external_ips, *(i.ip for i in service.status.load_balancer.ingress)]
+        for port in spec.ports:
+            found |= {(ipaddress.ip_address(ip), port.protocol, port.port) for ip in (*spec.cluster_ips, *externals)}
+            if port.node_port:
+                found |= {(ip, port.protocol, port.node_port) for ip in cluster.node.node_ips}
+        found |= {(ipaddress.ip_address(ip), "TCP", 4711) for ip in spec.cluster_ips}
+    for text in ("10.96.0.99", "10.244.2.9", "198.18.1.77"):
+        found |= {(ipaddress.ip_address(text), "TCP", 80), (ipaddress.ip_address(to_ipv6(text)), "TCP", 80)}
+    if cluster.pods:
+        found |= {(ip, "TCP", 8888) for ip in cluster.node.node_ips}
+    return found
+
+
+def planned(cluster: Cluster) -> ServicePlanner:
+    planner = ServicePlanner(cluster.node)
+    for service, pieces in cluster.services:
+        planner.set_service(service.key, service, pieces)
+    for pod in cluster.pods:
+        planner.set_host_ports(pod.metadata.uid, pod)
+    return planner
+
+
+def walks(ruleset: Ruleset, connection: Connection, node: NodeFacts) -> list[Result]:
+    """The connection's fate for every number that `numgen` could draw."""
+    packet = Packet(connection.src, connection.dst, PROTOCOLS[connection.protocol], 40000, connection.port)
+    sizes: list[int] = []
+    results: list[Result] = []
+
+    def draw(n: int) -> int:
+        sizes.append(n)
+        return len(results) % n
+
+    addresses = frozenset({*node.node_ips, LOOPBACK})
+    while not results or len(results) < max(sizes, default=1):
+        results.append(follow(ruleset, packet, Machine(addresses, draw), locally_made=connection.made_here))
+    return results
+
+
+def answer(ruleset: Ruleset, connection: Connection, node: NodeFacts) -> Promise:
+    """What the rules would do, in the oracle's words."""
+    results = walks(ruleset, connection, node)
+    fates = {r.fate for r in results}
+    if fates == {Fate.DROP}:
+        return Promise(Outcome.DROPPED)
+    if fates == {Fate.RESET if connection.protocol == "TCP" else Fate.UNREACHABLE}:
+        return Promise(Outcome.REFUSED)
+    assert fates == {Fate.PASS}, f"{connection}: {fates}"
+    reached = {(r.packet.dst, r.packet.dport): r.masquerade for r in results}
+    outcome = Outcome.SERVED if results[0].rewritten else Outcome.UNTOUCHED
+    return Promise(outcome, frozenset(reached), frozenset(t for t, masqueraded in reached.items() if masqueraded))
+
+
+def disagreements(cluster: Cluster, ruleset: Ruleset) -> list[str]:
+    """Every connection of which the rules do something else than what is promised."""
+    found = []
+    for connection in connections(cluster):
+        promised = promise(cluster, connection)
+        actual = answer(ruleset, connection, cluster.node)
+        if (actual.outcome, actual.targets, actual.masqueraded) != (promised.outcome, promised.targets, promised.masqueraded):
+            found.append(f"{connection}\n  promised {promised}\n  rules    {actual}")
+    return found

@@ -1,0 +1,72 @@
+"""The proof: for random clusters, every kind of connection meets what the oracle promises, by the planned rules."""
+
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, Phase, find, given, settings
+from service_worlds import clusters, disagreements, planned
+
+from podwire.model.addr import Family
+from podwire.model.nft import Ruleset, TableState
+from podwire.trace.oracle import Cluster
+
+some_clusters = st.sampled_from(Family).flatmap(lambda family: clusters(family))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+@given(some_clusters)
+def test_the_planned_rules_keep_every_promise(cluster: Cluster) -> None:
+    planner = planned(cluster)
+    ruleset = Ruleset().apply(planner.take_batch())
+    assert ruleset == planner.desired()
+    assert not (found := disagreements(cluster, ruleset)), "\n".join(found)
+
+
+LIES: dict[str, dict[str, Any]] = {
+    "no pod is of this node": {"pod_cidrs": ()},
+    "another node": {"name": "n2"},
+    "another zone": {"zone": "z4"},
+    "everyone is masqueraded": {"masquerade_all": True},
+    "no address": {"node_ips": ()},
+    "no Service range": {"service_cidrs": ()},
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=list(LIES))
+def test_a_planner_that_is_told_lies_is_found_out(lie: dict[str, Any]) -> None:
+    """A proof that nothing can fail proves nothing."""
+
+    def found_out(cluster: Cluster) -> bool:
+        ruleset = planned(replace(cluster, node=replace(cluster.node, **lie))).desired()
+        return bool(disagreements(cluster, ruleset))
+
+    assert _found(found_out)
+
+
+@pytest.mark.parametrize(
+    "name", ["services", "outside", "masquerade", "keep-source", "cluster-ips", "hairpin", "source-ranges"]
+)
+def test_a_lost_element_is_found_out(name: str) -> None:
+    def found_out(cluster: Cluster) -> bool:
+        ruleset = planned(cluster).desired()
+        damaged = Ruleset({ref: _without(table, name) for ref, table in ruleset.tables.items()})
+        return damaged != ruleset and bool(disagreements(cluster, damaged))
+
+    assert _found(found_out)
+
+
+def _without(table: TableState, name: str) -> TableState:
+    state = table.sets[name]
+    emptied = replace(state, elements={}, comments={})
+    return replace(table, sets={**table.sets, name: emptied})
+
+
+def _found(condition: Any) -> Cluster:
+    """A cluster for which the condition holds; not the smallest, which would take long."""
+    quick = settings(
+        max_examples=300, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    return find(clusters(Family.IPV4), condition, settings=quick, random=Random(1))
