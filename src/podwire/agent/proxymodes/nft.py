@@ -1,5 +1,6 @@
 """Services in nftables: one transaction for each round of changes."""
 
+import asyncio
 from collections.abc import Sequence
 
 from podwire.kernel.port import Kernel, KernelError
@@ -38,6 +39,9 @@ class NftRules:
 
     async def compare(self) -> int:
         return await commit(self._kernel, self._planner.resync(await self._kernel.observe_nft(TABLE)))
+
+    async def changed(self) -> None:
+        await asyncio.get_running_loop().create_future()  # every change is announced
 
     async def remove(self) -> None:
         await remove_tables(self._kernel, TABLE)

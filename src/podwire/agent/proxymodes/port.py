@@ -42,6 +42,10 @@ class ServiceRules(Protocol):
         """Bring the kernel from what it holds to what is planned. Returns how many commands that took: 0 is all well."""
         ...
 
+    async def changed(self) -> None:
+        """Returns when somebody else may have changed these rules, where the kernel does not announce it (`KernelEvent`)."""
+        ...
+
     async def remove(self) -> None:
         """Take everything of this back end out of the kernel; connections that are tracked go on."""
         ...

@@ -1,0 +1,99 @@
+"""Services in iptables: `iptables-restore` is given the chains that changed, in the flavour that the host uses."""
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+
+from podwire.kernel.iptables import Flavour, IptablesClient, choose_programs
+from podwire.kernel.netns import off_loop
+from podwire.model.addr import Family
+from podwire.model.ids import ObjectKey
+from podwire.model.objects import EndpointSlice, Pod, Service
+from podwire.model.proxymode import ProxyMode
+from podwire.model.servicetable import NodeFacts, ServiceTable
+from podwire.plan.iptables import Chains, IptablesPlanner, Restore, parse_save, restore
+from podwire.plan.iptables_rules import MASQUERADE_BIT
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.5
+"""How often legacy tables are asked for their size: the kernel does not tell when somebody changes them."""
+
+
+class IptablesRules:
+    """`ServiceRules` by `IptablesPlanner`, in the namespace behind `netns_fd`, which stays the caller's to keep open.
+
+    `flavour` None: the one in use there. `masquerade_bit`: the packet mark, kube-proxy's --iptables-masquerade-bit."""
+
+    mode = ProxyMode.IPTABLES
+
+    def __init__(
+        self, netns_fd: int, facts: NodeFacts, *, flavour: Flavour | None = None, masquerade_bit: int = MASQUERADE_BIT
+    ) -> None:
+        self._fd, self._wanted = netns_fd, flavour
+        self._planner = IptablesPlanner(facts, masquerade_bit=masquerade_bit)
+        self._client: IptablesClient | None = None
+        self._fingerprint = b""
+
+    def set_facts(self, facts: NodeFacts) -> None:
+        self._planner.set_facts(facts)
+
+    def set_service(self, key: ObjectKey, service: Service | None, slices: Sequence[EndpointSlice] = ()) -> None:
+        self._planner.set_service(key, service, slices)
+
+    def set_host_ports(self, uid: str, pod: Pod | None) -> None:
+        self._planner.set_host_ports(uid, pod)
+
+    def table(self, key: ObjectKey) -> ServiceTable:
+        return self._planner.table(key)
+
+    async def program(self) -> int:
+        return await self._restore(self._planner.take())
+
+    async def compare(self) -> int:
+        client = await self._opened()
+        observed = await off_loop(lambda: observe(client))
+        return await self._restore(self._planner.resync(observed))
+
+    async def changed(self) -> None:
+        client = await self._opened()
+        while client.flavour is Flavour.NFT or await off_loop(client.fingerprint) == self._fingerprint:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def remove(self) -> None:
+        client = await self._opened()
+        await off_loop(lambda: remove(client))
+        self._fingerprint = await off_loop(client.fingerprint)
+
+    async def _restore(self, texts: Iterable[Restore]) -> int:
+        client = await self._opened()
+        texts = [text for text in texts if text.family in client.families]
+        try:
+            for text in texts:
+                await off_loop(lambda text=text: client.restore(text.family, text.text))  # type: ignore[misc]
+        finally:
+            self._fingerprint = await off_loop(client.fingerprint)
+        return sum(text.chains for text in texts)
+
+    async def _opened(self) -> IptablesClient:
+        if self._client is None:
+            programs = await off_loop(lambda: choose_programs(self._fd, self._wanted))
+            log.info("Services go through iptables, %s flavour", programs.flavour)
+            self._client = IptablesClient(self._fd, programs)
+        return self._client
+
+
+def observe(client: IptablesClient) -> dict[Family, Chains]:
+    """What the kernel holds of ours."""
+    return {family: parse_save(client.save(family)) for family in client.families}
+
+
+def remove(client: IptablesClient) -> int:
+    """Take everything of ours out of the kernel. Returns how many chains that were."""
+    count = 0
+    for family, held in observe(client).items():
+        text = restore(family, Chains(), held)
+        if text is not None:
+            client.restore(family, text.text)
+            count += text.chains
+    return count

@@ -1,0 +1,292 @@
+"""Services → iptables chains, incrementally: the text for `iptables-restore --noflush` holds the chains that changed, no other.
+
+What is planned and what `iptables-save` shows are compared chain by chain, as text.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from podwire.model.addr import Family
+from podwire.model.servicetable import Frontend, NodeFacts, Pool
+from podwire.plan import iptables_rules as rules
+from podwire.plan.iptables_rules import FILTER, HOOKS, NAT, PREFIX, TABLES, Rules
+from podwire.plan.serviceledger import ServiceLedger
+
+ChainRef = tuple[str, str]
+"""(table, chain)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Chains:
+    """What a family's tables hold of ours. `jumps`: the rules in the kernel's own chains that lead to ours."""
+
+    rules: Mapping[ChainRef, Rules] = field(default_factory=dict)
+    jumps: Mapping[ChainRef, Rules] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.rules) or any(self.jumps.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """The input of `iptables-restore --noflush` or `ip6tables-restore`. `chains`: how many it changes."""
+
+    family: Family
+    text: str
+    chains: int
+
+
+class IptablesPlanner(ServiceLedger["FamilyChains"]):
+    """Holds one node's desired chains. Feed it objects, take the texts that bring the kernel up to date."""
+
+    def __init__(self, facts: NodeFacts, *, masquerade_bit: int = rules.MASQUERADE_BIT) -> None:
+        mark = f"{1 << masquerade_bit:#x}"
+        super().__init__(facts, lambda family, known: FamilyChains(family, known, mark))
+
+    def take(self) -> list[Restore]:
+        """From what was last taken to what is desired now; empty if that is the same."""
+        return [text for chains in self._maps.values() if (text := chains.take()) is not None]
+
+    def resync(self, observed: Mapping[Family, Chains]) -> list[Restore]:
+        """From what the kernel holds to what is desired now, which then counts as taken."""
+        found = []
+        for chains in self._maps.values():
+            chains.take()
+            text = restore(chains.family, chains.desired(), observed.get(chains.family, Chains()))
+            if text is not None:
+                found.append(text)
+        return found
+
+    def desired(self) -> dict[Family, Chains]:
+        """All that the kernel shall hold."""
+        return {chains.family: chains.desired() for chains in self._maps.values()}
+
+
+class _CountedAddresses:
+    """Addresses (keys end with one) that several owners may want; `changed` is told of those that come and go."""
+
+    def __init__(self, owner: "FamilyChains", kind: str) -> None:
+        self._owner, self._kind = owner, kind
+        self.addresses: dict[bytes, int] = {}
+
+    def want(self, key: bytes) -> None:
+        self.addresses[key] = self.addresses.get(key, 0) + 1
+        if self.addresses[key] == 1:
+            self._owner.counted(self._kind, key)
+
+    def release(self, key: bytes) -> None:
+        self.addresses[key] -= 1
+        if not self.addresses[key]:
+            del self.addresses[key]
+            self._owner.counted(self._kind, key)
+
+
+class FamilyChains:
+    """All chains of one family."""
+
+    def __init__(self, family: Family, facts: NodeFacts, mark: str) -> None:
+        self.family, self._facts, self._mark = family, facts, mark
+        self._frontends: dict[bytes, tuple[Frontend, str]] = {}
+        self._buckets: dict[ChainRef, dict[bytes, Rules]] = {}
+        self._chains: dict[ChainRef, Rules] = rules.fixed_chains(family, facts, mark)
+        self._roots = {"I": (NAT, "INSIDE"), "O": (NAT, "OUTSIDE"), "FI": (FILTER, "F-IN"), "FO": (FILTER, "F-OUT")}
+        for table, name in self._roots.values():
+            self._chains[table, rules.chain(name)] = ()
+        self._chains[NAT, rules.chain("HAIRPIN")] = ()
+        self._before: dict[ChainRef, Rules | None] = dict.fromkeys(self._chains)
+        self._taken = False
+        self._stale: set[ChainRef] = set()
+        self.hairpin, self.cluster_ips = _CountedAddresses(self, "hairpin"), _CountedAddresses(self, "cluster_ips")
+
+    # --- programming ------------------------------------------------------------------------------------------------
+
+    def frontend(self, key: bytes) -> Frontend:
+        return self._frontends[key][0]
+
+    def program(self, key: bytes, frontend: Frontend | None, owner: str = "") -> None:
+        old = self._frontends.get(key)
+        if frontend is None:
+            if old is not None:
+                self._enter(key, old[0], None, owner)
+                del self._frontends[key]
+            return
+        if old == (frontend, owner):
+            return
+        self._enter(key, old[0] if old else None, frontend, owner)
+        self._frontends[key] = (frontend, owner)
+
+    def _enter(self, key: bytes, old: Frontend | None, new: Frontend | None, owner: str) -> None:
+        """Everything that stands for a frontend: its own chains, and its rules in the chains that lead to them."""
+        address = (new or old or self._frontends[key][0]).address
+        for outside in (False, True):
+            pool = _pool(new, outside=outside)
+            kinds = ("O", "FO") if outside else ("I", "FI")
+            led = rules.nat_entry(new, key, pool, owner, outside=outside) if new and pool else ()
+            refused = rules.filter_entry(new, pool, owner, self.family) if new and pool else ()
+            for kind, entry in zip(kinds, (led, refused), strict=True):
+                self._put_entry(kind, address, key, entry)
+            wanted = self._service_chains(key, new, pool, outside=outside)
+            present = self._service_chains(key, old, _pool(old, outside=outside), outside=outside)
+            for ref in present.keys() | wanted.keys():
+                self._put(ref, wanted.get(ref))
+
+    def _service_chains(self, key: bytes, of: Frontend | None, pool: Pool | None, *, outside: bool) -> dict[ChainRef, Rules]:
+        if of is None or pool is None or not pool.backends:
+            return {}
+        main = rules.service_rules(of, key, pool, self._facts, self._mark, outside=outside)
+        found = {(NAT, rules.service_chain(key, outside=outside)): main}
+        if of.affinity_s:
+            for packed in pool.backends:
+                name = rules.endpoint_chain(key, packed, outside=outside)
+                found[NAT, name] = rules.endpoint_rules(of, name, packed)
+        return found
+
+    def counted(self, kind: str, key: bytes) -> None:
+        """An address came or went in `hairpin` or `cluster_ips`."""
+        if kind == "hairpin":
+            self._stale.add((NAT, rules.chain("HAIRPIN")))
+            return
+        entry = (rules.refused_cluster_ip(key),) if key in self.cluster_ips.addresses else ()
+        self._put_entry("FI", key, _LAST + key, entry)
+
+    # --- chains -------------------------------------------------------------------------------------------------------
+
+    def _put(self, ref: ChainRef, new: Rules | None) -> None:
+        old = self._chains.get(ref)
+        if old == new:
+            return
+        self._before.setdefault(ref, old)
+        if new is None:
+            del self._chains[ref]
+        else:
+            self._chains[ref] = new
+
+    def _put_entry(self, kind: str, address: bytes, key: bytes, entry: Rules) -> None:
+        table, root = self._roots[kind]
+        ref = (table, rules.bucket_name(kind, address))
+        bucket = self._buckets.get(ref)
+        if bucket is None:
+            if not entry:
+                return
+            bucket = self._buckets[ref] = {}
+            self._stale.add((table, rules.chain(root)))
+        if entry:
+            if bucket.get(key) == entry:
+                return
+            bucket[key] = entry
+        elif bucket.pop(key, None) is None:
+            return
+        if not bucket:
+            del self._buckets[ref]
+            self._stale.add((table, rules.chain(root)))
+        self._stale.add(ref)
+
+    def _settle(self) -> None:
+        """Write the chains that gather the rules of many."""
+        for ref in self._stale:
+            table, name = ref
+            if name == rules.chain("HAIRPIN"):
+                self._put(ref, tuple(rules.hairpin(key[: len(key) // 2]) for key in sorted(self.hairpin.addresses)))
+            elif ref in self._root_kinds():
+                kind = self._root_kinds()[ref]
+                held = [b for t, b in self._buckets if t == table and b.startswith(rules.chain(kind + "-"))]
+                self._put(ref, rules.dispatch(self.family, held))
+            else:
+                bucket = self._buckets.get(ref)
+                self._put(ref, rules.merged([bucket[k] for k in sorted(bucket)]) if bucket else None)
+        self._stale.clear()
+
+    def _root_kinds(self) -> dict[ChainRef, str]:
+        return {(table, rules.chain(root)): kind for kind, (table, root) in self._roots.items()}
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def desired(self) -> Chains:
+        self._settle()
+        return Chains(dict(self._chains), _jumps())
+
+    def take(self) -> Restore | None:
+        """What changed since the last call."""
+        self._settle()
+        before, self._before = self._before, {}
+        first, self._taken = not self._taken, True
+        old = {ref: lines for ref, lines in before.items() if lines is not None}
+        new = {ref: self._chains[ref] for ref in before if ref in self._chains}
+        jumps = _jumps()
+        return restore(self.family, Chains(new, jumps), Chains(old, {} if first else jumps))
+
+
+_LAST = b"\xff" * 17
+"""Sorts behind every frontend's key: a closed port is what no frontend of the address claimed."""
+
+
+def _pool(frontend: Frontend | None, *, outside: bool) -> Pool | None:
+    if frontend is None:
+        return None
+    return frontend.outside if outside else frontend.inside
+
+
+def _jumps() -> dict[ChainRef, Rules]:
+    return {
+        (table, hook): (f"{match}-m comment --comment podwire -j {rules.chain(target)}",)
+        for table, hooks in HOOKS.items()
+        for hook, match, target in hooks
+    }
+
+
+# --- the text -----------------------------------------------------------------------------------------------------
+
+
+def restore(family: Family, desired: Chains, observed: Chains) -> Restore | None:
+    """The text that leads from `observed` to `desired`; None if they are the same. Chains in neither are left alone."""
+    parts = []
+    changed = 0
+    for table in TABLES:
+        lines, count = _table_text(table, desired, observed)
+        changed += count
+        if lines:
+            parts.append("\n".join((f"*{table}", *lines, "COMMIT")))
+    return Restore(family, "\n".join(parts) + "\n", changed) if parts else None
+
+
+def _table_text(table: str, desired: Chains, observed: Chains) -> tuple[list[str], int]:
+    new = {name: lines for (t, name), lines in desired.rules.items() if t == table}
+    old = {name: lines for (t, name), lines in observed.rules.items() if t == table}
+    gone = [name for name in old if name not in new]
+    changed = [name for name, lines in new.items() if old.get(name) != lines]
+    # Naming a chain makes it, or empties it. A chain that goes must be empty, so that it leads to no other.
+    text = [f":{name} - [0:0]" for name in (*changed, *gone)]
+    text += [f"-A {name} {line}" for name in changed for line in new[name]]
+    count = len(changed) + len(gone)
+    for hook, present, wanted in _hooks(table, desired, observed):
+        if present != wanted:
+            text += [f"-D {hook} {line}" for line in present]
+            text += [f"-I {hook} 1 {line}" for line in reversed(wanted)]
+            count += 1
+    text += [f"-X {name}" for name in gone]
+    return text, count
+
+
+def _hooks(table: str, desired: Chains, observed: Chains) -> Iterable[tuple[str, Rules, Rules]]:
+    refs = [ref for ref in {**observed.jumps, **desired.jumps} if ref[0] == table]
+    for ref in refs:
+        yield ref[1], observed.jumps.get(ref, ()), desired.jumps.get(ref, ())
+
+
+def parse_save(text: str) -> Chains:
+    """The output of `iptables-save` (any tables) → what is ours in it."""
+    found: dict[ChainRef, list[str]] = {}
+    jumps: dict[ChainRef, list[str]] = {}
+    table = ""
+    for line in text.splitlines():
+        if line.startswith("*"):
+            table = line[1:].strip()
+        elif line.startswith(":" + PREFIX):
+            found[table, line[1:].split(" ", 1)[0]] = []
+        elif line.startswith("-A "):
+            _, name, rule = line.split(" ", 2)
+            if name.startswith(PREFIX):
+                found.setdefault((table, name), []).append(rule)
+            elif f"-j {PREFIX}" in rule or f"-g {PREFIX}" in rule:
+                jumps.setdefault((table, name), []).append(rule)
+    return Chains({ref: tuple(lines) for ref, lines in found.items()}, {ref: tuple(lines) for ref, lines in jumps.items()})

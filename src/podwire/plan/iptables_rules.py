@@ -1,0 +1,271 @@
+"""What iptables chains hold for Services: the fixed ones, and the rules of one frontend. Rules are text, spelled as
+`iptables-save` spells them, so that what is planned and what is read back can be compared.
+
+Named in order of a packet's way; it does the same as `services_rules` does in nftables:
+
+    nat PREROUTING ─► from a pod here? INSIDE ; OUTSIDE (externalTrafficPolicy: Local) ; INSIDE ─► I-xx ─► SVC-… (─► SEP-…)
+    nat OUTPUT     ─► INSIDE
+    filter INPUT, FORWARD, OUTPUT ─► what was not rewritten although it should: refused or dropped
+    nat POSTROUTING ─► REWRITTEN (masquerade) ; LEAVING (masquerade out of the cluster)
+
+The nat table can neither refuse nor drop, so the filter table repeats the question of who came from where.
+Frontends hang in up to 256 chains by the last byte of their address, so a packet passes a 256th of them.
+"""
+
+import ipaddress
+import string
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+
+from podwire.model.addr import Family, IPNetwork
+from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFacts, Pool, backend_address, backend_port
+from podwire.plan.nftexprs import multicast, networks_of
+
+PREFIX = "PODWIRE-"
+"""Every chain of ours begins so, and no rule of ours stands in another's but the jumps of `HOOKS`."""
+
+NAT, FILTER = "nat", "filter"
+TABLES = (NAT, FILTER)
+
+HOOKS = {
+    NAT: (("PREROUTING", "", "PREROUTING"), ("OUTPUT", "", "OUTPUT"), ("POSTROUTING", "", "POSTROUTING")),
+    FILTER: tuple((hook, "-m conntrack --ctstate NEW ", target) for hook, target in
+                  (("INPUT", "INPUT"), ("FORWARD", "FILTER"), ("OUTPUT", "F-INSIDE"))),
+}  # fmt: skip
+"""Table → (the kernel's chain, matches, our chain without its prefix)."""
+
+MASQUERADE_BIT = 14
+"""kube-proxy's default: the packet mark between PREROUTING or OUTPUT and POSTROUTING that says "masquerade"."""
+
+Rules = tuple[str, ...]
+"""The lines of one chain, without `-A <chain>`."""
+
+_PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
+_UNQUOTED = frozenset(string.ascii_letters + string.digits + "_-")
+_LOOPBACK = "127.0.0.0/8"
+
+
+def chain(name: str) -> str:
+    return PREFIX + name
+
+
+def bucket_name(kind: str, address: bytes) -> str:
+    """The chain of all frontends whose address ends as this one; `kind`: "I", "O", "FI" or "FO"."""
+    return chain(f"{kind}-{address[-1]:02x}")
+
+
+def bucket_match(family: Family, name: str) -> str:
+    """The destinations that belong in the chain of that name."""
+    last = int(name.rsplit("-", 1)[1], 16)
+    if family is Family.IPV4:
+        return f"-d 0.0.0.{last}/0.0.0.255"
+    return f"-d {ipaddress.IPv6Address(last)}/::ff"
+
+
+def service_chain(key: bytes, *, outside: bool) -> str:
+    return chain(("EXT-" if outside else "SVC-") + _digest(key))
+
+
+def endpoint_chain(key: bytes, packed: Backend, *, outside: bool) -> str:
+    return chain("SEP-" + _digest(key + packed + bytes((outside,))))
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=8).hexdigest().upper()
+
+
+# --- the fixed chains ---------------------------------------------------------------------------------------------
+
+
+def fixed_chains(family: Family, facts: NodeFacts, mark: str) -> dict[tuple[str, str], Rules]:
+    """(table, chain) → rules, of every chain that no Service has a part in."""
+    pods = networks_of(family, facts.local_pods)
+    loopback = facts.loopback and family is Family.IPV4
+    inside, outside, others = chain("INSIDE"), chain("OUTSIDE"), '-m comment --comment "from a pod of this node"'
+    to_mark = f"-j MARK --set-xmark {mark}/{mark}"
+    returns = tuple(f"{_from(cidr)}{others} -j RETURN" for cidr in pods)
+    unreachable = _unreachable(family)
+    chains: dict[tuple[str, str], Rules] = {
+        (NAT, chain("PREROUTING")): (
+            *((f"-d {_LOOPBACK} -j ACCEPT",) if loopback else ()),
+            *(f"{_from(cidr)}{others} -g {inside}" for cidr in pods),
+            f"-j {outside}",
+            f"-g {inside}",
+        ),
+        (NAT, chain("OUTPUT")): (f"-g {inside}",),
+        (NAT, chain("POSTROUTING")): (
+            f"-m conntrack --ctstate DNAT -j {chain('REWRITTEN')}",
+            *(f"{_from(cidr)}-j {chain('LEAVING')}" for cidr in networks_of(family, facts.pod_cidrs)),
+        ),
+        (NAT, chain("REWRITTEN")): (f"-m mark --mark {mark}/{mark} -g {chain('MASQUERADE')}", f"-j {chain('HAIRPIN')}"),
+        (NAT, chain("MASQUERADE")): (f"-j MARK --set-xmark {mark}/0x0", "-j MASQUERADE --random-fully"),
+        (NAT, chain("MARK-OTHERS")): (*returns, to_mark),
+        (NAT, chain("MARK-LOCAL")): (*returns, f"-m addrtype --src-type LOCAL {to_mark}"),
+        (NAT, chain("LEAVING")): _leaving(family, facts, mark),
+        (FILTER, chain("INPUT")): (
+            *((f"-d {_LOOPBACK} ! -i lo {_comment('127.0.0.1 is for this machine alone')} -j DROP",) if loopback else ()),
+            f"-g {chain('FILTER')}",
+        ),
+        (FILTER, chain("FILTER")): (
+            "-m conntrack --ctstate DNAT -j RETURN",
+            *(f"{_from(cidr)}{others} -g {chain('F-INSIDE')}" for cidr in pods),
+            f"-j {chain('F-OUT')}",
+            f"-g {chain('F-INSIDE')}",
+        ),
+        (FILTER, chain("F-INSIDE")): (
+            "-m conntrack --ctstate DNAT -j RETURN",
+            f"-j {chain('F-IN')}",
+            *(
+                f'{_to(cidr)}-m comment --comment "no Service has this ClusterIP" -j DROP'
+                for cidr in networks_of(family, facts.service_cidrs)
+            ),
+        ),
+        (FILTER, chain("REFUSE")): ("-p tcp -j REJECT --reject-with tcp-reset", f"-j REJECT --reject-with {unreachable}"),
+    }  # fmt: skip
+    return chains
+
+
+def _leaving(family: Family, facts: NodeFacts, mark: str) -> Rules:
+    inside = networks_of(family, facts.cluster_cidrs) or networks_of(family, facts.pod_cidrs)
+    return (
+        f'-m mark --mark {mark}/{mark} -m comment --comment "marked by kube-proxy" -j RETURN',
+        *(f'{_to(cidr)}-m comment --comment "pod to pod: never rewritten" -j RETURN' for cidr in inside),
+        f"-d {multicast(family)} -m comment --comment multicast -j RETURN",
+        '-m comment --comment "pod to outside the cluster" -j MASQUERADE --random-fully',
+    )
+
+
+def _from(network: IPNetwork) -> str:
+    return f"-s {network} " if network.prefixlen else ""
+
+
+def _to(network: IPNetwork) -> str:
+    return f"-d {network} " if network.prefixlen else ""
+
+
+def _unreachable(family: Family) -> str:
+    return "icmp-port-unreachable" if family is Family.IPV4 else "icmp6-port-unreachable"
+
+
+# --- one frontend -------------------------------------------------------------------------------------------------
+
+
+def frontend_match(frontend: Frontend) -> str:
+    protocol = _PROTOCOLS[frontend.protocol]
+    return f"-d {_host(frontend.address)} -p {protocol} -m {protocol} --dport {frontend.port}"
+
+
+def nat_entry(frontend: Frontend, key: bytes, pool: Pool, owner: str, *, outside: bool) -> Rules:
+    """The rules that lead packets for the frontend to its chain. Where it has none, they leave the nat table, and the filter
+    table deals with them."""
+    match, comment = frontend_match(frontend), _comment(owner)
+    leave = f"{match} {comment} -j ACCEPT"
+    if not pool.backends:
+        return (leave,)
+    lead = f"-g {service_chain(key, outside=outside)}"
+    if frontend.source_ranges is None:
+        return (f"{match} {comment} {lead}",)
+    return (*(f"{match} {_range(r)} {comment} {lead}" for r in frontend.source_ranges), leave)
+
+
+def filter_entry(frontend: Frontend, pool: Pool, owner: str, family: Family) -> Rules:
+    """The rules for packets that the nat table did not rewrite: nobody serves the frontend, or not for this source."""
+    match = frontend_match(frontend)
+    restricted = frontend.source_ranges is not None
+    drop = f"{match} {_comment(owner + ' loadBalancerSourceRanges')} -j DROP"
+    if pool.backends:
+        return (drop,) if restricted else ()
+    if pool.drop:
+        verdict = f"{_comment(owner + ' has endpoints on other nodes only')} -j DROP"
+    else:
+        reason = "tcp-reset" if frontend.protocol == 6 else _unreachable(family)
+        verdict = f"{_comment(owner + ' has no endpoints')} -j REJECT --reject-with {reason}"
+    if frontend.source_ranges is None:
+        return (f"{match} {verdict}",)
+    return (*(f"{match} {_range(r)} {verdict}" for r in frontend.source_ranges), drop)
+
+
+def refused_cluster_ip(address: bytes) -> str:
+    return f'-d {_host(address)} -m comment --comment "no such port on this ClusterIP" -j {chain("REFUSE")}'
+
+
+def hairpin(address: bytes) -> str:
+    host = _host(address)
+    return f'-s {host} -d {host} -m comment --comment "a pod to itself" -j MASQUERADE --random-fully'
+
+
+def service_rules(frontend: Frontend, key: bytes, pool: Pool, facts: NodeFacts, mark: str, *, outside: bool) -> Rules:
+    """The chain of a frontend that has backends: who is masqueraded, and which backend it shall be."""
+    picks = _sticky(frontend, key, pool, outside) if frontend.affinity_s else _picks(frontend, pool)
+    return (*_marks(frontend, facts, mark), *picks)
+
+
+def _marks(frontend: Frontend, facts: NodeFacts, mark: str) -> Iterator[str]:
+    if frontend.masquerade or (facts.masquerade_all and frontend.kind is FrontendKind.CLUSTER_IP):
+        yield f"-j MARK --set-xmark {mark}/{mark}"
+    elif frontend.kind is FrontendKind.CLUSTER_IP:
+        yield f"-j {chain('MARK-OTHERS')}"
+    elif frontend.outside is not None:
+        yield f"-j {chain('MARK-LOCAL')}"
+
+
+def _picks(frontend: Frontend, pool: Pool) -> Iterator[str]:
+    protocol = _PROTOCOLS[frontend.protocol]
+    for chance, packed in zip(_chances(len(pool.backends)), pool.backends, strict=True):
+        yield f"-p {protocol} {chance}-j DNAT --to-destination {_destination(packed)}"
+
+
+def _sticky(frontend: Frontend, key: bytes, pool: Pool, outside: bool) -> Iterator[str]:
+    names = [endpoint_chain(key, packed, outside=outside) for packed in pool.backends]
+    for name in names:
+        recent = _recent(frontend.address, f"--rcheck --seconds {frontend.affinity_s} --reap", name)
+        yield f"{recent} -j {name}"
+    for chance, name in zip(_chances(len(names)), names, strict=True):
+        yield f"{chance}-j {name}"
+
+
+def endpoint_rules(frontend: Frontend, name: str, packed: Backend) -> Rules:
+    """The chain of one backend of a frontend with affinity: the client is noted, then led there."""
+    recent = _recent(frontend.address, "--set", name)
+    return (f"-p {_PROTOCOLS[frontend.protocol]} {recent} -j DNAT --to-destination {_destination(packed)}",)
+
+
+def _recent(address: bytes, what: str, name: str) -> str:
+    mask = "255.255.255.255" if len(address) == 4 else "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
+    return f"-m recent {what} --name {name} --mask {mask} --rsource"
+
+
+def _chances(count: int) -> Iterator[str]:
+    """The match by which each of `count` rules in a row gets the same share; the last takes what is left."""
+    for left in range(count, 1, -1):
+        # The kernel keeps 31 bits, and iptables-save shows those.
+        yield f"-m statistic --mode random --probability {round((1 << 31) / left) / (1 << 31):.11f} "
+    yield ""
+
+
+def _range(bounds: tuple[bytes, bytes]) -> str:
+    first, last = map(ipaddress.ip_address, bounds)
+    return f"-m iprange --src-range {first}-{last}"
+
+
+def _host(address: bytes) -> str:
+    return f"{ipaddress.ip_address(address)}/{8 * len(address)}"
+
+
+def _destination(packed: Backend) -> str:
+    address = ipaddress.ip_address(backend_address(packed))
+    text = f"[{address}]" if address.version == 6 else str(address)
+    return f"{text}:{backend_port(packed)}"
+
+
+def _comment(text: str) -> str:
+    quoted = text if _UNQUOTED.issuperset(text) else f'"{text}"'
+    return f"-m comment --comment {quoted}"
+
+
+def dispatch(family: Family, buckets: Iterable[str]) -> Rules:
+    return tuple(f"{bucket_match(family, name)} -g {name}" for name in sorted(buckets))
+
+
+def merged(entries: Sequence[Rules]) -> Rules:
+    return tuple(line for rules in entries for line in rules)
