@@ -8,16 +8,19 @@ from aiohttp import web
 
 from podwire.apiserver import discovery, status
 from podwire.apiserver.allocation import ServiceAllocator, ServiceRanges
-from podwire.apiserver.auth import ADMIN, ANONYMOUS, Authenticator, User
+from podwire.apiserver.auth import ADMIN, ANONYMOUS, Authenticator, User, certificate_user
 from podwire.apiserver.bootstrap import bootstrap
 from podwire.apiserver.claims import ServiceClaims, ledgers, repair_claims
 from podwire.apiserver.config import ServerConfig
 from podwire.apiserver.housekeeping import keep_house
 from podwire.apiserver.hub import Hub
+from podwire.apiserver.joining import CA_PATH, JOIN_PATH, RENEW_PATH, Joining
 from podwire.apiserver.kinds import REGISTRY
+from podwire.apiserver.noderules import NodeRules
 from podwire.apiserver.objects import Objects
 from podwire.apiserver.openapi import OpenApi
 from podwire.apiserver.patching import patch
+from podwire.apiserver.presence import keep_presence
 from podwire.apiserver.proxy import NodeProxy
 from podwire.apiserver.request import STREAMED, Target, negotiate, parse_path
 from podwire.apiserver.reviews import review
@@ -29,7 +32,7 @@ from podwire.store.port import Store, StoreError
 
 _log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/healthz", "/livez", "/readyz", "/version"})
+OPEN_PATHS = frozenset({"/healthz", "/livez", "/readyz", "/version", CA_PATH})
 """Readable without a token, as in Kubernetes (system:public-info-viewer)."""
 
 EMPTY_SWAGGER = b"\x0a\x032.0\x12\x0d\x0a\x07podwire\x12\x02v1"
@@ -57,6 +60,8 @@ class Api:
             ("exec", "POST"): self._proxy.exec,
         }
         self._openapi = OpenApi(REGISTRY)
+        self._rules = NodeRules(self.hub)
+        self.joining = None if config.authority is None else Joining(self.hub, config, config.authority)
         self._ready = False
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
@@ -68,11 +73,14 @@ class Api:
             await self.hub.up_to_date()
             await bootstrap(self.objects, self._config)
             tasks.append(asyncio.create_task(keep_house(self._store, self.hub, self._config), name="api server: housekeeping"))
+            if self._config.identity:
+                presence = keep_presence(self.objects, self.hub, self._config)
+                tasks.append(asyncio.create_task(presence, name="api server: presence"))
             self._ready = True
             yield
         finally:
             self._ready = False
-            for task in tasks:
+            for task in reversed(tasks):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._proxy.close()
@@ -93,10 +101,26 @@ class Api:
         """Raises StatusError 401."""
         if not self._config.tokens:
             return ADMIN
-        user = self._authenticator.user(request.headers.get("Authorization", ""), self._config.now())
+        authorization, now = request.headers.get("Authorization", ""), self._config.now()
+        if self.joining is not None:
+            known = self.joining.bootstrap_user(authorization, now) if authorization else None
+            known = known or (None if authorization else certificate_user(request.get_extra_info("peercert")))
+            if known is not None:
+                return known
+        user = self._authenticator.user(authorization, now)
         if user is ANONYMOUS:
             raise status.unauthorized()
         return user
+
+    async def _authorize(self, request: web.Request, target: Target) -> None:
+        """Raises StatusError 403."""
+        if self.joining is None:
+            return  # no nodes with certificates, no users that may not do everything
+        user = self.user_of(request)
+        if not self._rules.restricted(user):
+            return
+        body = await read_document(request) if request.method == "POST" else None
+        self._rules.check(user, target, request.method, request.query, body)
 
     # --- handlers
 
@@ -105,6 +129,7 @@ class Api:
         target = parse_path(request.path)
         if target is None:
             return await self._review(request) if request.method == "POST" else self._discovery(request)
+        await self._authorize(request, target)
         serve = self._serve(target, request.method)
         accept = "*/*" if target.subresource in STREAMED else request.headers.get("Accept", "")
         return await serve(Call(request, target, negotiate(accept, request.query), self._config.now()))
@@ -167,6 +192,14 @@ class Api:
         if document is None:
             raise status.unknown_path(request.method, request.path)
         return web.Response(body=encode(document), content_type="application/json")
+
+    async def join(self, request: web.Request) -> web.Response:
+        assert self.joining is not None
+        return await self.joining.join(request, self.user_of(request))
+
+    async def renew(self, request: web.Request) -> web.Response:
+        assert self.joining is not None
+        return await self.joining.renew(request, self.user_of(request))
 
     async def version(self, request: web.Request) -> web.Response:
         return web.Response(body=encode(discovery.version(self._config.build)), content_type="application/json")
@@ -242,6 +275,10 @@ def create_app(store: Store, config: ServerConfig) -> web.Application:
     for path in ("/healthz", "/livez", "/readyz"):
         app.router.add_get(path, api.health)
         app.router.add_get(path + "/{check:.*}", api.health)
+    if api.joining is not None:
+        app.router.add_get(CA_PATH, api.joining.ca)
+        app.router.add_post(JOIN_PATH, api.join)
+        app.router.add_post(RENEW_PATH, api.renew)
     app.cleanup_ctx.append(api.run)
     app.on_shutdown.append(api.end_watches)
     return app

@@ -28,6 +28,20 @@ ANONYMOUS = User("system:anonymous", ("system:unauthenticated",))
 ADMIN = User("kubernetes-admin", ("system:masters", "system:authenticated"))
 
 
+MASTERS, NODES, BOOTSTRAPPERS = "system:masters", "system:nodes", "system:bootstrappers"
+
+
+def certificate_user(certificate: Mapping[str, Any] | None) -> User | None:
+    """The user that a verified client certificate names, in the form of `ssl.SSLSocket.getpeercert`: its common name is the
+    user's, its organisations are the groups. None without one."""
+    if not certificate:
+        return None
+    fields = [pair for part in certificate.get("subject", ()) for pair in part]
+    names = [value for key, value in fields if key == "commonName"]
+    groups = tuple(value for key, value in fields if key == "organizationName")
+    return User(names[0], (*groups, "system:authenticated")) if names else None
+
+
 class Authenticator:
     """Bearer tokens → users. `tokens` are the fixed ones, `key` signs those of service accounts."""
 

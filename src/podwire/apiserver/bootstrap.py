@@ -1,9 +1,12 @@
 """What a cluster has from the start: its first namespaces, and the Service by which pods find the API server."""
 
+from collections.abc import Iterable, Sequence
+
 from podwire.apiserver.config import ServerConfig
 from podwire.apiserver.kinds import REGISTRY, Kind
 from podwire.apiserver.objects import Objects, Place
 from podwire.apiserver.status import StatusError
+from podwire.model.addr import IPAddress
 from podwire.model.meta import Json
 from podwire.model.resources import ENDPOINTSLICES, NAMESPACES, SERVICES, Resource
 
@@ -17,8 +20,16 @@ async def bootstrap(objects: Objects, config: ServerConfig) -> None:
     if not config.service_cidrs:
         return
     await _ensure(objects, SERVICES, "default", _service(config))
-    if _advertised(config):
-        await _put(objects, ENDPOINTSLICES, "default", _endpoints(config))
+    if not config.identity:
+        await publish(objects, config, config.advertise)
+
+
+async def publish(objects: Objects, config: ServerConfig, addresses: Iterable[IPAddress]) -> None:
+    """Make `addresses`, those in the Service's (primary) family, the endpoints of Service default/kubernetes."""
+    version = config.service_cidrs[0].version
+    found = sorted((address for address in set(addresses) if address.version == version), key=int)
+    if found:
+        await put(objects, ENDPOINTSLICES, "default", _endpoints(config, found))
 
 
 def _service(config: ServerConfig) -> Json:
@@ -35,18 +46,13 @@ def _service(config: ServerConfig) -> Json:
     }
 
 
-def _endpoints(config: ServerConfig) -> Json:
+def _endpoints(config: ServerConfig, addresses: Sequence[IPAddress]) -> Json:
     return {
         "metadata": {"name": "kubernetes", "labels": {"kubernetes.io/service-name": "kubernetes"}},
         "addressType": f"IPv{config.service_cidrs[0].version}",
-        "endpoints": [{"addresses": [address], "conditions": {"ready": True}} for address in _advertised(config)],
+        "endpoints": [{"addresses": [str(address)], "conditions": {"ready": True}} for address in addresses],
         "ports": [{"name": "https", "port": config.advertise_port, "protocol": "TCP"}],
     }
-
-
-def _advertised(config: ServerConfig) -> list[str]:
-    """The server's addresses in the Service's (primary) family."""
-    return [str(address) for address in config.advertise if address.version == config.service_cidrs[0].version]
 
 
 async def _ensure(objects: Objects, resource: Resource, namespace: str, obj: Json) -> bool:
@@ -68,11 +74,13 @@ async def _ensure(objects: Objects, resource: Resource, namespace: str, obj: Jso
     return True
 
 
-async def _put(objects: Objects, resource: Resource, namespace: str, obj: Json) -> None:
+async def put(objects: Objects, resource: Resource, namespace: str, obj: Json) -> None:
+    """Make the object, or give the one there is these fields (of its metadata: labels and annotations)."""
     if not await _ensure(objects, resource, namespace, {**obj, "metadata": dict(obj["metadata"])}):
         place = Place(_kind(resource), namespace, obj["metadata"]["name"])
         own = {key: value for key, value in obj.items() if key != "metadata"}
-        await objects.update(place, lambda old: {**old, **own})
+        told = {key: obj["metadata"][key] for key in ("labels", "annotations") if key in obj["metadata"]}
+        await objects.update(place, lambda old: {**old, **own, "metadata": {**old["metadata"], **told}})
 
 
 def _kind(resource: Resource) -> Kind:

@@ -228,6 +228,10 @@ class Shelf:
     def get(self, key: str) -> Entry | None:
         return self._entries.get(key)
 
+    def all(self) -> Iterable[Entry]:
+        """Every object, in no particular order."""
+        return self._entries.values()
+
     def select(self, kind: Kind, interest: Interest) -> Iterator[Entry]:
         """Matching objects in key order."""
         prefix = prefix_of(self.kind.resource, interest.namespace)

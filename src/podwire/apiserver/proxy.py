@@ -100,7 +100,7 @@ class NodeProxy:
         node = await self._objects.read(Place(kind, "", name))
         scheme = "https" if self._access.tls else "http"
         path = f"{endpoint}/{call.target.namespace}/{call.target.name}/{container}"
-        return Upstream(f"{scheme}://{node_endpoint(node)}/{path}", self._access.token)
+        return Upstream(f"{scheme}://{node_endpoint(node)}/{path}", self._access.token_of(name))
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:

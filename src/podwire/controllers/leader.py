@@ -62,8 +62,8 @@ class LeaderElection:
         """Until cancelled; then the Lease is given back, so that the next one need not wait. `work` is cancelled when the
         Lease is lost, and started again when it is won again. Returns when it ends by itself; raises what it raises."""
         while True:
-            while not await self._attempt():
-                await asyncio.sleep(self._times.retry * (1 + 0.2 * self._rng.random()))  # noqa: ASYNC110 - a remote condition
+            while not await self._attempt():  # noqa: ASYNC110 - it is elsewhere that it changes
+                await asyncio.sleep(self._times.retry * (1 + 0.2 * self._rng.random()))
             log.info("%s leads (%s)", self.identity, self._name)
             self.leading = True
             working = asyncio.ensure_future(work())
