@@ -49,6 +49,7 @@ from podwire.model.cni import (
     CniRequest,
     CniResult,
 )
+from podwire.model.errors import PodwireError
 from podwire.model.kernelstate import NetState
 from podwire.model.meta import Json
 from podwire.model.objects import Pod
@@ -281,6 +282,8 @@ class Attachments:
             raise CniError(NO_ADDRESS, str(error)) from error
         except sqlite3.Error as error:
             raise CniError(IO_FAILURE, "the reservation cannot be written to disk", str(error)) from error
+        except PodwireError as error:
+            raise CniError(TRY_LATER, str(error)) from error
         for listener in self._listeners:
             listener(record, ips)
         return result_of(record, self._network(), ips) if request.previous is None else request.previous

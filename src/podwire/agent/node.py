@@ -9,13 +9,19 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from random import Random
 
+from podwire.agent.attachments import AttachmentEnvironment, Attachments
+from podwire.agent.cniserver import CniServer
+from podwire.agent.cnispool import Spool
 from podwire.agent.config import AgentConfig
 from podwire.agent.health import AgentStatus, Health
-from podwire.agent.plumbing import Plumbing, PlumbingError
+from podwire.agent.nodelock import NodeLock
+from podwire.agent.peers import PeerSync
+from podwire.agent.plumbing import Plumbing
 from podwire.agent.pods import Pods
 from podwire.agent.podworker import PodEnvironment
 from podwire.agent.ports import PodRuntime
@@ -29,14 +35,15 @@ from podwire.client.api import ApiClient
 from podwire.client.backoff import Backoff
 from podwire.client.events import EventRecorder
 from podwire.client.informer import Change, Informer
-from podwire.kernel.port import Kernel, KernelError
+from podwire.kernel.port import Kernel
 from podwire.model.errors import PodwireError
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Node, Pod, Service
 from podwire.model.resources import ENDPOINTSLICES, NODES, PODS, SERVICES, Resource
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.node import NodeNetwork, bridge_switches, plan_base
-from podwire.plan.overlay import Peer, peers_of, pod_cidrs
+from podwire.plan.overlay import peers_of, plan_peer, pod_cidrs
+from podwire.plan.states import union
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +76,7 @@ class NodeAgent:
         self._ready = asyncio.Event()
         self._plumbing = Plumbing(kernel)
         self._presence = Presence(config, client, read_machine(), clock, self._rng)
-        self._peers: dict[str, tuple[Peer, ...]] = {}
-        self._adopted_peers: dict[str, tuple[Peer, ...]] = {}
-        self._peers_changed = asyncio.Event()
-        self._peers_busy = True
+        self._peers = PeerSync(self._plumbing)
         self._sync: ServiceSync | None = None
         self._own_node = asyncio.Event()
         mine = f"spec.nodeName={config.node_name}"
@@ -89,7 +93,7 @@ class NodeAgent:
         """Whether the kernel holds what follows from these Services, EndpointSlices and Nodes (key → resourceVersion).
 
         Not so while other versions of them are known here: ask again with newer ones. Nodes count by name alone."""
-        if self._sync is None or not self._sync.idle or self._peers_busy or self._peers_changed.is_set():
+        if self._sync is None or not self._sync.idle or not self._peers.idle:
             return False
         if self._nodes.items().keys() != objects.get(NODES, {}).keys():
             return False
@@ -112,13 +116,13 @@ class NodeAgent:
         )
 
     async def run(self) -> None:
-        """Serve the node until cancelled. Raises only what nobody expected."""
+        """Serve the node until cancelled. Raises AnotherAgent where it has an agent already, else only what nobody expected."""
         self.config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        reservations = Reservations(self.config.state_dir / "reservations.db")
-        try:
+        with ExitStack() as stack:
+            stack.callback(NodeLock(self.config.state_dir).close)
+            reservations = Reservations(self.config.state_dir / "reservations.db")
+            stack.callback(reservations.close)
             await self._run(reservations)
-        finally:
-            reservations.close()
 
     async def _run(self, reservations: Reservations) -> None:
         events = EventRecorder(self._client, "podwire", host=self.config.node_name, now=self._clock)
@@ -138,26 +142,50 @@ class NodeAgent:
             rng=self._rng,
         )
         self._sync = sync
+        engines = self._engines(env, sync)
         self._nodes.subscribe(self._node_changed)
         async with asyncio.TaskGroup() as group:
+            if self.config.cni_socket is not None:
+                server = CniServer(self.config.cni_socket, engines)
+                server.listen()
+                group.create_task(server.run())
             pods = Pods(env, self._pod_informer, group)
             for informer in (self._nodes, self._pod_informer, self._services, self._slices):
                 group.create_task(informer.run())
             group.create_task(events.run())
             group.create_task(pods.follow_reports())
-            group.create_task(self._serve(env, pods, sync))
+            group.create_task(self._serve(env, pods, engines, sync))
 
-    async def _serve(self, env: PodEnvironment, pods: Pods, sync: ServiceSync) -> None:
+    def _engines(self, env: PodEnvironment, sync: ServiceSync) -> Attachments:
+        """What container engines have here; known also where none is served now, for what earlier agents attached."""
+        socket = self.config.cni_socket or self.config.state_dir / "cni.sock"
+        return Attachments(
+            AttachmentEnvironment(
+                kernel=self._kernel,
+                plumbing=self._plumbing,
+                reservations=env.reservations,
+                network=env.network,
+                set_host_ports=sync.set_host_ports,
+                host_ports_programmed=sync.host_ports_programmed,
+                spool=Spool(socket.with_name(socket.name + ".spool")),
+                health=self._health,
+                clock=self._clock,
+                boot=read_machine().boot_id,
+            )
+        )
+
+    async def _serve(self, env: PodEnvironment, pods: Pods, engines: Attachments, sync: ServiceSync) -> None:
         async with asyncio.TaskGroup() as group:
             await self._presence.register()
             group.create_task(self._presence.run())
-            network = await self._adopt(await self._own_network(), pods)
+            network = await self._adopt(await self._own_network(), pods, engines)
             env.network.set_result(network)
+            group.create_task(engines.run())
             self._health.network_ready = True
             self._presence.set_state(NodeState(network=True, message="Services are not programmed yet"))
             repair = Repair(self._kernel, self._plumbing, sync, self._health, self._rng)
             group.create_task(repair.run())
-            group.create_task(self._follow_peers(repair))
+            group.create_task(self._peers.run(repair))
             await self._services.synced()
             await self._slices.synced()
             group.create_task(sync.run(self._facts(network)))
@@ -191,17 +219,20 @@ class NodeAgent:
             service_route=config.service_route,
         )
 
-    async def _adopt(self, network: NodeNetwork, pods: Pods) -> NodeNetwork:
+    async def _adopt(self, network: NodeNetwork, pods: Pods, engines: Attachments) -> NodeNetwork:
         """Take the node over; tries until the kernel agrees. Returns the network as it could be had."""
         backoff = Backoff(self._rng, initial=0.1, maximum=10.0)
         await self._pod_informer.synced()
         while True:
             try:
                 network = await self._bridged_or_routed(network)
-                known = dict(self._peers)
+                known = self._peers.wanted()
                 adopted = await pods.adoptable(network)
-                await self._plumbing.adopt(plan_base(network), (p for peers in known.values() for p in peers), adopted)
+                attached = await engines.adoptable(network)
+                await self._plumbing.adopt(plan_base(network), known, adopted, attached)
                 await pods.clean_up()
+                await engines.sweep()
+                await engines.work_off()
             except (PodwireError, sqlite3.Error) as error:
                 self._health.failed("links", error)
                 self._presence.set_state(NodeState(message=str(error)))
@@ -209,7 +240,7 @@ class NodeAgent:
                 log.warning("node %s cannot be programmed: %s; again in %.2f s", self.config.node_name, error, delay)
                 await asyncio.sleep(delay)
             else:
-                self._adopted_peers = known
+                self._peers.adopted(known)
                 self._health.works("links")
                 return network
 
@@ -248,34 +279,7 @@ class NodeAgent:
         if change.old and change.new and _says_the_same(change.old, change.new):
             return
         peers = peers_of(change.new, self.config.vni) if change.new else ()
-        if peers != self._peers.get(name, ()):
-            if peers:
-                self._peers[name] = peers
-            else:
-                self._peers.pop(name, None)
-            self._peers_changed.set()
-
-    async def _follow_peers(self, repair: Repair) -> None:
-        """Program the difference whenever nodes come, go or change; changes gather while one is being applied."""
-        programmed = self._adopted_peers
-        while True:
-            self._peers_busy = True
-            self._peers_changed.clear()
-            wanted = dict(self._peers)
-            changed = {
-                name: wanted.get(name, ())
-                for name in wanted.keys() | programmed.keys()
-                if wanted.get(name) != programmed.get(name)
-            }
-            programmed = wanted
-            try:
-                if changed:
-                    await self._plumbing.set_many_peers(changed)
-            except (PlumbingError, KernelError) as error:
-                log.warning("node %s: %s; left to repair", self.config.node_name, error)
-                repair.request_check()
-            self._peers_busy = False
-            await self._peers_changed.wait()
+        self._peers.set(name, union(map(plan_peer, peers)))
 
 
 def _says_the_same(old: Node, new: Node) -> bool:

@@ -38,7 +38,6 @@ from podwire.model.ops import (
 from podwire.plan.diff import EMPTY, diff, restrict, same_kind
 from podwire.plan.naming import BRIDGE, host_veth
 from podwire.plan.node import Unit, union, union_units
-from podwire.plan.overlay import Peer, plan_peer
 from podwire.plan.podlinks import PodAttachment, fresh_pod_namespace, plan_pod
 
 log = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ class Plumbing:
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
         self._base = EMPTY
-        self._peers: dict[str, tuple[Peer, ...]] = {}
+        self._peers: dict[str, NetState] = {}
         self._pods: dict[str, _PodUnit] = {}
         self._busy = asyncio.Lock()
         self._touched: dict[tuple[str, bool], float] = {}
@@ -127,7 +126,7 @@ class Plumbing:
     async def adopt(
         self,
         base: NetState,
-        peers: Iterable[Peer],
+        peers: Mapping[str, NetState],
         pods: Iterable[tuple[PodAttachment, str]],
         engines: Iterable[tuple[PodAttachment, str]] = (),
     ) -> Mapping[str, str]:
@@ -139,7 +138,7 @@ class Plumbing:
         lost: dict[str, str] = {}
         async with self._busy:
             self._base = base
-            self._peers = _by_node(peers)
+            self._peers = {node: unit for node, unit in peers.items() if unit != EMPTY}
             self._pods = {pod.uid: _PodUnit(plan_pod(pod), netns) for pod, netns in pods}
             self._pods |= {pod.uid: _PodUnit(plan_pod(pod), netns, shared=True) for pod, netns in engines}
             observed = await self._kernel.observe()
@@ -158,17 +157,23 @@ class Plumbing:
             raise PlumbingError("adopting the node", failures)
         return lost
 
-    async def set_peers(self, node: str, peers: tuple[Peer, ...]) -> None:
-        """How to reach `node`'s pods from now on; empty: not at all. Raises PlumbingError; the wish stands nevertheless."""
-        await self.set_many_peers({node: peers})
-
-    async def set_many_peers(self, peers: Mapping[str, tuple[Peer, ...]]) -> None:
+    async def set_base(self, base: NetState) -> None:
+        """The node's own part changes (it has other subnets now). Raises PlumbingError; the wish stands nevertheless."""
         async with self._busy:
-            old = [plan_peer(peer) for node in peers for peer in self._peers.get(node, ())]
-            new = [plan_peer(peer) for node_peers in peers.values() for peer in node_peers]
-            for node, node_peers in peers.items():
-                if node_peers:
-                    self._peers[node] = node_peers
+            old, self._base = self._base, base
+            failures = await self._change({HOST: base}, {HOST: old})
+        if failures:
+            raise PlumbingError("the node's own network", failures)
+
+    async def set_peers(self, peers: Mapping[str, NetState]) -> None:
+        """How to reach the pods of these nodes from now on; EMPTY: not at all. Raises PlumbingError; the wish stands
+        nevertheless."""
+        async with self._busy:
+            old = [unit for node in peers if (unit := self._peers.get(node))]
+            new = list(peers.values())
+            for node, unit in peers.items():
+                if unit != EMPTY:
+                    self._peers[node] = unit
                 else:
                     self._peers.pop(node, None)
             failures = await self._change({HOST: union(new)}, {HOST: union(old)})
@@ -231,10 +236,17 @@ class Plumbing:
             raise PlumbingError(f"pod {uid}", failures)
         return tuple(describe(op) for op in plan)
 
-    def stands(self, uid: str, observed: NetState) -> bool:
-        """Whether the node's end of a plumbed pod's link is among what was observed."""
-        pod = self._pods.get(uid)
-        return pod is not None and _stands(uid, pod, observed)
+    async def remove_foreign(self, uid: str, netns: int, device: str) -> None:
+        """Remove a link that another plugin made, from within the namespace behind the descriptor. Raises PlumbingError."""
+        label = pod_netns(uid)
+        async with self._busy:
+            self._kernel.attach(label, netns)
+            try:
+                applied = await self._execute((DelLink(device, label),))
+            finally:
+                self._kernel.detach(label)
+        if applied.failures:
+            raise PlumbingError(f"pod {uid}", applied.failures)
 
     async def check(self) -> Plan:
         """Compare all with the kernel and put back what is missing; returns the operations that did it.
@@ -277,7 +289,7 @@ class Plumbing:
 
     def _desired(self, uids: Collection[str], without: Collection[str]) -> Unit:
         units: list[Unit] = [{HOST: self._base}]
-        units += [{HOST: plan_peer(peer)} for peers in self._peers.values() for peer in peers]
+        units += [{HOST: unit} for unit in self._peers.values()]
         for uid, pod in self._pods.items():
             if uid not in without:
                 units.append(pod.unit if uid in uids else {HOST: pod.unit[HOST]})
@@ -416,11 +428,10 @@ def _echoes(op: Op) -> tuple[tuple[str, bool], ...]:
             return ()
 
 
-def _by_node(peers: Iterable[Peer]) -> dict[str, tuple[Peer, ...]]:
-    found: dict[str, tuple[Peer, ...]] = {}
-    for peer in peers:
-        found[peer.node] = (*found.get(peer.node, ()), peer)
-    return found
+def link_stands(uid: str, observed: NetState) -> bool:
+    """Whether there is a node's end for the pod's link; it goes with the pod's namespace."""
+    link = observed.links.get(host_veth(uid))
+    return link is not None and link.owned
 
 
 def _stands(uid: str, pod: _PodUnit, observed: NetState) -> bool:
