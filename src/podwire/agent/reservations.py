@@ -12,7 +12,7 @@ import contextlib
 import ipaddress
 import sqlite3
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -56,6 +56,13 @@ class Owner(NamedTuple):
     name: str
 
 
+class AddressesWithheld(PodwireError):
+    """The node does not hold its subnets at present, so that nobody may be given a new address out of them."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"no address can be given: the node does not hold its subnet ({why})")
+
+
 class Reservations:
     """Addresses by pod uid, in memory for reading and in SQLite (WAL, synchronous=FULL) for good.
 
@@ -78,6 +85,8 @@ class Reservations:
         self._in_use = threading.Lock()
         """Held by whoever uses the connection in another thread: it may not be closed under a transaction."""
         self._closed = False
+        self.withheld: Callable[[], str] = lambda: ""
+        """Why no address may be given at present, "" where it may: the node's hold on its subnets can lapse."""
 
     def of(self, uid: str) -> tuple[IPAddress, ...]:
         """The pod's addresses, in the order of their reservation; empty where it has none."""
@@ -111,8 +120,8 @@ class Reservations:
         """One address out of each prefix for the owner; the same ones on repeat. On disk when this returns.
 
         `wanted`: the address to have out of the prefix that it is in. `record`: to be kept with the addresses, in the same
-        transaction. Raises AddressesExhausted, and AddressTaken for a wanted one that cannot be had. An owner's addresses
-        outside `prefixes` (the node's subnet has changed) are given up.
+        transaction. Raises AddressesExhausted, AddressesWithheld, and AddressTaken for a wanted one that cannot be had. An
+        owner's addresses outside `prefixes` (the node's subnet has changed) are given up.
         """
         uid, namespace, name = owner
         for address in wanted:
@@ -131,6 +140,8 @@ class Reservations:
             if not asked:
                 statements.append(("INSERT OR REPLACE INTO last_given VALUES (?, ?)", (str(prefix), str(address))))
             statements.append(("INSERT INTO reservation VALUES (?, ?, ?, ?, ?)", (str(address), uid, namespace, name, since)))
+        if fresh and (why := self.withheld()):
+            raise AddressesWithheld(why)
         stale = [r for r in self._by_address.values() if r.uid == uid and r not in by_prefix.values()]
         statements += [("DELETE FROM reservation WHERE address = ?", (str(r.address),)) for r in stale]
         if record is not None and self._records.get(uid) != record:

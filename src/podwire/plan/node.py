@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from podwire.model.addr import Family, IPAddress, IPInterface, IPNetwork, family_of, mac_for
 from podwire.model.ids import HOST
 from podwire.model.kernelstate import OWNER_ALIAS, Address, Bridge, Link, NetState, Route
+from podwire.plan.backends.contract import Backend
 from podwire.plan.ipam import gateway
 from podwire.plan.naming import BRIDGE, vtep_mac
 from podwire.plan.overlay import DEFAULT_PORT, DEFAULT_VNI, Peer, Tunnel, overhead, plan_peer, plan_tunnel
@@ -34,6 +35,8 @@ class NodeNetwork:
     port: int = DEFAULT_PORT
     service_route: bool = False
     routed_pods: bool = False
+    backend: Backend | None = None
+    """How packets get to other nodes, where it is not by VXLAN as `vni` and `port` say."""
 
     @property
     def tunnels(self) -> tuple[Tunnel, ...]:
@@ -56,6 +59,8 @@ class NodeNetwork:
     @property
     def pod_mtu(self) -> int:
         """What fits through every tunnel that a pod's packet may take."""
+        if self.backend is not None:
+            return self.backend.mtu
         return self.underlay_mtu - max((overhead(family_of(cidr)) for cidr in self.pod_cidrs), default=50)
 
     @property
@@ -89,6 +94,8 @@ class NodeNetwork:
 def plan_base(network: NodeNetwork) -> NetState:
     """The node before it has peers or pods."""
     base = _bridge(network)
+    if network.backend is not None:
+        return union([base, network.backend.plan_base(network.pod_cidrs)])
     return union([base, *(plan_tunnel(tunnel) for tunnel in network.tunnels)])
 
 

@@ -115,9 +115,10 @@ class FakeEtcd:
         found = [e for e in self._history if e.kv.mod_revision >= revision]
         return [e for e in found if (e.kv.key.startswith(key) if prefix else e.kv.key == key)]
 
-    async def grown(self) -> None:
-        """Returns after the next commit."""
-        await self._grown.wait()
+    @property
+    def growth(self) -> asyncio.Event:
+        """Will be set by the next commit."""
+        return self._grown
 
     def _timer(self, lease: int, ttl: int) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(ttl + self._lazy(), self.revoke, lease)
@@ -271,21 +272,20 @@ class FakeEtcdClient:
         position = start_revision or server.revision + 1
         yield WatchResponse(Header(server.revision), created=True)
         while True:
-            grown = asyncio.ensure_future(server.grown())
-            try:
-                events = server.since(position, key, prefix)
-                position = max(position, server.revision + 1)
-                if events:
-                    await link.travel()
-                if not link.up:
-                    await asyncio.sleep(link.silence)
-                    raise EtcdUnavailable("silence", "etcd does not send anything any more", sent=True)
-                if events:
-                    yield WatchResponse(Header(server.revision), events=tuple(events))
-                while link.up and not grown.done():
-                    await asyncio.wait([grown], timeout=link.silence)
-            finally:
-                grown.cancel()
+            growth = server.growth
+            events = server.since(position, key, prefix)
+            position = max(position, server.revision + 1)
+            if events:
+                await link.travel()
+            if not link.up:
+                await asyncio.sleep(link.silence)
+                raise EtcdUnavailable("silence", "etcd does not send anything any more", sent=True)
+            if events:
+                yield WatchResponse(Header(server.revision), events=tuple(events))
+            while link.up and not growth.is_set():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(link.silence):
+                        await growth.wait()
 
     async def _ask(self, do: Callable[[], T]) -> T:
         server, link = self._server, self.link

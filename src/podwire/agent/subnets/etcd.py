@@ -64,6 +64,7 @@ class EtcdSubnets:
         self._why = ""
         self._deadline = self._due = 0.0
         """When the lease runs out, and when to renew it."""
+        self._released = False
         self._strangers: frozenset[int] = frozenset()
         self._peers: dict[str, Lease] = {}
         self._revision = 0
@@ -180,15 +181,18 @@ class EtcdSubnets:
             group.create_task(self._follow())
 
     async def release(self) -> None:
-        if self._stored is not None:
-            await self._registry.remove(self._stored)
+        stored, self._released = self._stored, True
+        if stored is not None:
             self._stored = None
             self._lapse("it was given up")
+            await self._registry.remove(stored)
 
     async def _keep(self) -> None:
         """Renew in time, and get a new lease when there is none any more."""
         backoff = Backoff(self._rng, initial=0.5, maximum=60.0)
         while True:
+            if self._released:
+                return
             if self._stored is None:
                 await self._acquire()
             elif self._clock() < self._due:

@@ -1,5 +1,5 @@
-"""The subnet manager of a Kubernetes cluster: a node's subnets are its Node's podCIDRs, and what peers must know of it stands in
-flannel's annotations there. Somebody else (the node IPAM controller) sees to it that no two Nodes have one subnet.
+"""The subnet manager of a Kubernetes cluster: a node's subnets are its Node's podCIDRs, and what peers must know of it stands
+in flannel's annotations there. Somebody else (the node IPAM controller) sees to it that no two Nodes have one subnet.
 """
 
 import asyncio
@@ -48,6 +48,7 @@ class KubeSubnets:
         self._peers: dict[str, Lease] = {}
         self._listeners: list[SubnetListener] = []
         self._own_changed = asyncio.Event()
+        self._released = False
         self.counters = SubnetCounters()
         nodes.subscribe(self._changed)
 
@@ -94,6 +95,7 @@ class KubeSubnets:
 
     async def release(self) -> None:
         """Peers forget the node with its annotations; its subnets stay the Node's."""
+        self._released = True
         if self._client is not None:
             patch = {"metadata": {"annotations": {f"{self._prefix}/kube-subnet-manager": None}}}
             await self._client.patch(NODES, self._node, patch, subresource="status", kind=PatchKind.STRATEGIC)
@@ -133,7 +135,7 @@ class KubeSubnets:
 
     async def _tell(self, node: Node, lease: Lease) -> None:
         """Write the annotations until they are there."""
-        if self._client is None:
+        if self._client is None or self._released:
             return
         families = [family_of(subnet) for subnet in lease.subnets]
         wanted = encode_annotations(told_addresses(node, lease.attrs, self._prefix), families, self._prefix)

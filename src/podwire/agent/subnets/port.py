@@ -94,5 +94,7 @@ class SubnetManager(Protocol):
         ...
 
     async def release(self) -> None:
-        """Give the lease up, so that others may have it at once. For a node that leaves for good; errors are raised."""
+        """Give the lease up, so that others may have it at once, and get none again. For a node that leaves for good.
+
+        Raises what the store answers."""
         ...
