@@ -23,6 +23,8 @@ class PeerSync:
         self._programmed: Mapping[str, NetState] = {}
         self._changed = asyncio.Event()
         self._busy = True
+        self.apply_seconds = 0.0
+        """What the last change took."""
 
     def set(self, node: str, unit: NetState) -> None:
         """How `node` is reached from now on; an empty state: not at all."""
@@ -59,9 +61,11 @@ class PeerSync:
                 if wanted.get(node) != self._programmed.get(node)
             }
             self._programmed = wanted
+            started = asyncio.get_running_loop().time()
             try:
                 if changed:
                     await self._plumbing.set_peers(changed)
+                    self.apply_seconds = asyncio.get_running_loop().time() - started
             except (PlumbingError, KernelError) as error:
                 log.warning("%s; left to repair", error)
                 repair.request_check()

@@ -137,7 +137,7 @@ def build_packet(packet: Packet) -> bytes:
     if packet.src.version == 4:
         total = _IPV4.size + len(segment)
         header = _IPV4.pack(0x45, 0, total, 0, 0, packet.ttl, packet.protocol, 0, packet.src.packed, packet.dst.packed)
-        return _patch(header, 10, _checksum(header)) + segment
+        return _patch(header, 10, internet_checksum(header)) + segment
     version = 6 << 28
     return _IPV6.pack(version, len(segment), packet.protocol, packet.ttl, packet.src.packed, packet.dst.packed) + segment
 
@@ -147,10 +147,10 @@ def _transport_checksum(packet: Packet, segment: bytes) -> int:
         pseudo = packet.src.packed + packet.dst.packed + struct.pack("!BBH", 0, packet.protocol, len(segment))
     else:
         pseudo = packet.src.packed + packet.dst.packed + struct.pack("!IHBB", len(segment), 0, 0, packet.protocol)
-    return _checksum(pseudo + segment)
+    return internet_checksum(pseudo + segment)
 
 
-def _checksum(data: bytes) -> int:
+def internet_checksum(data: bytes) -> int:
     """The internet checksum (RFC 1071)."""
     if len(data) % 2:
         data += b"\0"

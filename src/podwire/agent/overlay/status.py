@@ -1,0 +1,107 @@
+"""/healthz, /readyz and /metrics of an overlay agent."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from podwire.agent.subnets.port import Holding, SubnetCounters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverlayStatus:
+    """An overlay agent at one moment.
+
+    programmed: the node's own network is in the kernel and subnet.env is written. refused: peers (by name) that this back end
+    cannot reach, and why. apply_seconds: what the last change of peers took. degraded: what does not work, in words."""
+
+    node: str
+    backend: str
+    programmed: bool
+    holding: Holding
+    why: str = ""
+    peers: int = 0
+    refused: Mapping[str, str] = field(default_factory=dict)
+    repaired: Mapping[str, int] = field(default_factory=dict)
+    apply_seconds: float = 0.0
+    counters: SubnetCounters = field(default_factory=SubnetCounters)
+    degraded: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def obstacles(self) -> tuple[str, ...]:
+        """Why the node is not fully part of the overlay; empty where it is."""
+        words = [] if self.programmed else ["the node's network is not programmed yet"]
+        if self.holding is not Holding.HELD:
+            words.append(f"no lease is held: {self.why or 'none was acquired yet'}")
+        words += [f"{subject}: {reason}" for subject, reason in self.degraded.items()]
+        return tuple(words)
+
+
+def status_app(status: Callable[[], OverlayStatus]) -> web.Application:
+    """/healthz: 200 as long as the agent runs (flanneld's). /readyz: 503 and the reasons while the node is not fully part of
+    the overlay. /metrics: Prometheus' text format."""
+
+    async def healthz(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def readyz(_: web.Request) -> web.Response:
+        obstacles = status().obstacles
+        return web.Response(status=503 if obstacles else 200, text="".join(f"{line}\n" for line in obstacles or ("ok",)))
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(text=metrics_text(status()), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    app = web.Application()
+    app.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/metrics", metrics)])
+    return app
+
+
+def metrics_text(status: OverlayStatus) -> str:
+    """The metrics, by Prometheus' conventions: counters end in _total, times are seconds."""
+    families = [
+        _family("podwire_overlay_info", "gauge", "The back end in use.", [({"backend": status.backend}, 1)]),
+        _family(
+            "podwire_overlay_lease_held", "gauge", "Whether this node holds its lease.", [({}, status.holding is Holding.HELD)]
+        ),
+        _family("podwire_overlay_peers", "gauge", "Other nodes that are programmed.", [({}, status.peers)]),
+        _family(
+            "podwire_overlay_peers_refused",
+            "gauge",
+            "Other nodes that this back end cannot reach.",
+            [({}, len(status.refused))],
+        ),
+        _family(
+            "podwire_overlay_degraded",
+            "gauge",
+            "What does not work at the moment.",
+            [({"subject": s}, 1) for s in status.degraded],
+        ),
+        _family(
+            "podwire_overlay_repaired_total",
+            "counter",
+            "Things that others changed and that were put back.",
+            [({"kind": kind}, count) for kind, count in sorted(status.repaired.items())],
+        ),
+        _family("podwire_overlay_apply_seconds", "gauge", "What the last change of peers took.", [({}, status.apply_seconds)]),
+    ]
+    lease_events = [
+        ({"event": name}, getattr(status.counters, name))
+        for name in ("acquired", "renewed", "renew_failures", "lost", "races", "relists")
+    ]
+    families.append(_family("podwire_overlay_lease_events_total", "counter", "What became of this node's lease.", lease_events))
+    return "".join(families)
+
+
+Samples = list[tuple[dict[str, str], float]]
+
+
+def _family(name: str, kind: str, text: str, samples: Samples) -> str:
+    lines = [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+    for labels, value in samples:
+        inner = ",".join(f'{key}="{_escaped(label)}"' for key, label in labels.items())
+        lines.append(f"{name}{{{inner}}} {float(value):g}" if inner else f"{name} {float(value):g}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

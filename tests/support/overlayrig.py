@@ -1,0 +1,262 @@
+"""Hosts with overlay agents, on one underlay: a network namespace each, joined by a bridge, and a pod on each host.
+
+    host n: eth0 192.0.2.n/24, 2001:db8::n/64   pod: the second address of the host's subnets, MTU from subnet.env
+
+The pods' links are nobody's but the test's, as if another CNI plugin had made them.
+"""
+
+import asyncio
+import ipaddress
+import json
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from podwire.agent.overlay.agent import OverlayAgent, OverlayOptions
+from podwire.agent.overlay.host import LinuxHost
+from podwire.agent.subnets.etcd import EtcdSubnets
+from podwire.kernel.linux import LinuxKernel
+from podwire.kernel.netns import create_netns, run_in_netns
+from podwire.model.addr import Family, IPAddress, IPNetwork, family_of
+from podwire.model.ids import HOST, NetnsName
+from podwire.model.kernelstate import Address, Bridge, Device, Link, NetState, Route, Veth
+from podwire.model.ops import AddAddress, AddLink, ChangeLink, Op, SetRoute
+from podwire.plan.diff import diff
+from podwire.plan.underlay import Wish
+from podwire.testing.fakeetcd import FakeEtcd, FakeEtcdClient
+
+NETWORKS = {Family.IPV4: "10.5.0.0/16", Family.IPV6: "fd05::/48"}
+_STATIC = 4
+"""A route's protocol: not podwire's."""
+_TRANSFER = 300_000
+
+
+def config_text(backend: dict[str, Any], families: Sequence[Family]) -> str:
+    document: dict[str, Any] = {"Network": NETWORKS[Family.IPV4], "Backend": backend}
+    if Family.IPV6 in families:
+        document |= {"EnableIPv6": True, "IPv6Network": NETWORKS[Family.IPV6]}
+    return json.dumps(document)
+
+
+def host_address(index: int, family: Family) -> str:
+    return f"192.0.2.{index}/24" if family is Family.IPV4 else f"2001:db8::{index:x}/64"
+
+
+@dataclass
+class OverlayHost:
+    """One host; `agent` while it runs one. `pod`: the namespace of its pod, once it has one."""
+
+    index: int
+    netns: int
+    kernel: LinuxKernel
+    folder: Path
+    etcd: FakeEtcd
+    agent: OverlayAgent | None = None
+    pod: int = -1
+
+    @property
+    def subnet_env(self) -> dict[str, str]:
+        text = (self.folder / "subnet.env").read_text()
+        return dict(line.split("=", 1) for line in text.splitlines())
+
+    def pod_address(self, family: Family) -> IPAddress:
+        key = "FLANNEL_SUBNET" if family is Family.IPV4 else "FLANNEL_IPV6_SUBNET"
+        return ipaddress.ip_interface(self.subnet_env[key]).ip + 1
+
+    @property
+    def mtu(self) -> int:
+        return int(self.subnet_env["FLANNEL_MTU"])
+
+    @asynccontextmanager
+    async def running(self, **options: Any) -> AsyncIterator[OverlayAgent]:
+        """The agent, once it has programmed the host. Its end is awaited."""
+        settings: dict[str, Any] = {
+            "node": f"n{self.index}",
+            "subnet_file": self.folder / "subnet.env",
+            "wireguard_key": self.folder / "wgkey",
+            "forward_rules": False,
+            "wish": Wish(names=("eth0",)),
+        }
+        subnets = EtcdSubnets(FakeEtcdClient(self.etcd), rng=Random(self.index))
+        agent = OverlayAgent(OverlayOptions(**(settings | options)), self.kernel, subnets, LinuxHost(self.netns))
+        task = asyncio.create_task(agent.run())
+        ready = asyncio.create_task(agent.ready())
+        try:
+            await asyncio.wait((task, ready), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+            self.agent = agent
+            yield agent
+        finally:
+            self.agent = None
+            for one in (task, ready):
+                one.cancel()
+            await asyncio.wait((task, ready))
+
+    async def add_pod(self) -> None:
+        """A pod with an address out of each subnet, its gateway on the host's end of the link."""
+        self.pod = create_netns()
+        label = NetnsName("pod")
+        self.kernel.attach(label, self.pod)
+        names = {Family.IPV4: "FLANNEL_SUBNET", Family.IPV6: "FLANNEL_IPV6_SUBNET"}
+        env = self.subnet_env
+        gateways = [ipaddress.ip_interface(env[name]) for name in names.values() if name in env]
+        ops: list[Op] = [
+            AddLink(
+                Link("pod0", Veth("eth0", label), mtu=self.mtu),
+                Link("eth0", Veth("pod0", HOST), mtu=self.mtu),
+            ),
+            ChangeLink(Link("lo", Device()), label),
+        ]
+        for gateway in gateways:
+            own = ipaddress.ip_interface(f"{gateway.ip + 1}/{gateway.network.prefixlen}")
+            ops += [AddAddress(Address("pod0", gateway)), AddAddress(Address("eth0", own), label)]
+            ops.append(SetRoute(Route(family_of(gateway).any, dev="eth0", via=gateway.ip, protocol=_STATIC), label))
+        applied = await self.kernel.apply(tuple(ops))
+        self.kernel.detach(label)
+        assert applied.ok, applied.failures
+
+    async def close(self) -> None:
+        await self.kernel.close()
+        if self.pod >= 0:
+            os.close(self.pod)
+        os.close(self.netns)
+
+
+@asynccontextmanager
+async def overlay_hosts(
+    folder: Path, config: str, count: int = 2, families: Sequence[Family] = tuple(Family)
+) -> AsyncIterator[list[OverlayHost]]:
+    """Hosts without agents, and the configuration in an etcd that all of them use."""
+    etcd = FakeEtcd()
+    await FakeEtcdClient(etcd).put("/coreos.com/network/config", config.encode())
+    fds = {index: create_netns() for index in range(1, count + 1)}
+    async with AsyncExitStack() as stack:
+        fabric_fd = create_netns()
+        stack.callback(os.close, fabric_fd)
+        fabric = LinuxKernel(fabric_fd)
+        stack.push_async_callback(fabric.close)
+        links: dict[str, Link] = {"fabric": Link("fabric", Bridge(), alias="podwire")}
+        states: dict[NetnsName, NetState] = {}
+        for index, fd in fds.items():
+            label = NetnsName(f"n{index}")
+            fabric.attach(label, fd)
+            links[f"port{index}"] = Link(f"port{index}", Veth("eth0", label), master="fabric", alias="podwire")
+            addresses = (Address("eth0", ipaddress.ip_interface(host_address(index, family))) for family in families)
+            uplink = Link("eth0", Veth(f"port{index}", HOST))
+            states[label] = NetState(links={"eth0": uplink, "lo": Link("lo", Device())}, addresses=frozenset(addresses))
+        applied = await fabric.apply(diff({HOST: NetState(links=links), **states}, {}))
+        assert applied.ok, applied.failures
+        hosts = []
+        for index, fd in fds.items():
+            place = folder / f"n{index}"
+            place.mkdir()
+            host = OverlayHost(index, fd, LinuxKernel(fd), place, etcd)
+            stack.push_async_callback(host.close)
+            hosts.append(host)
+        yield hosts
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float = 10.0) -> None:
+    """Wait for the condition, looking every few milliseconds."""
+    async with asyncio.timeout(seconds):
+        while True:
+            answer = condition()
+            if answer if isinstance(answer, bool) else await answer:
+                return
+            await asyncio.sleep(0.02)
+
+
+def _kind(address: IPAddress) -> int:
+    return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+@contextmanager
+def tcp_echo(netns: int, address: IPAddress, port: int = 8080) -> Iterator[None]:
+    """Answers a connection with the client's address and then all that it sends."""
+    server = run_in_netns(netns, lambda: socket.socket(_kind(address), socket.SOCK_STREAM))
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server.bind((str(address), port))
+    server.listen(8)
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, peer = server.accept()
+            except OSError:
+                return
+            with connection:
+                connection.sendall(f"{peer[0]}\n".encode())
+                while data := connection.recv(65536):
+                    connection.sendall(data)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join(5)
+
+
+def tcp_call(netns: int, target: IPAddress, port: int = 8080, size: int = _TRANSFER, timeout: float = 20.0) -> str:
+    """Sends `size` bytes and has them back; returns the client's address as the server saw it. Raises OSError."""
+    payload = bytes(range(256)) * (size // 256)
+    with run_in_netns(netns, lambda: socket.socket(_kind(target), socket.SOCK_STREAM)) as client:
+        client.settimeout(timeout)
+        client.connect((str(target), port))
+
+        def send() -> None:
+            client.sendall(payload)
+            client.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        answer = b""
+        while data := client.recv(1 << 18):
+            answer += data
+        sender.join(timeout)
+    seen, _, rest = answer.partition(b"\n")
+    assert rest == payload
+    return seen.decode()
+
+
+def udp_fits(sender: int, receiver: int, source: IPAddress, target: IPAddress, packet: int) -> bool:
+    """Whether an IP packet of `packet` bytes arrives whole, unfragmented, from pod to pod."""
+    payload = bytes(packet - (28 if target.version == 4 else 48))
+    sink = run_in_netns(receiver, lambda: socket.socket(_kind(target), socket.SOCK_DGRAM))
+    out = run_in_netns(sender, lambda: socket.socket(_kind(target), socket.SOCK_DGRAM))
+    with sink, out:
+        sink.bind((str(target), 9999))
+        sink.settimeout(1.0)
+        level, option = (socket.IPPROTO_IP, 10) if target.version == 4 else (socket.IPPROTO_IPV6, 23)
+        out.setsockopt(level, option, 2)  # IP_MTU_DISCOVER, IPV6_MTU_DISCOVER: IP_PMTUDISC_DO
+        out.bind((str(source), 0))
+        try:
+            out.sendto(payload, (str(target), 9999))
+            return sink.recvfrom(65536)[0] == payload
+        except (TimeoutError, OSError):
+            return False
+
+
+async def carries(one: OverlayHost, two: OverlayHost, family: Family) -> None:
+    """TCP and UDP between the two hosts' pods, both ways: nothing is lost or rewritten, and the MTU is what subnet.env says."""
+    for near, far in ((one, two), (two, one)):
+        source, target = near.pod_address(family), far.pod_address(family)
+        with tcp_echo(far.pod, target):
+            assert await asyncio.to_thread(tcp_call, near.pod, target) == str(source)
+        fits = [await asyncio.to_thread(udp_fits, near.pod, far.pod, source, target, near.mtu + more) for more in (0, 1)]
+        assert fits == [True, False], f"packets of {near.mtu} bytes and of one more: {fits}"
+
+
+def subnets_of(host: OverlayHost) -> tuple[IPNetwork, ...]:
+    env = host.subnet_env
+    texts = [env[name] for name in ("FLANNEL_SUBNET", "FLANNEL_IPV6_SUBNET") if name in env]
+    return tuple(ipaddress.ip_interface(text).network for text in texts)
