@@ -45,8 +45,8 @@ SOURCES = {
     "node": "198.18.0.11",
     "outside": "198.18.1.1",
     "friend": "192.0.2.9",
-    "loopback": "127.0.0.1",
 }
+LOOPBACK = {"loopback": "127.0.0.1"}
 
 FACTS = NodeFacts(
     name="n1",
@@ -70,7 +70,7 @@ def to_ipv6(text: str) -> str:
             (203, 0): f"2001:db8:2::{d:x}",
             (192, 0): f"2001:db8:3::{d:x}",
             (239, 1): f"ff0e::{d:x}",
-            (127, 0): "::1",
+            (127, 0): f"0::{d:x}",
         }[a, b]
         return address + (f"/{int(match.group(2)) + 96}" if match.group(2) else "")
 
@@ -106,48 +106,89 @@ class Case:
     facts: NodeFacts = FACTS
 
     def feed(self, planner: Fed) -> None:
-        for number, item in enumerate(self.objects):
-            if "service" in item:
-                service = service_of(item["service"], self.family)
-                planner.set_service(service.key, service, slices_of(item, self.family))
-            else:
-                planner.set_host_ports(f"uid-{number}", pod_of(item["pod"]))
+        for item in self.objects:
+            _feed(planner, item, self.family)
+
+
+Step = tuple[tuple[dict[str, Any], ...], Expectation | None, int]
+"""Objects that change, a packet, and the number that decides where a new client goes."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """Packets and changes in a row, where what a packet finds depends on those before it."""
+
+    name: str
+    family: Family
+    facts: NodeFacts
+    steps: tuple[Step, ...]
+
+    def feed_one(self, planner: Fed, item: dict[str, Any]) -> None:
+        _feed(planner, item, self.family)
+
+
+def _feed(planner: Fed, item: dict[str, Any], family: Family) -> None:
+    if "gone" in item:
+        planner.set_service(key(item["gone"]), None)
+    elif "service" in item:
+        service = service_of(item["service"], family)
+        planner.set_service(service.key, service, slices_of(item, family))
+    else:
+        planner.set_host_ports(item["pod"]["name"], pod_of(item["pod"]))
 
 
 def load_cases(*, special: bool = False) -> Iterator[Case]:
     """Every case of every file, in both families. `special`: also those of a node that is set up in another way, or with
     packets of SCTP, for which a machine may have no sockets."""
+    for name, family, item in _items():
+        if "packets" not in item:
+            continue
+        packets = tuple(_expectation(p, family) for p in item["packets"])
+        case = Case(name, family, tuple(item["objects"]), packets, facts_of(item.get("node", {})))
+        if special or (case.facts == FACTS and all(p.packet.protocol != PROTOCOLS["SCTP"] for p in packets)):
+            yield case
+
+
+def load_stories() -> Iterator[Story]:
+    """The cases that have `steps`, which are either `objects` or a packet with the number (`draw`) for a new client."""
+    for name, family, item in _items():
+        if "steps" in item:
+            steps = tuple(
+                (tuple(s.get("objects", ())), _expectation(s, family) if "to" in s else None, s.get("draw", 0))
+                for s in item["steps"]
+            )
+            yield Story(name, family, facts_of(item.get("node", {})), steps)
+
+
+def _items() -> Iterator[tuple[str, Family, dict[str, Any]]]:
     for file in sorted(CASES.glob("*.yaml")):
         text = file.read_text()
         for family, variant in ((Family.IPV4, text), (Family.IPV6, to_ipv6(text))):
             for item in yaml.safe_load(variant):
-                if "packets" not in item or family.value not in item.get("families", ("IPv4", "IPv6")):
-                    continue
-                packets = tuple(_expectation(p, family) for p in item["packets"])
-                name = f"{file.stem}: {item['name']} ({family.value})"
-                case = Case(name, family, tuple(item["objects"]), packets, facts_of(item.get("node", {})))
-                if special or (case.facts == FACTS and all(p.packet.protocol != PROTOCOLS["SCTP"] for p in packets)):
-                    yield case
+                if family.value in item.get("families", ("IPv4", "IPv6")):
+                    yield f"{file.stem}: {item['name']} ({family.value})", family, item
 
 
 def facts_of(short: dict[str, Any]) -> NodeFacts:
-    """`FACTS` with what a case says otherwise."""
-    networks = {k: tuple(map(ipaddress.ip_network, v)) for k, v in short.items() if k in ("local_sources", "service_cidrs")}
-    return replace(FACTS, **{**short, **networks})
+    """`FACTS` with what a case says otherwise. `local_sources: cluster`: every pod counts as one of this node."""
+    changed = {**short, "local_sources": FACTS.cluster_cidrs} if short.get("local_sources") == "cluster" else short
+    return replace(FACTS, **changed)
 
 
 def _expectation(item: dict[str, Any], family: Family) -> Expectation:
-    source = SOURCES[item["from"]]
+    source = (SOURCES | LOOPBACK).get(item["from"], item["from"])
     address, port = item["to"].split()
     number, protocol = port.split("/")
-    src = ipaddress.ip_address(source if family is Family.IPV4 else to_ipv6(source))
+    src = ipaddress.ip_address(source if family is Family.IPV4 or ":" in source else to_ipv6(source))
     packet = Packet(src, ipaddress.ip_address(address), PROTOCOLS[protocol], 40000, int(number), item.get("mark", 0))
     reaches = item.get("reaches", ())
     if isinstance(reaches, dict):
         reaches = [f"{ip} {reaches['port']}" for ip in _many(reaches["count"], family)]
     arrives = frozenset((a, int(p)) for a, p in (text.split() for text in reaches))
     label = f"{item['from']} → {item['to']}"
-    return Expectation(label, packet, item["from"] in ("node", "loopback"), arrives, item.get("fate", "pass"), item.get("source", ""))
+    return Expectation(
+        label, packet, item["from"] in ("node", "loopback"), arrives, item.get("fate", "pass"), item.get("source", "")
+    )
 
 
 def service_of(short: dict[str, Any], family: Family) -> Service:
