@@ -1,6 +1,9 @@
 """`podwire paths` and `podwire demo`: every path works, is shown, and the exit status says so."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +46,16 @@ def test_demo_shows_every_path_and_leaves_nothing(podwire: Podwire, ip_family: s
     assert "3 nodes ready" in done.err
     assert "all pods ready" in done.err
     assert "demo" not in {lab["name"] for lab in podwire.labs()}
+
+
+def test_the_demo_needs_no_network_program(podwire: Podwire, tmp_path: Path) -> None:
+    """Only what the example's own containers run is on the PATH: no ip, nft, iptables, bridge, sysctl, mount."""
+    for program in ("bash", "sleep"):
+        (tmp_path / program).symlink_to(str(shutil.which(program)))
+    bare = replace(podwire, prefix=("/usr/bin/env", f"PATH={tmp_path}"))
+    done = bare("demo", "--name", "bare", "-o", "json")
+    assert done.status == 0, done.out + done.err
+    check(json.loads(done.out))
 
 
 def test_paths_of_a_running_lab(lab: Lab) -> None:
