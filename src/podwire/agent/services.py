@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from random import Random
 
 from podwire.agent.health import Health
@@ -10,6 +11,7 @@ from podwire.agent.proxymodes.port import MakeRules, ServiceRules
 from podwire.client.backoff import Backoff
 from podwire.client.informer import Change, Informer
 from podwire.kernel.port import Kernel, KernelError
+from podwire.model.errors import Unsupported
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.servicetable import NodeFacts, ServiceTable
@@ -21,6 +23,12 @@ log = logging.getLogger(__name__)
 SERVICE_SELECTOR = "!service.kubernetes.io/service-proxy-name"
 SLICE_SELECTOR = "!service.kubernetes.io/headless"
 """What a proxy has to leave alone, as kube-proxy asks for it."""
+
+WATCH_AGAIN_SECONDS = 0.2
+"""Between hearing of a change of unannounced rules and listening again: the comparison it asked for takes its time."""
+
+CleanUp = Callable[[ServiceRules], Awaitable[object]]
+"""Removes what back ends other than the one given have left behind."""
 
 MIN_INTERVAL = 0.01
 """Seconds between two commits in a burst. The first change after a pause is committed at once."""
@@ -40,9 +48,11 @@ class ServiceSync:
         health: Health,
         rng: Random,
         make_rules: MakeRules | None = None,
+        clean_up: CleanUp | None = None,
     ) -> None:
         self._kernel, self._health, self._rng = kernel, health, rng
         self._make_rules: MakeRules = make_rules or (lambda facts: NftRules(kernel, facts))
+        self._clean_up = clean_up
         self._services = services
         self._slices: dict[ObjectKey, dict[ObjectKey, EndpointSlice]] = {}
         self._dirty: dict[ObjectKey, None] = {}
@@ -51,7 +61,10 @@ class ServiceSync:
         self._resync = True
         self._busy = True
         self._stale = StaleFlows()
-        self._port_tables: dict[str, ServiceTable] = {}
+        self._ports: dict[str, tuple[Pod, ServiceTable]] = {}
+        self._switches: list[tuple[MakeRules, asyncio.Future[None]]] = []
+        self._leaving: list[ServiceRules] = []
+        """Back ends that were in use, whose rules are still to be removed."""
         self._programmed = asyncio.Event()
         self._host_ports_asked: list[asyncio.Future[None]] = []
         services.subscribe(self._service_changed)
@@ -74,6 +87,16 @@ class ServiceSync:
         self._resync = True
         self._wake.set()
 
+    async def switch(self, make_rules: MakeRules) -> None:
+        """Change the back end while running: the new one is programmed in full, then the old one removed. In between both
+        lead to the same endpoints, and established connections are the connection tracker's, so none is dropped.
+
+        Returns once the new one is in use. Raises KernelError or Unsupported where it cannot be; then the old one stays."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._switches.append((make_rules, done))
+        self._wake.set()
+        await done
+
     async def programmed(self) -> None:
         """Returns once the rules have been brought up to date for the first time."""
         await self._programmed.wait()
@@ -86,7 +109,12 @@ class ServiceSync:
     async def run(self, facts: NodeFacts) -> None:
         """Program until cancelled. Call it when the informers are synced and the host ports of adopted pods are set:
         until then nothing is touched, because an incomplete plan would take away what an earlier agent made."""
+        async with asyncio.TaskGroup() as group:
+            await self._keep(facts, group)
+
+    async def _keep(self, facts: NodeFacts, group: asyncio.TaskGroup) -> None:
         rules = self._make_rules(facts)
+        watch = group.create_task(self._watch(rules))
         backoff = Backoff(self._rng, initial=0.05, maximum=30.0)
         loop = asyncio.get_running_loop()
         while True:
@@ -96,7 +124,12 @@ class ServiceSync:
             asked, self._host_ports_asked = self._host_ports_asked, []
             try:
                 await self._sync(rules, facts)
-            except KernelError as error:
+                for other in await self._switched(rules, facts):
+                    rules = other
+                    watch.cancel()
+                    watch = group.create_task(self._watch(rules))
+                await self._remove_others(rules)
+            except (KernelError, Unsupported) as error:
                 self._host_ports_asked += asked
                 self._resync = True
                 self._health.failed("services", error)
@@ -114,6 +147,60 @@ class ServiceSync:
             self._busy = False
             await self._wake.wait()
             await asyncio.sleep(max(0.0, started + MIN_INTERVAL - loop.time()))
+
+    async def _switched(self, rules: ServiceRules, facts: NodeFacts) -> list[ServiceRules]:
+        """Carry out what `switch` was asked for. The back ends that were in use one after another since."""
+        used: list[ServiceRules] = []
+        while self._switches:
+            make, done = self._switches.pop(0)
+            old = used[-1] if used else rules
+            try:
+                used.append(await self._take_over(make(facts), old))
+            except (KernelError, Unsupported) as error:
+                log.warning("services: %s stays in use: %s", old.mode, error)
+                if not done.done():
+                    done.set_exception(error)
+                continue
+            self._make_rules = make
+            if not done.done():
+                done.set_result(None)
+        return used
+
+    async def _take_over(self, new: ServiceRules, old: ServiceRules) -> ServiceRules:
+        """Program all that is known in another back end."""
+        for key, service in self._services.items().items():
+            new.set_service(key, service, tuple(self._slices.get(key, {}).values()))
+        for uid, (pod, _) in self._ports.items():
+            new.set_host_ports(uid, pod)
+        try:
+            await new.compare()
+        except KernelError:
+            self._leaving.append(new)
+            raise
+        self._leaving = [rules for rules in (*self._leaving, old) if rules.mode is not new.mode]
+        log.info("services: %s has taken over from %s", new.mode, old.mode)
+        return new
+
+    async def _remove_others(self, rules: ServiceRules) -> None:
+        """Once the rules in use are right: what was in use before goes, in this life and in those before it."""
+        while self._leaving:
+            await self._leaving[0].remove()
+            del self._leaving[0]
+        if self._clean_up is not None:
+            await self._clean_up(rules)
+            self._clean_up = None
+
+    async def _watch(self, rules: ServiceRules) -> None:
+        """Ask for a comparison when somebody may have changed rules of which the kernel sends no notice."""
+        while True:
+            try:
+                await rules.changed()
+            except (KernelError, Unsupported) as error:
+                log.debug("watching %s rules: %s", rules.mode, error)
+                await asyncio.sleep(WATCH_AGAIN_SECONDS)
+                continue
+            self.request_resync()
+            await asyncio.sleep(WATCH_AGAIN_SECONDS)
 
     async def _sync(self, rules: ServiceRules, facts: NodeFacts) -> None:
         self._feed(rules, facts)
@@ -140,11 +227,11 @@ class ServiceSync:
             self._stale.note(before, rules.table(key), slices)
         self._dirty = {}
         for uid, pod in self._dirty_ports.items():
-            before = self._port_tables.pop(uid, ServiceTable())
+            _, before = self._ports.pop(uid, (None, ServiceTable()))
             after = host_port_table(pod, facts)
             rules.set_host_ports(uid, pod)
-            if after.frontends:
-                self._port_tables[uid] = after
+            if pod is not None and after.frontends:
+                self._ports[uid] = (pod, after)
             self._stale.note(before, after)
         self._dirty_ports = {}
 

@@ -8,4 +8,3 @@ class ProxyMode(enum.StrEnum):
 
     NFTABLES = "nftables"
     IPTABLES = "iptables"
-    IPVS = "ipvs"

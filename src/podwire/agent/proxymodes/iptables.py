@@ -35,6 +35,11 @@ class IptablesRules:
         self._client: IptablesClient | None = None
         self._fingerprint = b""
 
+    @property
+    def flavour(self) -> Flavour | None:
+        """The flavour in use; None before the first look at the kernel."""
+        return self._client.flavour if self._client else None
+
     def set_facts(self, facts: NodeFacts) -> None:
         self._planner.set_facts(facts)
 
