@@ -1,0 +1,187 @@
+"""Services where ordinary sockets do not reach: SCTP, node ports on 127.0.0.1 and those who may not use them."""
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+from servicerig import FACTS, ServiceRig, address, pick, service_rig
+
+from podwire.kernel.netns import run_in_netns
+from podwire.model.addr import Family
+from podwire.model.ids import HOST, ObjectKey
+from podwire.model.objects import EndpointSlice, Pod, Service
+from podwire.model.ops import CommitNft, SetSysctl
+from podwire.plan.services import TABLE
+from podwire.wire.packet import Frame, Packet, build_frame
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.needs("nftables", "bridge devices", "netfilter on bridges (br_netfilter)", "IPv6"),
+]
+
+both = pytest.mark.parametrize("family", Family, ids=lambda f: f.value)
+SCTP = 132
+PATIENCE_S = 0.5
+
+
+@pytest_asyncio.fixture
+async def rig() -> AsyncIterator[ServiceRig]:
+    async with service_rig() as made:
+        yield made
+
+
+def service(family: Family, protocol: str, **spec: Any) -> Service:
+    document = {
+        "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {
+            "type": "NodePort",
+            "clusterIP": pick(family, "10.96.0.10", "fd00:10:96::a"),
+            "ipFamilies": [family.value],
+            "ports": [{"port": 80, "protocol": protocol, "nodePort": 30080}],
+            **spec,
+        },
+    }
+    return msgspec.convert(document, Service)
+
+
+def listing(family: Family, protocol: str, *addresses: str) -> tuple[EndpointSlice, ...]:
+    document = {
+        "metadata": {"name": "web-1", "namespace": "shop"},
+        "addressType": family.value,
+        "endpoints": [{"addresses": [ip], "nodeName": "n1"} for ip in addresses],
+        "ports": [{"port": 8080, "protocol": protocol}],
+    }
+    return (msgspec.convert(document, EndpointSlice),)
+
+
+# --- SCTP ---------------------------------------------------------------------------------------------------------------
+
+
+def crc32c(data: bytes) -> int:
+    """The checksum of SCTP (RFC 9260, appendix A)."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    return value ^ 0xFFFFFFFF
+
+
+def sctp_init(sport: int, dport: int) -> bytes:
+    """An INIT, as a client sends it first."""
+    chunk = struct.pack("!BBHIIHHI", 1, 0, 20, 0x1234, 65536, 1, 1, 1)
+    unsigned = struct.pack("!HHII", sport, dport, 0, 0) + chunk
+    return unsigned[:8] + crc32c(unsigned).to_bytes(4, "little") + unsigned[12:]
+
+
+async def sctp_from(rig: ServiceRig, where: str, to: str, port: int, *, at: str) -> tuple[int, bool, str]:
+    """Send an INIT; what comes out at `at`: (its port, whether its checksum is right, its source)."""
+    loop = asyncio.get_running_loop()
+    domain = socket.AF_INET6 if ":" in to else socket.AF_INET
+
+    def opened() -> socket.socket:
+        sock = socket.socket(domain, socket.SOCK_RAW, SCTP)
+        sock.setblocking(False)
+        return sock
+
+    with run_in_netns(rig.fds[at], opened) as there, run_in_netns(rig.fds[where], opened) as here:
+        here.connect((to, 0))
+        await loop.sock_sendall(here, sctp_init(4000, port))
+        async with asyncio.timeout(PATIENCE_S):
+            data, source = await loop.sock_recvfrom(there, 2000)
+    segment = data if domain == socket.AF_INET6 else data[20:]
+    right = crc32c(segment[:8] + bytes(4) + segment[12:]).to_bytes(4, "little") == segment[8:12]
+    return struct.unpack("!H", segment[2:4])[0], right, source[0]
+
+
+@both
+async def test_sctp_is_led_to_an_endpoint(rig: ServiceRig, family: Family) -> None:
+    pod = pick(family, "10.244.1.2", "fd00:10:244:1::2")
+    gateway = pick(family, "10.244.1.1", "fd00:10:244:1::1")
+    client = pick(family, "10.244.1.4", "fd00:10:244:1::4")
+    web = service(family, "SCTP")
+    rig.planner.set_service(web.key, web, listing(family, "SCTP", pod))
+    await rig.program()
+    cluster_ip, node = web.spec.cluster_ip, pick(family, "198.18.0.11", "2001:db8:1::b")
+    assert await sctp_from(rig, "p4", cluster_ip, 80, at="p2") == (8080, True, client)
+    assert await sctp_from(rig, "world", node, 30080, at="p2") == (8080, True, gateway)
+    assert await sctp_from(rig, "node", cluster_ip, 80, at="p2") == (8080, True, gateway)
+    with pytest.raises((TimeoutError, ConnectionRefusedError)):
+        await sctp_from(rig, "p4", cluster_ip, 81, at="p2")
+
+
+# --- 127.0.0.1 ----------------------------------------------------------------------------------------------------------
+
+
+async def with_loopback(rig: ServiceRig, *, loopback: bool) -> None:
+    rig.planner.set_facts(replace(FACTS, loopback=loopback))
+    for protocol, name, cluster_ip in (("TCP", "web", "10.96.0.10"), ("UDP", "udp", "10.96.0.11")):
+        made = service(Family.IPV4, protocol, clusterIP=cluster_ip)
+        rig.planner.set_service(ObjectKey("shop", name), made, listing(Family.IPV4, protocol, "10.244.1.2", "10.244.2.2"))
+    document = {
+        "metadata": {"name": "edge", "namespace": "shop", "uid": "edge"},
+        "spec": {"containers": [{"name": "main", "ports": [{"containerPort": 8080, "hostPort": 8888}]}]},
+        "status": {"podIPs": [{"ip": "10.244.1.3"}]},
+    }
+    rig.planner.set_host_ports("edge", msgspec.convert(document, Pod))
+    batch = rig.planner.resync(await rig.kernel.observe_nft(TABLE))
+    applied = await rig.kernel.apply((SetSysctl("net/ipv4/conf/all/route_localnet", "1", HOST), CommitNft(batch)))
+    assert applied.ok, applied.failures
+
+
+async def test_node_ports_and_host_ports_on_localhost(rig: ServiceRig) -> None:
+    await with_loopback(rig, loopback=True)
+    for udp in (False, True):
+        assert await rig.who("node", "127.0.0.1", 30080, times=20, udp=udp) == {"p2", "far"}
+    assert await rig.ask("node", "127.0.0.1", 8888) == ("p3", "10.244.1.1"), "they see no loopback address"
+    with pytest.raises(ConnectionRefusedError):
+        await rig.ask("node", "127.0.0.1", 30081)
+    with rig.open("node", socket.SOCK_STREAM, "127.0.0.1", 7000) as own:
+        own.listen()
+        with rig.open("node", socket.SOCK_STREAM, "127.0.0.1") as client:
+            await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", 7000))
+
+
+def mac(rig: ServiceRig, where: str, dev: str) -> str:
+    def read() -> bytes:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+            sock.bind((dev, 0))
+            return bytes(sock.getsockname()[4])
+
+    return run_in_netns(rig.fds[where], read).hex(":")
+
+
+async def heard(rig: ServiceRig, port: int, listener: socket.socket) -> bool:
+    """Whether a frame that a neighbour addresses to 127.0.0.1 arrives."""
+    source, target = address("198.18.1.1"), address("127.0.0.1")
+    packet = Packet(source, target, protocol=17, sport=4000, dport=port, payload=b"who?\n")
+    frame = build_frame(Frame(mac(rig, "world", "eth0"), mac(rig, "node", "eth0"), 0x0800, packet))
+
+    def send() -> None:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+            sock.bind(("eth0", 0))
+            sock.send(frame)
+
+    run_in_netns(rig.fds["world"], send)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.get_running_loop().sock_recv(listener, 100)
+    except TimeoutError:
+        return False
+    return True
+
+
+async def test_a_neighbour_does_not_reach_what_listens_on_localhost(rig: ServiceRig) -> None:
+    """CVE-2020-8558. Without the guard the same frame arrives, which shows that the test can fail."""
+    with rig.open("node", socket.SOCK_DGRAM, "127.0.0.1", 7000) as listener:
+        await with_loopback(rig, loopback=False)
+        assert await heard(rig, 7000, listener)
+        await rig.kernel.forget_flows(lambda flow: True)
+        await with_loopback(rig, loopback=True)
+        assert not await heard(rig, 7000, listener)
