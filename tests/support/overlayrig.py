@@ -18,8 +18,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from podwire.agent.overlay.agent import OverlayAgent, OverlayOptions
-from podwire.agent.overlay.host import LinuxHost
+from podwire.agent.overlayd.agent import OverlayAgent, OverlayOptions
+from podwire.agent.overlayd.host import LinuxHost
 from podwire.agent.subnets.etcd import EtcdSubnets
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import create_netns, run_in_netns

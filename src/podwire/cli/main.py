@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from podwire import __version__
+from podwire.cli.agent import agent
 from podwire.cli.lab import lab
 from podwire.cli.paths import demo, paths
 from podwire.model.errors import PodwireError
@@ -37,6 +38,7 @@ def version() -> None:
     click.echo(f"podwire {__version__}")
 
 
+main.add_command(agent)
 main.add_command(lab)
 main.add_command(demo)
 main.add_command(paths)

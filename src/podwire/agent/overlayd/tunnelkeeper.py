@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv4Network
 from random import Random
 
 from podwire.agent.health import Health
-from podwire.agent.overlay.host import Host, Tunnel
+from podwire.agent.overlayd.host import Host, Tunnel
 from podwire.client.backoff import Backoff
 from podwire.model.addr import IPNetwork
 from podwire.model.errors import Unsupported

@@ -6,7 +6,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Protocol
 
-from podwire.agent.overlay.udpproxy import UdpProxy
+from podwire.agent.overlayd.udpproxy import UdpProxy
 from podwire.kernel.commands import Outcome, run_command
 from podwire.kernel.netns import run_in_netns
 from podwire.kernel.routes import default_device, source_towards

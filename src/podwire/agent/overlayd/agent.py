@@ -13,11 +13,11 @@ from pathlib import Path
 from random import Random
 
 from podwire.agent.health import Health
-from podwire.agent.overlay.files import docker_options, subnet_env, wireguard_keys, write_atomically
-from podwire.agent.overlay.host import Host
-from podwire.agent.overlay.rules import ForwardRules, MasqueradeRules
-from podwire.agent.overlay.status import OverlayStatus
-from podwire.agent.overlay.tunnelkeeper import TunnelKeeper
+from podwire.agent.overlayd.files import docker_options, subnet_env, wireguard_keys, write_atomically
+from podwire.agent.overlayd.host import Host
+from podwire.agent.overlayd.rules import ForwardRules, MasqueradeRules
+from podwire.agent.overlayd.status import OverlayStatus
+from podwire.agent.overlayd.tunnelkeeper import TunnelKeeper
 from podwire.agent.peers import PeerSync
 from podwire.agent.plumbing import Plumbing, PlumbingError
 from podwire.agent.repair import Repair
