@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from podwire.kernel.port import Kernel, KernelEvent
+from podwire.kernel.port import Kernel, KernelError, KernelEvent
 from podwire.model.errors import PodwireError
 from podwire.model.ids import HOST, NetnsName, pod_netns
 from podwire.model.kernelstate import Bridge, Device, Link, NetState, Veth
@@ -75,6 +75,7 @@ class Plumbing:
         self._base = EMPTY
         self._peers: dict[str, NetState] = {}
         self._pods: dict[str, _PodUnit] = {}
+        self._leaving: dict[str, asyncio.Future[None]] = {}
         self._busy = asyncio.Lock()
         self._touched: dict[tuple[str, bool], float] = {}
         """What we changed lately, as `_echoes` has it, and when (event loop's time)."""
@@ -210,13 +211,37 @@ class Plumbing:
             log.warning("link %s does not carry packets %g s after it was made; going on", name, CARRIER_SECONDS)
 
     async def unplumb(self, uid: str) -> None:
-        """Remove the pod's link, whatever state it is in; also one that an earlier agent made. Raises PlumbingError."""
+        """Remove the pod's link, whatever state it is in; also one that an earlier agent made. Raises PlumbingError.
+
+        Those that are asked for while one change is being made go together in the next."""
+        done = self._leaving.setdefault(uid, asyncio.get_running_loop().create_future())
         async with self._busy:
-            pod = self._pods.pop(uid, None)
-            old = pod.unit[HOST] if pod else restrict(await self._kernel.observe(), _stray(uid))
-            failures = await self._change({}, {HOST: old})
-        if failures:
-            raise PlumbingError(f"pod {uid}", failures)
+            if self._leaving.get(uid) is done:
+                leaving, self._leaving = self._leaving, {}
+                try:
+                    await self._unplumb_together(leaving)
+                finally:
+                    _settle(leaving, KernelError("the removal of links was interrupted"))
+        await asyncio.shield(done)
+
+    async def _unplumb_together(self, leaving: Mapping[str, asyncio.Future[None]]) -> None:
+        known = {uid: pod for uid in leaving if (pod := self._pods.pop(uid, None))}
+        old = [pod.unit[HOST] for pod in known.values()]
+        try:
+            if len(known) < len(leaving):
+                strays = union(_stray(uid) for uid in leaving.keys() - known.keys())
+                old.append(restrict(await self._kernel.observe(), strays))
+            failures = await self._change({}, {HOST: union(old)})
+        except KernelError as error:
+            self._pods |= known
+            _settle(leaving, error)
+            return
+        refused = {failure.op.name: failure for failure in failures if isinstance(failure.op, DelLink)}
+        for uid, done in leaving.items():
+            if host_veth(uid) in refused:
+                _settle({uid: done}, PlumbingError(f"pod {uid}", [refused[host_veth(uid)]]))
+            else:
+                done.set_result(None)
 
     async def compare(self, uid: str, netns: str, *, repair: bool) -> tuple[str, ...]:
         """What of a plumbed pod's link is not as it was left, as words; empty: nothing. With `repair` it is put back.
@@ -426,6 +451,14 @@ def _echoes(op: Op) -> tuple[tuple[str, bool], ...]:
             return ((key, False),)
         case _:
             return ()
+
+
+def _settle(waiting: Mapping[str, asyncio.Future[None]], error: Exception) -> None:
+    """Fail those that have no outcome yet."""
+    for done in waiting.values():
+        if not done.done():
+            done.set_exception(error)
+            done.exception()  # whoever waits for it may have been cancelled
 
 
 def link_stands(uid: str, observed: NetState) -> bool:

@@ -243,6 +243,8 @@ class _Run:
                 elif kind is SetWireguardPeer:
                     self._wireguard_peers(space, [op for op in ops if isinstance(op, SetWireguardPeer | DelWireguardPeer)])
                 else:
+                    if kind is DelLink and len(ops) > 1:
+                        self._del_together(space, [op.name for op in ops if isinstance(op, DelLink)])
                     self._links_and_routes(space, [op for op in ops if isinstance(op, opcodes.RtnlOp)])
             except Unsupported as error:
                 self._fail(ops, errno.EOPNOTSUPP, str(error))
@@ -283,6 +285,12 @@ class _Run:
         for position, ack in outcome.errors.items():
             if not (isinstance(ops[position], DelWireguardPeer) and ack.errno == errno.ENODEV):
                 self._fail([ops[position]], ack.errno, ack.message or os.strerror(ack.errno))
+
+    def _del_together(self, space: _Space, names: list[str]) -> None:
+        """Deleting a link waits 15 ms for the kernel's readers; a group's links wait together. What is refused here is tried
+        one by one afterwards, and answered for there."""
+        join = [rtnl.join_group(name, rtnl.LEAVING_GROUP) for name in names]
+        space.rtnl.execute([*join, rtnl.del_group(rtnl.LEAVING_GROUP)])
 
     def _links_and_routes(self, space: _Space, ops: list[opcodes.RtnlOp]) -> None:
         pending: list[tuple[opcodes.RtnlOp, bytes]] = []
@@ -396,4 +404,4 @@ class _Run:
 def _kind(op: Op) -> type:
     if isinstance(op, SetWireguardPeer | DelWireguardPeer):
         return SetWireguardPeer
-    return type(op) if isinstance(op, SetSysctl | CommitNft) else AddLink
+    return type(op) if isinstance(op, SetSysctl | CommitNft | DelLink) else AddLink

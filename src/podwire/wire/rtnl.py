@@ -43,7 +43,7 @@ from podwire.wire.netlink import (
 
 AF_UNSPEC, AF_INET, AF_BRIDGE, AF_INET6 = 0, 2, 7, 10
 
-RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
@@ -60,6 +60,7 @@ BRIDGE_DEFAULT_MTU = 1500
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER = 1, 3, 4, 5, 10
 IFLA_PROTINFO, IFLA_LINKINFO, IFLA_IFALIAS, IFLA_AF_SPEC, IFLA_NET_NS_FD = 12, 18, 20, 26, 28
+IFLA_GROUP = 27
 IFLA_EXT_MASK, IFLA_LINK_NETNSID = 29, 37
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
 IFLA_BRPORT_MODE = 4
@@ -212,6 +213,21 @@ def _change(name: str, *attrs: bytes, up: bool | None = None) -> bytes:
 
 def del_link(name: str) -> bytes:
     return message(RTM_DELLINK, NLM_F_REQUEST, 0, _ifinfo(AF_UNSPEC), attr_str(IFLA_IFNAME, name))
+
+
+LEAVING_GROUP = 0x706F6457
+"""The device group of links that are about to go together."""
+
+
+def join_group(name: str, group: int) -> bytes:
+    """Put a link into a device group; ENODEV where there is none of that name."""
+    parts = _ifinfo(AF_UNSPEC), attr_str(IFLA_IFNAME, name), attr_u32(IFLA_GROUP, group)
+    return message(RTM_SETLINK, NLM_F_REQUEST, 0, *parts)
+
+
+def del_group(group: int) -> bytes:
+    """Delete all links of a device group at once: the kernel waits for its readers once, not once for each."""
+    return message(RTM_DELLINK, NLM_F_REQUEST, 0, _ifinfo(AF_UNSPEC), attr_u32(IFLA_GROUP, group))
 
 
 def get_link(name: str) -> bytes:
