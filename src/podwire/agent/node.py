@@ -20,6 +20,7 @@ from podwire.agent.cnispool import Spool
 from podwire.agent.config import AgentConfig
 from podwire.agent.health import AgentStatus, Health
 from podwire.agent.nodelock import NodeLock
+from podwire.agent.nodeoverlay import NodeOverlay, Overlay, SubnetsChanged
 from podwire.agent.peers import PeerSync
 from podwire.agent.plumbing import Plumbing
 from podwire.agent.pods import Pods
@@ -31,6 +32,7 @@ from podwire.agent.repair import Repair
 from podwire.agent.reservations import Reservations
 from podwire.agent.services import SERVICE_SELECTOR, SLICE_SELECTOR, ServiceSync
 from podwire.agent.source import ApiConfigSource
+from podwire.agent.subnets.kube import KubeSubnets
 from podwire.client.api import ApiClient
 from podwire.client.backoff import Backoff
 from podwire.client.events import EventRecorder
@@ -38,12 +40,11 @@ from podwire.client.informer import Change, Informer
 from podwire.kernel.port import Kernel
 from podwire.model.errors import PodwireError
 from podwire.model.ids import ObjectKey
+from podwire.model.netconf import NetConfig, VxlanBackend
 from podwire.model.objects import EndpointSlice, Node, Pod, Service
 from podwire.model.resources import ENDPOINTSLICES, NODES, PODS, SERVICES, Resource
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.node import NodeNetwork, bridge_switches, plan_base
-from podwire.plan.overlay import peers_of, plan_peer, pod_cidrs
-from podwire.plan.states import union
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def utc_now() -> datetime:
 class NodeAgent:
     """One node. `run` until cancelled; the kernel, the client and the runtime are the caller's to close.
 
-    `clock` gives the time (aware) for what is written to the API; `rng` spreads retries."""
+    `clock` gives the time (aware) for what is written to the API; `rng` spreads retries. `overlay`: without it the node's
+    subnets are its Node's podCIDRs, and the back end is VXLAN as the configuration says."""
 
     def __init__(
         self,
@@ -68,18 +70,27 @@ class NodeAgent:
         clock: Callable[[], datetime] = utc_now,
         *,
         rng: Random | None = None,
+        overlay: Overlay | None = None,
     ) -> None:
         self.config = config
+        self._overlay = overlay
         self._kernel, self._client, self._runtime = kernel, client, runtime
         self._clock, self._rng = clock, rng or Random()
         self._health = Health()
         self._ready = asyncio.Event()
-        self._plumbing = Plumbing(kernel)
-        self._presence = Presence(config, client, read_machine(), clock, self._rng)
+        self._presence = Presence(config, client, read_machine(), clock, self._rng, annotate=overlay is None)
+        self._begin()
+
+    def _begin(self) -> None:
+        """All that depends on the node's subnets, or on being told everything from the start."""
+        client = self._client
+        self._ready.clear()
+        self._health.network_ready = False
+        self._plumbing = Plumbing(self._kernel)
         self._peers = PeerSync(self._plumbing)
         self._sync: ServiceSync | None = None
-        self._own_node = asyncio.Event()
-        mine = f"spec.nodeName={config.node_name}"
+        self._adopted = False
+        mine = f"spec.nodeName={self.config.node_name}"
         self._nodes = Informer(client, NODES, Node, rng=self._rng)
         self._pod_informer = Informer(client, PODS, Pod, field_selector=mine, rng=self._rng)
         self._services = Informer(client, SERVICES, Service, label_selector=SERVICE_SELECTOR, rng=self._rng)
@@ -122,12 +133,19 @@ class NodeAgent:
             stack.callback(NodeLock(self.config.state_dir).close)
             reservations = Reservations(self.config.state_dir / "reservations.db")
             stack.callback(reservations.close)
-            await self._run(reservations)
+            while True:
+                try:
+                    await self._run(reservations)
+                except* SubnetsChanged as changed:
+                    log.warning("node %s begins anew: %s", self.config.node_name, changed.exceptions[0])
+                self._begin()
 
     async def _run(self, reservations: Reservations) -> None:
         events = EventRecorder(self._client, "podwire", host=self.config.node_name, now=self._clock)
         sync = ServiceSync(self._kernel, self._services, self._slices, self._health, self._rng)
         network: asyncio.Future[NodeNetwork] = asyncio.get_running_loop().create_future()
+        overlay = self._make_overlay()
+        reservations.withheld = overlay.withheld
         env = PodEnvironment(
             config=self.config,
             client=self._client,
@@ -154,7 +172,28 @@ class NodeAgent:
                 group.create_task(informer.run())
             group.create_task(events.run())
             group.create_task(pods.follow_reports())
-            group.create_task(self._serve(env, pods, engines, sync))
+            group.create_task(self._serve(env, pods, engines, sync, overlay))
+
+    def _make_overlay(self) -> NodeOverlay:
+        config = self.config
+        if self._overlay is not None:
+            return NodeOverlay(self._overlay.subnets(self._nodes), self._peers, config.vni, self._hold_changed)
+        vxlan = NetConfig(networks=(), ranges={}, backend=VxlanBackend(vni=config.vni, port=config.vxlan_port))
+        manager = KubeSubnets(self._nodes, config.node_name, vxlan, rng=self._rng)
+        return NodeOverlay(manager, self._peers, config.vni, self._hold_changed)
+
+    def _hold_changed(self, why: str) -> None:
+        """The node holds its subnets, or (`why`) does not at present: what runs goes on, but the peers may not send here."""
+        if why:
+            self._health.failed("subnets", why)
+            self._health.network_ready = False
+            self._presence.set_state(NodeState(message=why))
+        elif "subnets" in self._health.degraded:
+            self._health.works("subnets")
+            if self._adopted:
+                self._health.network_ready = True
+                ready = self._ready.is_set()
+                self._presence.set_state(NodeState(network=True, ready=ready, message="Services are not programmed yet"))
 
     def _engines(self, env: PodEnvironment, sync: ServiceSync) -> Attachments:
         """What container engines have here; known also where none is served now, for what earlier agents attached."""
@@ -174,12 +213,17 @@ class NodeAgent:
             )
         )
 
-    async def _serve(self, env: PodEnvironment, pods: Pods, engines: Attachments, sync: ServiceSync) -> None:
+    async def _serve(
+        self, env: PodEnvironment, pods: Pods, engines: Attachments, sync: ServiceSync, overlay: NodeOverlay
+    ) -> None:
         async with asyncio.TaskGroup() as group:
             await self._presence.register()
             group.create_task(self._presence.run())
-            network = await self._adopt(await self._own_network(), pods, engines)
+            network = await self._own_network(overlay)
+            group.create_task(overlay.run())
+            network = await self._adopt(network, pods, engines)
             env.network.set_result(network)
+            self._adopted = True
             group.create_task(engines.run())
             self._health.network_ready = True
             self._presence.set_state(NodeState(network=True, message="Services are not programmed yet"))
@@ -195,17 +239,9 @@ class NodeAgent:
 
     # --- the node's own network -----------------------------------------------------------------------------------
 
-    async def _own_network(self) -> NodeNetwork:
-        """Wait until the node has been given its subnets. All families come at once: the API lets nobody change them."""
-        await self._nodes.synced()
-        while True:
-            node = self._nodes.get(ObjectKey("", self.config.node_name))
-            cidrs = pod_cidrs(node) if node else ()
-            if cidrs:
-                break
-            self._presence.set_state(NodeState(message="the node has no podCIDR yet"))
-            self._own_node.clear()
-            await self._own_node.wait()
+    async def _own_network(self, overlay: NodeOverlay) -> NodeNetwork:
+        """Wait until the node holds its subnets, those of all families at once."""
+        cidrs = await overlay.join(self._overlay.backend if self._overlay else None)
         config = self.config
         return NodeNetwork(
             name=config.node_name,
@@ -217,6 +253,7 @@ class NodeAgent:
             vni=config.vni,
             port=config.vxlan_port,
             service_route=config.service_route,
+            backend=overlay.backend,
         )
 
     async def _adopt(self, network: NodeNetwork, pods: Pods, engines: Attachments) -> NodeNetwork:
@@ -264,24 +301,12 @@ class NodeAgent:
             zone=labels.get(ZONE_LABEL, ""),
         )
 
-    # --- the other nodes ------------------------------------------------------------------------------------------
-
     def _node_changed(self, change: Change[Node]) -> None:
         name = change.key.name
-        if name == self.config.node_name:
-            if change.new is None:
-                log.warning("node %s was deleted from the API; its agent goes on with what it knows", name)
-                self._presence.gone()
-                return
+        if name != self.config.node_name:
+            return
+        if change.new is None:
+            log.warning("node %s was deleted from the API; its agent goes on with what it knows", name)
+            self._presence.gone()
+        else:
             self._presence.seen(change.new)
-            self._own_node.set()
-            return
-        if change.old and change.new and _says_the_same(change.old, change.new):
-            return
-        peers = peers_of(change.new, self.config.vni) if change.new else ()
-        self._peers.set(name, union(map(plan_peer, peers)))
-
-
-def _says_the_same(old: Node, new: Node) -> bool:
-    """Whether nothing that peers read has changed: most changes of Nodes are heartbeats, and each reaches every node."""
-    return old.spec == new.spec and old.metadata.annotations == new.metadata.annotations

@@ -15,7 +15,6 @@ from podwire.agent.registration import (
     NodeState,
     lease_document,
     lease_spec,
-    node_annotations,
     node_document,
     node_status,
 )
@@ -39,10 +38,18 @@ class Presence:
     """Registers the node, keeps its Lease renewed and its status true. One task runs `run`; the others set `state`."""
 
     def __init__(
-        self, config: AgentConfig, client: ApiClient, machine: Machine, clock: Callable[[], datetime], rng: Random
+        self,
+        config: AgentConfig,
+        client: ApiClient,
+        machine: Machine,
+        clock: Callable[[], datetime],
+        rng: Random,
+        *,
+        annotate: bool = True,
     ) -> None:
+        """`annotate`: say on the Node how the node is reached through VXLAN; else a subnet manager does."""
         self._config, self._client, self._machine = config, client, machine
-        self._clock, self._rng = clock, rng
+        self._clock, self._rng, self._annotate = clock, rng, annotate
         self._state = NodeState()
         self._written: NodeState | None = None
         self._written_at: datetime | None = None
@@ -116,12 +123,13 @@ class Presence:
     async def _register(self) -> None:
         name = self._config.node_name
         document = node_document(self._config, self._machine)
+        if not self._annotate:
+            del document["metadata"]["annotations"]
         try:
             node = await self._client.create(NODES, document)
         except AlreadyExists:
-            labels = document["metadata"]["labels"]
-            patch = {"metadata": {"labels": labels, "annotations": node_annotations(self._config)}}
-            node = await self._client.patch(NODES, name, patch)
+            said = {key: value for key, value in document["metadata"].items() if key in ("labels", "annotations")}
+            node = await self._client.patch(NODES, name, {"metadata": said})
             if msgspec.convert(node, Node).ready:
                 self._taken_over_until = self._clock() + TAKEOVER_GRACE
         self._uid = node["metadata"]["uid"]

@@ -170,6 +170,8 @@ class EtcdSubnets:
         delay = backoff.next()
         self._why = why
         log.warning("%s; again in %.1f s", why, delay)
+        if self._lease is None:
+            self._announce()
         await asyncio.sleep(delay)
 
     # --- keeping it -----------------------------------------------------------------------------------------------
