@@ -24,7 +24,7 @@ AUDIT_SECONDS = 300.0
 """How often the node is looked at without being told of anything: notifications can be lost when a socket overflows."""
 
 
-MOST_NAMED = 10
+MOST_NAMED = 40
 """So many repaired things are named in a log line; a deleted bridge alone makes hundreds."""
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from podwire.cli.connect import ask_lab, lab_directory, with_client
+from podwire.cli.fault import fault
 from podwire.cli.options import files_option, lab_option, make_spec, name_argument, spec_options
 from podwire.cli.progress import Progress
 from podwire.lab.spec import MAX_NODES
@@ -214,6 +215,9 @@ def kubeconfig(lab_name: str, lab_argument: str, path: bool) -> None:
     directory = lab_directory(lab_argument or lab_name)
     directory.live_record()
     click.echo(str(directory.kubeconfig) if path else directory.kubeconfig.read_text(), nl=path)
+
+
+lab.add_command(fault)
 
 
 @lab.group()

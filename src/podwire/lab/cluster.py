@@ -25,6 +25,7 @@ from podwire.lab.control import add_routes
 from podwire.lab.credentials import Credentials
 from podwire.lab.errors import LabError
 from podwire.lab.fabric import Fabric
+from podwire.lab.injector import FaultInjector
 from podwire.lab.machine import LabEnvironment, LabNode
 from podwire.lab.readiness import await_nodes
 from podwire.lab.settling import await_settled
@@ -77,6 +78,7 @@ class LabCluster:
             self.fabric = Fabric(kernel, self.topology, Path(NETNS_DIR))
             self._closing.callback(self.fabric.close)
             await self.fabric.start()
+            self.faults = FaultInjector(self.fabric, self._nodes)
         with _timed("API server", on_step):
             await self._start_api()
         with _timed("controllers", on_step):
@@ -170,6 +172,7 @@ class LabCluster:
 
     async def _start_nodes(self, indexes: Iterable[int]) -> None:
         fresh = [await self._make_node(index) for index in indexes]
+        await self.fabric.introduce(node.place for node in fresh)
         for node in fresh:
             node.start()
         within = _NODES_TIMEOUT + _NODE_TIMEOUT * len(fresh)
@@ -212,6 +215,7 @@ class LabCluster:
             await self.fabric.unplug(node.place)
             await node.remove_pods()
             self.fabric.forget(node.place)
+            self.faults.forget(name)
             del self._nodes[name]
             self._write_nodes()
             with contextlib.suppress(NotFound):
@@ -268,6 +272,7 @@ class LabCluster:
         """What the lab's parts say of themselves."""
         return {
             "name": self.spec.name,
+            "faults": [str(fault) for fault in self.faults.active],
             "nodes": [
                 {"name": node.name, "agent": node.agent.status() if node.agent is not None else None}
                 for node in self._nodes.values()

@@ -4,6 +4,10 @@
 * POST   /lab/v1/nodes                 add a node → {"name"}, when it is ready
 * DELETE /lab/v1/nodes/{node}          remove one
 * POST   /lab/v1/nodes/{node}/restart  kill its agent and start another
+* GET    /lab/v1/faults               those in force (`podwire.lab.faults.Fault`, as "text" in words)
+* POST   /lab/v1/faults               put one in force
+* DELETE /lab/v1/faults?place=        heal those that concern these places, or all → {"healed"}
+* DELETE /lab/v1/nodes/{node}/{what}  remove what its agent has programmed → {"removed"}
 * POST   /lab/v1/paths?pod=&to=        probe → the paths report (`podwire.lab.report.document`)
 * POST   /lab/v1/settle?within=        wait until every node has programmed what the API says now
 * POST   /lab/v1/shutdown              end the lab
@@ -17,9 +21,10 @@ import msgspec
 from aiohttp import web
 
 from podwire.lab.errors import LabError
+from podwire.lab.faults import Fault
 from podwire.lab.paths import probe_paths
 from podwire.lab.report import document
-from podwire.model.errors import InvalidInput
+from podwire.model.errors import InvalidInput, Unsupported
 
 if TYPE_CHECKING:
     from podwire.lab.cluster import LabCluster
@@ -32,6 +37,10 @@ def add_routes(app: web.Application, cluster: "LabCluster") -> None:
     app.router.add_post("/lab/v1/nodes", control.add_node)
     app.router.add_delete("/lab/v1/nodes/{node}", control.remove_node)
     app.router.add_post("/lab/v1/nodes/{node}/restart", control.restart_node)
+    app.router.add_delete("/lab/v1/nodes/{node}/{what}", control.damage)
+    app.router.add_get("/lab/v1/faults", control.faults)
+    app.router.add_post("/lab/v1/faults", control.add_fault)
+    app.router.add_delete("/lab/v1/faults", control.heal)
     app.router.add_post("/lab/v1/paths", control.paths)
     app.router.add_post("/lab/v1/settle", control.settle)
     app.router.add_post("/lab/v1/shutdown", control.shutdown)
@@ -68,6 +77,25 @@ class _Control:
         task.add_done_callback(self._changes.discard)
         return await asyncio.shield(task)
 
+    async def faults(self, request: web.Request) -> web.Response:
+        return _json([fault.to_json() | {"text": str(fault)} for fault in self._cluster.faults.active])
+
+    async def add_fault(self, request: web.Request) -> web.Response:
+        try:
+            document = msgspec.json.decode(await request.read(), type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise InvalidInput(f"the fault is no JSON object: {error}") from error
+        fault = Fault.from_json(document)
+        await _asked(self._cluster.faults.add(fault))
+        return _json({"text": str(fault)})
+
+    async def heal(self, request: web.Request) -> web.Response:
+        return _json({"healed": await _asked(self._cluster.faults.heal(request.query.getall("place", [])))})
+
+    async def damage(self, request: web.Request) -> web.Response:
+        node, what = request.match_info["node"], request.match_info["what"]
+        return _json({"removed": await _asked(self._cluster.faults.remove(node, what))})
+
     async def paths(self, request: web.Request) -> web.Response:
         results = await probe_paths(self._cluster, request.query.get("pod", ""), request.query.get("to", ""))
         return _json(document(results))
@@ -85,7 +113,7 @@ async def _asked(work: Awaitable[T]) -> T:
     """A LabError here is the asker's to hear, as the API's errors are."""
     try:
         return await work
-    except LabError as error:
+    except (LabError, Unsupported) as error:
         raise InvalidInput(str(error)) from error
 
 

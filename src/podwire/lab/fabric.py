@@ -1,11 +1,12 @@
 """The underlay: one bridge in the lab's own namespace, and a namespace with a cable to it for every place."""
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from podwire.kernel import syscalls
-from podwire.kernel.netns import create_netns, off_loop
+from podwire.kernel.netns import create_netns, current_netns, off_loop
 from podwire.kernel.port import Kernel
 from podwire.lab.errors import LabError
 from podwire.lab.topology import Place, Topology
@@ -22,6 +23,9 @@ class Fabric:
         self.topology = topology
         self._names = names
         self._descriptors: dict[str, int] = {}
+        self._places: dict[str, Place] = {}
+        self.own_descriptor = current_netns()
+        """The lab's own namespace, where the bridge is."""
 
     async def start(self) -> None:
         """Make the bridge, the world and the balancer. Raises LabError."""
@@ -29,6 +33,7 @@ class Fabric:
         for place in (topology.world, topology.balancer):
             await self._make_namespace(place)
         await self._apply((*topology.plan_fabric(), *topology.plan_world(), *topology.plan_balancer()))
+        await self.introduce((topology.world, topology.balancer))
 
     async def add_node(self, index: int) -> Place:
         """Make a node's machine: its namespace, its cable, its default route. Raises LabError."""
@@ -36,6 +41,10 @@ class Fabric:
         await self._make_namespace(place)
         await self._apply(self.topology.plan_node(place))
         return place
+
+    async def introduce(self, fresh: Iterable[Place]) -> None:
+        """Let these places and all others know each other's MAC for good; see `Topology.plan_neighbours`. Raises LabError."""
+        await self._apply(self.topology.plan_neighbours(tuple(fresh), tuple(self._places.values())))
 
     async def unplug(self, place: Place) -> None:
         """Pull a node's cable: from now on nobody reaches it."""
@@ -45,7 +54,13 @@ class Fabric:
         """Let go of a node's namespace, which goes when the last process in it has ended."""
         self.kernel.detach(place.netns)
         self._unname(place.name)
+        del self._places[place.name]
         os.close(self._descriptors.pop(place.name))
+
+    def place(self, name: str) -> Place:
+        """Raises LabError for an unknown one."""
+        self.descriptor(name)
+        return self._places[name]
 
     def descriptor(self, name: str) -> int:
         """The namespace of a place, ours: duplicate it to keep it. Raises LabError for an unknown one."""
@@ -66,6 +81,8 @@ class Fabric:
         for name in list(self._descriptors):
             self._unname(name)
             os.close(self._descriptors.pop(name))
+        self._places.clear()
+        os.close(self.own_descriptor)
 
     async def _make_namespace(self, place: Place) -> None:
         try:
@@ -73,6 +90,7 @@ class Fabric:
         except OSError as error:
             raise LabError(f"no network namespace can be made for {place.name}: {error.strerror or error}") from error
         self._descriptors[place.name] = descriptor
+        self._places[place.name] = place
         name = self._names / place.name
         try:
             name.touch()

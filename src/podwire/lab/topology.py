@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from podwire.lab.spec import MAX_NODES
 from podwire.model.addr import Family, IPAddress, IPInterface, IPNetwork, mac_for
 from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import OWNER_ALIAS, Address, Bridge, Device, Link, Route, Veth
-from podwire.model.ops import AddAddress, AddLink, ChangeLink, Op, Plan, SetRoute, SetSysctl
+from podwire.model.kernelstate import OWNER_ALIAS, Address, Bridge, Device, Link, Neighbour, Route, Veth
+from podwire.model.ops import AddAddress, AddLink, ChangeLink, Op, Plan, SetNeighbour, SetRoute, SetSysctl
 
 FABRIC = "fabric"
 WORLD = "world"
@@ -114,6 +114,20 @@ class Topology:
         gateways = self.world.addresses
         defaults = [Route(f.any, dev=UPLINK, via=gateways[f], protocol=_RTPROT_BOOT) for f in self.families]
         return (*self.plan_place(place), *(SetRoute(route, place.netns) for route in defaults))
+
+    def plan_neighbours(self, fresh: tuple[Place, ...], everybody: tuple[Place, ...]) -> Plan:
+        """Permanent neighbour entries between the places in `fresh` and `everybody` (which has them, too).
+
+        Learnt ones would count against `gc_thresh3`, 1024 for all namespaces of a machine together, and nobody in a namespace
+        may raise it: a lab of 50 nodes that all talk to each other needs 2450."""
+        new = {place.name for place in fresh}
+        return tuple(
+            SetNeighbour(Neighbour(UPLINK, address, other.mac), place.netns)
+            for place in everybody
+            for other in (everybody if place.name in new else fresh)
+            if other.name != place.name
+            for address in other.addresses.values()
+        )
 
     def plan_world(self) -> Plan:
         """The outside: reaches LoadBalancer addresses through the balancer. It passes nothing on: what a node does not know
