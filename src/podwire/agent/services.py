@@ -14,6 +14,7 @@ from podwire.kernel.port import Kernel, KernelError
 from podwire.model.errors import Unsupported
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
+from podwire.model.ops import SetSysctl
 from podwire.model.servicetable import NodeFacts, ServiceTable
 from podwire.plan.services_table import host_port_table
 from podwire.plan.staleflows import StaleFlows
@@ -59,6 +60,10 @@ class ServiceSync:
         self._dirty_ports: dict[str, Pod | None] = {}
         self._wake = asyncio.Event()
         self._resync = True
+        self._new_facts: NodeFacts | None = None
+        """What the back end in use has still to be told."""
+        self._refitted = False
+        self._loopback = False
         self._busy = True
         self._stale = StaleFlows()
         self._ports: dict[str, tuple[Pod, ServiceTable]] = {}
@@ -85,6 +90,11 @@ class ServiceSync:
     def request_resync(self) -> None:
         """Compare with the kernel at the next opportunity: somebody may have changed the rules."""
         self._resync = True
+        self._wake.set()
+
+    def set_facts(self, facts: NodeFacts) -> None:
+        """The node changed (its zone, its addresses) while this runs: everything is planned again, what differs programmed."""
+        self._new_facts = facts
         self._wake.set()
 
     async def switch(self, make_rules: MakeRules) -> None:
@@ -122,6 +132,7 @@ class ServiceSync:
             self._wake.clear()
             started = loop.time()
             asked, self._host_ports_asked = self._host_ports_asked, []
+            facts = self._refit(rules, facts)
             try:
                 await self._sync(rules, facts)
                 for other in await self._switched(rules, facts):
@@ -202,12 +213,23 @@ class ServiceSync:
             self.request_resync()
             await asyncio.sleep(WATCH_AGAIN_SECONDS)
 
+    def _refit(self, rules: ServiceRules, facts: NodeFacts) -> NodeFacts:
+        """The facts that hold now; the back end is told of new ones."""
+        new, self._new_facts = self._new_facts, None
+        if new is None or new == facts:
+            return facts
+        log.info("services: planned anew, since node %s changed", new.name)
+        rules.set_facts(new)
+        self._ports = {uid: (pod, host_port_table(pod, new)) for uid, (pod, _) in self._ports.items()}
+        self._resync = self._refitted = True
+        return new
+
     async def _sync(self, rules: ServiceRules, facts: NodeFacts) -> None:
         self._feed(rules, facts)
         if self._resync:
-            self._resync = False
+            expected, self._resync, self._refitted = self._refitted, False, False
             commands = await rules.compare()
-            if commands and self._health.services_ready:
+            if commands and self._health.services_ready and not expected:
                 self._health.repairs += 1
                 self._health.repaired["rules"] += 1
                 log.warning("services: rules were not as left; %d commands put them back", commands)
@@ -217,6 +239,15 @@ class ServiceSync:
             self._health.commits += 1
         if self._stale:
             await self._forget_stale()
+        if facts.loopback and not self._loopback:
+            await self._route_loopback()
+
+    async def _route_loopback(self) -> None:
+        """Let 127.0.0.1 be translated. Only now: the rules that keep others away from it must be there first."""
+        self._loopback = True
+        applied = await self._kernel.apply((SetSysctl("net/ipv4/conf/all/route_localnet", "1"),))
+        if applied.failures:
+            log.warning("services: no node port answers on 127.0.0.1: %s", applied.failures[0].message)
 
     def _feed(self, rules: ServiceRules, facts: NodeFacts) -> None:
         """Give the back end what changed, and note whose UDP clients may have lost their endpoint."""
