@@ -222,10 +222,10 @@ def arrange(order: Sequence[bytes], wanted: Sequence[bytes]) -> Sequence[bytes]:
 class FamilyMaps:
     """All elements and numbered chains of one family's table."""
 
-    def __init__(self, family: Family, facts: NodeFacts) -> None:
+    def __init__(self, family: Family, facts: NodeFacts, sets: Sets | None = None) -> None:
         self.family, self.table = family, table_ref(family)
         self._facts = facts
-        self._sets: Sets = sets_of(family)
+        self._sets: Sets = sets or sets_of(family)
         self._books = {of.name: ElementBook(of) for of in self._sets.all() if not of.dynamic}
         self.hairpin, self.cluster_ips = CountedBook(self._sets.hairpin), CountedBook(self._sets.cluster_ips)
         self._books |= {b.set.name: b for b in (self.hairpin, self.cluster_ips)}
@@ -366,8 +366,11 @@ class FamilyMaps:
         changes = [self._books[of.name].take() for of in self._sets.all() if not of.dynamic]
         return creates, self._chains.take(), [c for c in changes if c]
 
+    def _fixed_rules(self) -> dict[str, tuple[Rule, ...]]:
+        return fixed_rules(self.family, self._facts)
+
     def _fixed_commands(self) -> list[Command]:
-        rules = fixed_rules(self.family, self._facts)
+        rules = self._fixed_rules()
         chains = {c.name: c for c in fixed_chains()}
         return [
             AddTable(self.table),
@@ -389,7 +392,7 @@ class FamilyMaps:
 
     def state(self) -> TableState:
         chains = {c.name: ChainState(c) for c in fixed_chains()}
-        for name, rules in fixed_rules(self.family, self._facts).items():
+        for name, rules in self._fixed_rules().items():
             chains[name] = ChainState(chains[name].chain, rules)
         for key in self._chains.in_use:
             chains[key.name] = ChainState(Chain(key.name), self._chains.rules(key))
