@@ -1,0 +1,100 @@
+"""The node changes while its Services are programmed: its zone, and whether 127.0.0.1 is served."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from service_cases import FACTS
+
+from podwire.agent.health import Health
+from podwire.agent.services import ServiceSync
+from podwire.client.informer import Informer
+from podwire.model.addr import Family
+from podwire.model.ids import HOST
+from podwire.model.nft import TableRef
+from podwire.model.objects import EndpointSlice, Service
+from podwire.model.resources import ENDPOINTSLICES, SERVICES
+from podwire.plan.services import TABLE
+from podwire.testing import FakeKernel
+from podwire.testing.memorycluster import MemoryCluster, memory_cluster
+
+LOCALNET = "net/ipv4/conf/all/route_localnet"
+
+
+@asynccontextmanager
+async def proxy(cluster: MemoryCluster, kernel: FakeKernel, health: Health, **facts: Any) -> AsyncIterator[ServiceSync]:
+    services = Informer(cluster.client, SERVICES, Service, rng=Random(1))
+    slices = Informer(cluster.client, ENDPOINTSLICES, EndpointSlice, rng=Random(1))
+    sync = ServiceSync(kernel, services, slices, health, Random(1))
+    running = [asyncio.create_task(informer.run()) for informer in (services, slices)]
+    try:
+        await services.synced()
+        await slices.synced()
+        running.append(asyncio.create_task(sync.run(replace(FACTS, **facts))))
+        await sync.programmed()
+        yield sync
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[MemoryCluster]:
+    async with memory_cluster(tmp_path) as made:
+        spec: dict[str, Any] = {"type": "NodePort", "clusterIP": "10.96.0.10", "ports": [{"port": 80, "nodePort": 30080}]}
+        meta = {"name": "web", "namespace": "default"}
+        await made.client.create(SERVICES, {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec})
+        piece = {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {"name": "web-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
+            "addressType": "IPv4",
+            "endpoints": [
+                {"addresses": [f"10.244.{n}.2"], "nodeName": f"n{n}", "hints": {"forZones": [{"name": f"z{n}"}]}}
+                for n in (1, 2)
+            ],
+            "ports": [{"name": "", "port": 8080, "protocol": "TCP"}],
+        }
+        await made.client.create(ENDPOINTSLICES, piece)
+        yield made
+
+
+async def backends(kernel: FakeKernel) -> set[str]:
+    """Where the ClusterIP leads."""
+    state = (await kernel.observe_nft(TABLE)).tables[TableRef(Family.IPV4, TABLE)].sets["endpoints"]
+    texts = [state.set.element_text(element) for element in state.elements.items()]
+    return {text.split(" : ")[1].split(" . ")[0] for text in texts if text.startswith("10.96.0.10 ")}
+
+
+async def test_a_node_that_moves_to_another_zone_is_served_there(cluster: MemoryCluster) -> None:
+    kernel, health = FakeKernel(), Health()
+    async with proxy(cluster, kernel, health) as sync:
+        assert await backends(kernel) == {"10.244.1.2"}
+        sync.set_facts(replace(FACTS, zone="z2"))
+        await cluster.until(lambda: sync.idle)
+        assert await backends(kernel) == {"10.244.2.2"}
+        commits = health.commits
+        sync.set_facts(replace(FACTS, zone="z2"))
+        await cluster.until(lambda: sync.idle)
+        assert (health.commits, health.repairs) == (commits, 0), "the same facts are no news, and a change is no repair"
+
+
+@pytest.mark.parametrize("loopback", [False, True])
+async def test_127_0_0_1_is_translated_only_where_it_is_served(cluster: MemoryCluster, loopback: bool) -> None:
+    kernel = FakeKernel()
+    async with proxy(cluster, kernel, Health(), loopback=loopback) as sync:
+        await cluster.until(lambda: sync.idle)
+        assert (await kernel.observe()).sysctls.get(LOCALNET, "0") == str(int(loopback))
+        guards = [rule for rule in await rules(kernel) if "for this machine alone" in rule]
+        assert bool(guards) is loopback
+
+
+async def rules(kernel: FakeKernel) -> list[str]:
+    table = (await kernel.observe_nft(TABLE, HOST)).tables[TableRef(Family.IPV4, TABLE)]
+    return [rule.comment for rule in table.chains["prerouting"].rules]
