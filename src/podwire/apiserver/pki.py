@@ -147,12 +147,22 @@ def load_pair(context: ssl.SSLContext, pair: KeyPair) -> None:
 
 def kubeconfig(name: str, server: str, ca: bytes, token: str, *, namespace: str = "default") -> str:
     """A kubeconfig (YAML text) with one context `name`: the server's URL, its CA and a bearer token embedded. Secret."""
+    return _kubeconfig(name, server, ca, {"token": token}, namespace)
+
+
+def client_kubeconfig(name: str, server: str, ca: bytes, pair: KeyPair) -> str:
+    """The same with a client certificate. Secret."""
+    fields = {"client-certificate-data": pair.certificate, "client-key-data": pair.key}
+    return _kubeconfig(name, server, ca, {key: base64.b64encode(data).decode() for key, data in fields.items()}, "default")
+
+
+def _kubeconfig(name: str, server: str, ca: bytes, user: dict[str, str], namespace: str) -> str:
     cluster = {"server": server, "certificate-authority-data": base64.b64encode(ca).decode()}
     document = {
         "apiVersion": "v1",
         "kind": "Config",
         "clusters": [{"name": name, "cluster": cluster}],
-        "users": [{"name": name, "user": {"token": token}}],
+        "users": [{"name": name, "user": user}],
         "contexts": [{"name": name, "context": {"cluster": name, "user": name, "namespace": namespace}}],
         "current-context": name,
     }

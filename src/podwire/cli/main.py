@@ -7,7 +7,9 @@ import click
 from podwire import __version__
 from podwire.cli.agent import agent
 from podwire.cli.lab import lab
+from podwire.cli.node import join, leave
 from podwire.cli.paths import demo, paths
+from podwire.cli.server import server, token
 from podwire.model.errors import PodwireError
 
 
@@ -42,6 +44,10 @@ main.add_command(agent)
 main.add_command(lab)
 main.add_command(demo)
 main.add_command(paths)
+main.add_command(server)
+main.add_command(token)
+main.add_command(join)
+main.add_command(leave)
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,1 @@
+"""podwire on real machines: `podwire server`, and the nodes that join it."""
