@@ -3,7 +3,7 @@
 import asyncio
 import enum
 import ssl as ssl_module
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
@@ -76,22 +76,22 @@ class ApiClient:
     """A connection pool to one API server. `async with ApiClient(…) as client:`, or `close()` at the end.
 
     `base_url` is `https://host:port` (or `http://…`); with `unix_socket` (a path, or an abstract name starting with NUL) its
-    host is only a name. All methods raise `ApiError` and its branches.
+    host is only a name. `token` that is callable is asked before each request: tokens of accounts are replaced within the hour.
+    All methods raise `ApiError` and its branches.
     """
 
     def __init__(
         self,
         base_url: str,
         *,
-        token: str | None = None,
+        token: str | Callable[[], str] | None = None,
         ssl: ssl_module.SSLContext | None = None,
         unix_socket: str | None = None,
         user_agent: str = "podwire",
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self._headers = {"Accept": "application/json", "User-Agent": user_agent}
-        if token:
-            self._headers["Authorization"] = f"Bearer {token}"
+        self._token = token
         self.tls = ssl
         self._unix_socket = unix_socket
         self._session: aiohttp.ClientSession | None = None
@@ -279,7 +279,7 @@ class ApiClient:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT, sock_read=silence)
         try:
             async with self._open().request(
-                method, self.base_url + path, params=params, headers=self._headers, timeout=timeout
+                method, self.base_url + path, params=params, headers=self._identified(), timeout=timeout
             ) as response:
                 if response.status >= 400:
                     raise error_from_status(await response.read(), response.status, f"{method} {path}")
@@ -294,7 +294,7 @@ class ApiClient:
         """An open WebSocket to e.g. `/api/v1/namespaces/n/pods/p/exec`; the caller closes it."""
         try:
             return await self._open().ws_connect(
-                self.base_url + path, params=params, protocols=protocols, headers=self._headers, max_msg_size=0
+                self.base_url + path, params=params, protocols=protocols, headers=self._identified(), max_msg_size=0
             )
         except aiohttp.WSServerHandshakeError as error:
             raise error_from_status(error.message.encode(), error.status, f"GET {path}") from error
@@ -319,7 +319,7 @@ class ApiClient:
         self, method: str, path: str, params: Mapping[str, str], data: bytes | None, headers: dict[str, str]
     ) -> bytes:
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)
-        headers = self._headers | headers
+        headers = self._identified() | headers
         if data is None:
             headers.pop("Content-Type")
         try:
@@ -336,6 +336,10 @@ class ApiClient:
         if retry_after.isdigit() and not failure.retry_after:
             failure.details = {**failure.details, "retryAfterSeconds": int(retry_after)}
         raise failure
+
+    def _identified(self) -> dict[str, str]:
+        token = self._token() if callable(self._token) else self._token
+        return self._headers | {"Authorization": f"Bearer {token}"} if token else self._headers
 
     def _unavailable(self, error: Exception) -> Unavailable:
         where = f"Unix socket {self._unix_socket!r}" if self._unix_socket is not None else self.base_url

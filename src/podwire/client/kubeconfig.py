@@ -1,9 +1,11 @@
 """kubeconfig files → clients: contexts, clusters (server, CA), users (token, token file, client certificate)."""
 
 import base64
+import contextlib
 import os
 import ssl
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import yaml
 
 from podwire.client.api import ApiClient
 from podwire.model.errors import InvalidInput
+
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""Where a pod finds its account: ca.crt, namespace, token (which the kubelet replaces before it expires)."""
 
 
 def client_from_kubeconfig(path: Path, context: str | None = None, *, user_agent: str = "podwire") -> ApiClient:
@@ -29,6 +34,45 @@ def client_from_kubeconfig(path: Path, context: str | None = None, *, user_agent
         ssl=_tls(cluster, user, path.parent) if server.startswith("https://") else None,
         user_agent=user_agent,
     )
+
+
+def in_cluster_client(environ: Mapping[str, str], account: Path = SERVICE_ACCOUNT, *, user_agent: str = "podwire") -> ApiClient:
+    """The client of the pod that this runs in, by its service account. Raises InvalidInput where this is no such pod."""
+    host, port = environ.get("KUBERNETES_SERVICE_HOST", ""), environ.get("KUBERNETES_SERVICE_PORT", "")
+    if not host or not port:
+        raise InvalidInput("there is no API server to talk to: give a kubeconfig, or run in a pod with a service account")
+    try:
+        context = ssl.create_default_context(cafile=str(account / "ca.crt"))
+    except OSError as error:
+        raise InvalidInput(f"{account}/ca.crt: the cluster's CA cannot be read ({error}); mount the service account") from error
+    where = f"[{host}]" if ":" in host else host
+    return ApiClient(f"https://{where}:{port}", token=TokenFile(account / "token"), ssl=context, user_agent=user_agent)
+
+
+class TokenFile:
+    """A bearer token in a file that others replace. Called, it gives the file's present content."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InvalidInput where it cannot be read."""
+        self._path = path
+        self._seen: tuple[int, int] | None = None
+        self._token = ""
+        try:
+            self._read()
+        except OSError as error:
+            raise InvalidInput(f"{path}: the token cannot be read ({error.strerror}); mount or write it there") from error
+
+    def __call__(self) -> str:
+        # While the file is away (it is being replaced, say), the last token may still be good.
+        with contextlib.suppress(OSError):
+            self._read()
+        return self._token
+
+    def _read(self) -> None:
+        now = self._path.stat()
+        if (now.st_mtime_ns, now.st_ino) != self._seen:
+            self._token = self._path.read_text().strip()
+            self._seen = (now.st_mtime_ns, now.st_ino)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -51,12 +95,10 @@ def _named(document: dict[str, Any], section: str, field: str, name: str, path: 
     raise InvalidInput(f"{path}: {section} has no entry named {name!r}; it has: {known}")
 
 
-def _token(user: dict[str, Any], base: Path) -> str | None:
-    if user.get("token"):
-        return str(user["token"])
-    if user.get("tokenFile"):
-        return (base / str(user["tokenFile"])).read_text().strip()
-    return None
+def _token(user: dict[str, Any], base: Path) -> str | TokenFile | None:
+    if user.get("tokenFile"):  # client-go: the file has precedence
+        return TokenFile(base / str(user["tokenFile"]))
+    return str(user["token"]) if user.get("token") else None
 
 
 def _tls(cluster: dict[str, Any], user: dict[str, Any], base: Path) -> ssl.SSLContext:

@@ -13,7 +13,7 @@ from podwire.apiserver.config import ServerConfig
 from podwire.apiserver.pki import Authority, kubeconfig
 from podwire.apiserver.server import ApiServer, Listener
 from podwire.client.errors import Unauthorized, Unavailable
-from podwire.client.kubeconfig import client_from_kubeconfig
+from podwire.client.kubeconfig import TokenFile, client_from_kubeconfig, in_cluster_client
 from podwire.model.errors import InvalidInput
 from podwire.model.resources import NAMESPACES
 from podwire.store.memory import MemoryStore
@@ -100,3 +100,29 @@ async def test_a_servers_own_kubeconfig_lets_in_and_nothing_else_does(tmp_path: 
     finally:
         await server.stop()
         await store.close()
+
+
+def test_a_token_file_is_read_again_when_it_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("first\n")
+    token = TokenFile(file)
+    assert token() == "first"
+    (tmp_path / "next").write_text("second")
+    (tmp_path / "next").rename(file)
+    assert token() == "second"
+    file.unlink()
+    assert token() == "second"
+
+
+def test_an_account_in_a_cluster(tmp_path: Path) -> None:
+    environ = {"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "443"}
+    with pytest.raises(InvalidInput, match="give a kubeconfig"):
+        in_cluster_client({}, tmp_path)
+    with pytest.raises(InvalidInput, match=r"ca\.crt: the cluster's CA cannot be read"):
+        in_cluster_client(environ, tmp_path)
+    authority = Authority.create("ca", datetime.now(UTC))
+    (tmp_path / "ca.crt").write_bytes(authority.pair.certificate)
+    with pytest.raises(InvalidInput, match="token: the token cannot be read"):
+        in_cluster_client(environ, tmp_path)
+    (tmp_path / "token").write_text("t")
+    assert in_cluster_client(environ, tmp_path).base_url == "https://[fd00::1]:443"

@@ -1,0 +1,247 @@
+"""kube-proxy's configuration (kubeproxy.config.k8s.io/v1alpha1) as a value: what a drop-in has to understand of it."""
+
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+import yaml
+
+from podwire.model.addr import IPNetwork
+from podwire.model.errors import InvalidInput
+from podwire.model.objects import View
+from podwire.model.proxymode import ProxyMode
+
+API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
+PRIMARY = "primary"
+"""In nodePortAddresses: the node's own addresses as its Node object says them."""
+
+_DURATION = re.compile(r"(\d+(?:\.\d*)?)(ns|us|µs|ms|s|m|h)")
+_UNIT_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class ClientConnection(View, frozen=True):
+    kubeconfig: str = ""
+    accept_content_types: str = ""
+    content_type: str = ""
+    qps: float = 0
+    burst: int = 0
+
+
+class IptablesOptions(View, frozen=True):
+    masquerade_bit: int = 14
+    masquerade_all: bool = False
+    localhost_node_ports: bool = True
+    sync_period: str = "30s"
+    min_sync_period: str = "1s"
+
+
+class NftablesOptions(View, frozen=True):
+    masquerade_bit: int = 14
+    masquerade_all: bool = False
+    sync_period: str = "30s"
+    min_sync_period: str = "1s"
+
+
+class DetectLocal(View, frozen=True):
+    bridge_interface: str = ""
+    interface_name_prefix: str = ""
+
+
+class Conntrack(View, frozen=True):
+    """Zero leaves the kernel's value as it is."""
+
+    max_per_core: int = 32768
+    min: int = 131072
+    tcp_established_timeout: str = "24h"
+    tcp_close_wait_timeout: str = "1h"
+    tcp_be_liberal: bool = False
+    udp_timeout: str = "0s"
+    udp_stream_timeout: str = "0s"
+
+
+class ProxyConfig(View, frozen=True):
+    """The fields that are obeyed. Those in `WITHOUT_EFFECT` are known and do nothing here."""
+
+    client_connection: ClientConnection = ClientConnection()
+    hostname_override: str = ""
+    bind_address: str = "0.0.0.0"
+    healthz_bind_address: str = "0.0.0.0:10256"
+    metrics_bind_address: str = "127.0.0.1:10249"
+    bind_address_hard_fail: bool = False
+    mode: str = ""
+    iptables: IptablesOptions = IptablesOptions()
+    nftables: NftablesOptions = NftablesOptions()
+    detect_local_mode: str = ""
+    detect_local: DetectLocal = DetectLocal()
+    cluster_cidr: str = msgspec.field(name="clusterCIDR", default="")
+    node_port_addresses: tuple[str, ...] = ()
+    conntrack: Conntrack = Conntrack()
+
+    @property
+    def proxy_mode(self) -> ProxyMode:
+        """Raises InvalidInput for a mode that is not served. None given: nftables."""
+        if not self.mode:
+            return ProxyMode.NFTABLES
+        try:
+            return ProxyMode(self.mode)
+        except ValueError:
+            served = ", ".join(ProxyMode)
+            raise InvalidInput(f"proxy mode {self.mode!r} is not served; there are: {served}") from None
+
+    @property
+    def cluster_cidrs(self) -> tuple[IPNetwork, ...]:
+        return networks(tuple(filter(None, self.cluster_cidr.split(","))), "clusterCIDR")
+
+    @property
+    def node_port_networks(self) -> tuple[IPNetwork, ...]:
+        """Which of the node's addresses serve node ports; empty: the primary ones, or in iptables all there are."""
+        return networks([text for text in self.node_port_addresses if text != PRIMARY], "nodePortAddresses")
+
+    @property
+    def masquerade_all(self) -> bool:
+        """Each mode has a switch of its own; `--masquerade-all` sets both."""
+        options = self.iptables if self.proxy_mode is ProxyMode.IPTABLES else self.nftables
+        return options.masquerade_all
+
+    @property
+    def min_sync_seconds(self) -> float:
+        """How long two changes of the rules are apart at least: kube-proxy's second is only kept where somebody asks for it."""
+        options = self.iptables if self.proxy_mode is ProxyMode.IPTABLES else self.nftables
+        return duration_seconds(options.min_sync_period, "minSyncPeriod")
+
+
+WITHOUT_EFFECT = frozenset(
+    (
+        "apiVersion", "kind", "featureGates", "logging", "enableProfiling", "showHiddenMetricsForVersion", "ipvs", "winkernel",
+        "oomScoreAdj", "configSyncPeriod", "portRange", "udpIdleTimeout", "windowsRunAsService",
+    )
+)  # fmt: skip
+"""Known fields that need nothing here: other back ends', other systems', or how kube-proxy works inside."""
+
+
+def parse_proxy_config(text: str, source: str, overrides: Mapping[str, Any] | None = None) -> tuple[ProxyConfig, list[str]]:
+    """The configuration in `text` (YAML or JSON; empty for none), and warnings about fields that nobody knows.
+
+    overrides: {"field.subfield": value} on top. Raises InvalidInput that names `source` and the field."""
+    try:
+        document = yaml.safe_load(text) if text.strip() else {}
+    except yaml.YAMLError as error:
+        raise InvalidInput(f"{source}: is not YAML ({error})") from error
+    if not isinstance(document, dict):
+        raise InvalidInput(f"{source}: is no KubeProxyConfiguration; it must be a mapping")
+    for name, wanted in (("kind", "KubeProxyConfiguration"), ("apiVersion", API_VERSION)):
+        if document.get(name, wanted) != wanted:
+            raise InvalidInput(f"{source}: {name} is {document[name]!r}, not {wanted}")
+    document = _without_nulls(document)
+    warnings = [f"{source}: field {name} is not known and left out" for name in _unknown(document, ProxyConfig, "")]
+    for path, value in (overrides or {}).items():
+        _put(document, path.split("."), value)
+    try:
+        config = msgspec.convert(document, ProxyConfig)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(f"{source}: {error}") from error
+    _check(config, source)
+    return config, warnings
+
+
+def _check(config: ProxyConfig, source: str) -> None:
+    """What would otherwise fail later, or be misunderstood."""
+    try:
+        _ = config.proxy_mode, config.cluster_cidrs, config.node_port_networks, config.min_sync_seconds
+        conntrack_switches(config.conntrack, cpus=1)
+        for name in ("healthz_bind_address", "metrics_bind_address"):
+            host_and_port(getattr(config, name))
+    except InvalidInput as error:
+        raise InvalidInput(f"{source}: {error}") from error
+    if config.detect_local_mode not in ("", "ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"):
+        raise InvalidInput(
+            f"{source}: detectLocalMode {config.detect_local_mode!r} is none of ClusterCIDR, NodeCIDR, BridgeInterface"
+        )
+    if config.detect_local_mode == "InterfaceNamePrefix":
+        raise InvalidInput(
+            f"{source}: detectLocalMode InterfaceNamePrefix is not served, since pods are told by their addresses here; "
+            "use ClusterCIDR, NodeCIDR or BridgeInterface"
+        )
+    if config.detect_local_mode == "BridgeInterface" and not config.detect_local.bridge_interface:
+        raise InvalidInput(f"{source}: detectLocalMode BridgeInterface needs detectLocal.bridgeInterface")
+
+
+def networks(texts: tuple[str, ...] | list[str], what: str) -> tuple[IPNetwork, ...]:
+    try:
+        return tuple(ipaddress.ip_network(text.strip(), strict=False) for text in texts)
+    except ValueError as error:
+        raise InvalidInput(f"{what}: {error}") from error
+
+
+def duration_seconds(text: str, what: str) -> float:
+    """Go's durations: 1h30m, 500ms, 0s. Raises InvalidInput."""
+    if text in ("", "0"):
+        return 0.0
+    parts = _DURATION.findall(text)
+    if "".join(number + unit for number, unit in parts) != text:
+        raise InvalidInput(f"{what}: {text!r} is no duration such as 30s or 1h30m")
+    return sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
+
+
+def host_and_port(text: str) -> tuple[str, int] | None:
+    """`0.0.0.0:10256`, `[::]:10256`, a bare address (kube-proxy's old form: its default port is the caller's to know, so it
+    is refused). None for an empty text or port 0: not served."""
+    if not text:
+        return None
+    host, colon, port = text.rpartition(":")
+    try:
+        number = int(port)
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        colon = ""
+    if not colon or not 0 <= number < 1 << 16:
+        raise InvalidInput(f"{text!r} is no address and port such as 0.0.0.0:10256")
+    return (str(address), number) if number else None
+
+
+def conntrack_switches(conntrack: Conntrack, *, cpus: int) -> dict[str, str]:
+    """The kernel's switches, below /proc/sys, as kube-proxy sets them."""
+    switches: dict[str, str] = {}
+    if conntrack.max_per_core > 0:
+        switches["net/netfilter/nf_conntrack_max"] = str(max(conntrack.min, conntrack.max_per_core * cpus))
+    for key, text, what in (
+        ("tcp_timeout_established", conntrack.tcp_established_timeout, "conntrack.tcpEstablishedTimeout"),
+        ("tcp_timeout_close_wait", conntrack.tcp_close_wait_timeout, "conntrack.tcpCloseWaitTimeout"),
+        ("udp_timeout", conntrack.udp_timeout, "conntrack.udpTimeout"),
+        ("udp_timeout_stream", conntrack.udp_stream_timeout, "conntrack.udpStreamTimeout"),
+    ):
+        seconds = int(duration_seconds(text, what))
+        if seconds > 0:
+            switches[f"net/netfilter/nf_conntrack_{key}"] = str(seconds)
+    if conntrack.tcp_be_liberal:
+        switches["net/netfilter/nf_conntrack_tcp_be_liberal"] = "1"
+    return switches
+
+
+def _unknown(document: Mapping[str, Any], type_: Any, path: str) -> Iterator[str]:
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(type_)}
+    for name, value in document.items():
+        if name in fields:
+            if isinstance(value, dict) and isinstance(fields[name], type) and issubclass(fields[name], View):
+                yield from _unknown(value, fields[name], f"{path}{name}.")
+        elif path or name not in WITHOUT_EFFECT:
+            yield path + name
+
+
+def _put(document: dict[str, Any], path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        document = document.setdefault(name, {})
+    document[path[-1]] = value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Go writes fields that are not set as null."""
+    match value:
+        case dict():
+            return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        case list():
+            return [_without_nulls(item) for item in value]
+        case _:
+            return value
