@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from podwire.agent.config import AgentConfig
 from podwire.agent.node import NodeAgent
+from podwire.agent.nodeoverlay import Overlay
 from podwire.agent.ports import ConfigSource
 from podwire.apiserver.app import create_app
 from podwire.apiserver.config import ServerConfig
@@ -177,15 +178,19 @@ class MemoryCluster:
         )
 
     @asynccontextmanager
-    async def agent(self, machine: Machine[Any], *, subnets: bool = True) -> AsyncIterator[NodeAgent]:
+    async def agent(
+        self, machine: Machine[Any], *, subnets: bool = True, overlay: Overlay | None = None
+    ) -> AsyncIterator[NodeAgent]:
         """Run an agent on the machine until the block is left, which is as abrupt as killing it. With `subnets`, the node
-        gets podCIDRs (as the controller would give) and is ready when the block begins."""
+        gets podCIDRs (as the controller would give; with `overlay`, from its subnet manager) and is ready when the block
+        begins."""
         async with ApiClient(self.url) as client:
-            agent = NodeAgent(machine.config, machine.kernel, client, machine.runtime)
+            agent = NodeAgent(machine.config, machine.kernel, client, machine.runtime, overlay=overlay)
             task = asyncio.create_task(agent.run())
             try:
                 if subnets:
-                    await self.give_subnets(machine)
+                    if overlay is None:
+                        await self.give_subnets(machine)
                     await within(agent.ready(), task)
                 yield agent
                 if task.done():
