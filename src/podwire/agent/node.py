@@ -89,6 +89,7 @@ class NodeAgent:
         self._plumbing = Plumbing(self._kernel)
         self._peers = PeerSync(self._plumbing)
         self._sync: ServiceSync | None = None
+        self._served: NodeNetwork | None = None
         self._adopted = False
         mine = f"spec.nodeName={self.config.node_name}"
         self._nodes = Informer(client, NODES, Node, rng=self._rng)
@@ -232,6 +233,7 @@ class NodeAgent:
             group.create_task(self._peers.run(repair))
             await self._services.synced()
             await self._slices.synced()
+            self._served = network
             group.create_task(sync.run(self._facts(network)))
             await sync.programmed()
             self._presence.set_state(NodeState(network=True, ready=True))
@@ -299,6 +301,7 @@ class NodeAgent:
             cluster_cidrs=self.config.cluster_cidrs,
             service_cidrs=self.config.service_cidrs,
             zone=labels.get(ZONE_LABEL, ""),
+            loopback=True,
         )
 
     def _node_changed(self, change: Change[Node]) -> None:
@@ -308,5 +311,8 @@ class NodeAgent:
         if change.new is None:
             log.warning("node %s was deleted from the API; its agent goes on with what it knows", name)
             self._presence.gone()
-        else:
-            self._presence.seen(change.new)
+            return
+        self._presence.seen(change.new)
+        moved = change.old is not None and change.old.metadata.labels != change.new.metadata.labels
+        if moved and self._sync is not None and self._served is not None:
+            self._sync.set_facts(self._facts(self._served))
