@@ -4,7 +4,7 @@ A packet's way through a tunnel end costs it one hop (RFC 791: the header checks
 """
 
 import struct
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
 from typing import TypeVar
 
 from podwire.wire.packet import internet_checksum
@@ -62,9 +62,11 @@ def spend_hop(packet: bytearray) -> bool:
     return True
 
 
-def net_unreachable(packet: bytes, source: IPv4Address) -> bytes:
-    """The ICMP answer "network unreachable" to the sender of an IPv4 packet, from `source`; it quotes the packet's header
-    and eight bytes. Empty where none may be sent (RFC 1122: to an ICMP error, a later fragment)."""
+def net_unreachable(packet: bytes) -> bytes:
+    """The ICMP answer "network unreachable" to the sender of an IPv4 packet; it quotes the packet's header and eight bytes.
+    Empty where none may be sent (RFC 1122: to an ICMP error, a later fragment).
+
+    It comes from the packet's destination: from the tunnel's own address, which is the host's, Linux would not take it in."""
     header_bytes = (packet[0] & 0x0F) * 4
     fragment = (packet[6] & 0x1F) << 8 | packet[7]
     is_icmp_error = packet[9] == 1 and len(packet) > header_bytes and packet[header_bytes] not in (0, 8)
@@ -73,6 +75,6 @@ def net_unreachable(packet: bytes, source: IPv4Address) -> bytes:
     quoted = packet[: header_bytes + _QUOTED_BYTES]
     icmp = struct.pack(">BBHI", _ICMP_UNREACHABLE, _NET_UNREACHABLE, 0, 0) + quoted
     icmp = icmp[:2] + _CHECKSUM.pack(internet_checksum(icmp)) + icmp[4:]
-    header = struct.pack(">BBHHHBBH4s4s", 0x45, 0, HEADER_BYTES + len(icmp), 0, 0, _TTL, 1, 0, source.packed, packet[12:16])
+    header = struct.pack(">BBHHHBBH4s4s", 0x45, 0, HEADER_BYTES + len(icmp), 0, 0, _TTL, 1, 0, packet[16:20], packet[12:16])
     header = header[:10] + _CHECKSUM.pack(internet_checksum(header)) + header[12:]
     return header + icmp

@@ -127,7 +127,6 @@ class OverlayAgent:
                 rules = ForwardRules(self._host.run_command, config.networks, self._health, self._options.resync)
                 group.create_task(rules.run())
             if self._tunnel is not None:
-                self._tunnel.set_own(lease.subnets)
                 group.create_task(self._tunnel.run())
             await self._masquerade.programmed()
             self._ready.set()
@@ -211,8 +210,6 @@ class OverlayAgent:
             except (PlumbingError, KernelError) as error:
                 log.warning("%s; left to repair", error)
                 repair.request_check()
-            if self._tunnel is not None:
-                self._tunnel.set_own(subnets)
             self._write(config, subnets)
 
     # --- told by the subnet manager -------------------------------------------------------------------------------

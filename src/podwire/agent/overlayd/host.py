@@ -32,7 +32,7 @@ class Host(Protocol):
 
     async def run_command(self, argv: Sequence[str], stdin: str) -> Outcome: ...
 
-    def open_tunnel(self, device: str, own: IPv4Address, local: IPv4Address, port: int, ended: Callable[[], None]) -> Tunnel:
+    def open_tunnel(self, device: str, local: IPv4Address, port: int, ended: Callable[[], None]) -> Tunnel:
         """`ended` is called, on the loop, when the tunnel stops by itself. Raises OSError or Unsupported."""
         ...
 
@@ -61,6 +61,6 @@ class LinuxHost:
     async def run_command(self, argv: Sequence[str], stdin: str) -> Outcome:
         return await run_command(self._netns_fd, argv, stdin)
 
-    def open_tunnel(self, device: str, own: IPv4Address, local: IPv4Address, port: int, ended: Callable[[], None]) -> Tunnel:
+    def open_tunnel(self, device: str, local: IPv4Address, port: int, ended: Callable[[], None]) -> Tunnel:
         loop = asyncio.get_running_loop()
-        return UdpProxy(self._netns_fd, device, own, local, port, lambda: loop.call_soon_threadsafe(ended))
+        return UdpProxy(self._netns_fd, device, local, port, lambda: loop.call_soon_threadsafe(ended))

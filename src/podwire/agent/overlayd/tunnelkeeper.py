@@ -9,7 +9,6 @@ from random import Random
 from podwire.agent.health import Health
 from podwire.agent.overlayd.host import Host, Tunnel
 from podwire.client.backoff import Backoff
-from podwire.model.addr import IPNetwork
 from podwire.model.errors import Unsupported
 from podwire.plan.backends import UdpTunnel
 from podwire.plan.backends.udp import DEVICE
@@ -21,21 +20,13 @@ Way = tuple[IPv4Network, IPv4Address]
 
 
 class TunnelKeeper:
-    """Set the own subnet and peers at any time; `run` until cancelled."""
+    """Set peers at any time; `run` until cancelled."""
 
     def __init__(self, host: Host, backend: UdpTunnel, local: IPv4Address, health: Health, rng: Random) -> None:
         self._host, self._backend, self._local, self._health, self._rng = host, backend, local, health, rng
-        self._own: IPv4Address | None = None
         self._ways: dict[str, Way] = {}
         self._tunnel: Tunnel | None = None
         self._ended = asyncio.Event()
-
-    def set_own(self, subnets: tuple[IPNetwork, ...]) -> None:
-        """The address of the tunnel's own end follows from the node's subnet."""
-        own = next((s.network_address for s in subnets if isinstance(s, IPv4Network)), None)
-        if own != self._own:
-            self._own = own
-            self._ended.set()
 
     def set_peer(self, node: str, lease: Lease | None) -> None:
         new = self._backend.endpoint(lease) if lease else None
@@ -74,6 +65,4 @@ class TunnelKeeper:
                 await tunnel.close()
 
     def _open(self) -> Tunnel:
-        if self._own is None:
-            raise OSError("the node has no subnet yet")
-        return self._host.open_tunnel(DEVICE, self._own, self._local, self._backend.config.port, self._ended.set)
+        return self._host.open_tunnel(DEVICE, self._local, self._backend.config.port, self._ended.set)

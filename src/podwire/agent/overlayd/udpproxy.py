@@ -32,14 +32,12 @@ _PASSING = (errno.EAGAIN, errno.ENOBUFS, errno.EPERM, errno.ECONNREFUSED, errno.
 class UdpProxy:
     """Carries packets until `close`. Routes may be changed at any time, from the loop.
 
-    own: the TUN device's address, from which unreachable destinations are reported. ended: called, in the proxy's thread, when
+    ended: called, in the proxy's thread, when
     it stops by itself. Raises OSError if the device or the port
     cannot be had, Unsupported without TUN."""
 
-    def __init__(
-        self, netns_fd: int, device: str, own: IPv4Address, local: IPv4Address, port: int, ended: Callable[[], object]
-    ) -> None:
-        self._netns_fd, self._device, self._own, self._port = netns_fd, device, own, port
+    def __init__(self, netns_fd: int, device: str, local: IPv4Address, port: int, ended: Callable[[], object]) -> None:
+        self._device, self._port = device, port
         self._routes = RouteTable()
         self._socket = run_in_netns(netns_fd, lambda: _open_socket(local, port))
         try:
@@ -140,7 +138,7 @@ class UdpProxy:
                     raise
 
     def _refuse(self, packet: bytes) -> None:
-        answer = net_unreachable(packet, self._own)
+        answer = net_unreachable(packet)
         if answer:
             try:
                 os.write(self._tun, answer)
