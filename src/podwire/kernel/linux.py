@@ -4,7 +4,7 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
@@ -24,7 +24,7 @@ from podwire.model.errors import Unsupported
 from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import Link, NetState, Tun, Veth, Vxlan, Wireguard
-from podwire.model.nft import Ruleset
+from podwire.model.nft import Data, NftSet, Ruleset, TableRef
 from podwire.model.ops import (
     AddLink,
     Applied,
@@ -140,6 +140,23 @@ class LinuxKernel:
     async def observe_nft(self, table: str, ns: NetnsName = HOST) -> Ruleset:
         space = self._space(ns)
         return await self._off_loop(lambda: space.nft.observe(table))
+
+    async def lookup_nft(self, table: TableRef, of: NftSet, keys: Sequence[bytes]) -> dict[bytes, Data]:
+        space = self._space(HOST)
+        return await self._off_loop(lambda: space.nft.lookup(table, of, keys))
+
+    async def count_nft(self, table: TableRef, of: NftSet) -> dict[bytes, tuple[int, int]]:
+        space = self._space(HOST)
+
+        def count() -> dict[bytes, tuple[int, int]]:
+            try:
+                return {key: counts for key, (_, counts) in space.nft.elements(table, of.name).items()}
+            except KernelError as error:
+                if error.errno == errno.ENOENT:
+                    return {}
+                raise
+
+        return await self._off_loop(count)
 
     async def forget_flows(self, wanted: Callable[[Flow], bool], ns: NetnsName = HOST) -> int:
         space = self._space(ns)

@@ -1,7 +1,7 @@
 """The kernel as the rest of podwire sees it: observe, apply, listen. Two implementations: `linux.LinuxKernel`,
 and `podwire.testing.FakeKernel`, which really executes the operations in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -9,7 +9,7 @@ from podwire.model.errors import PodwireError
 from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import NetState
-from podwire.model.nft import Ruleset
+from podwire.model.nft import Data, NftSet, Ruleset, TableRef
 from podwire.model.ops import Applied, Plan
 
 
@@ -26,7 +26,8 @@ class KernelEvent:
     """Something in a namespace changed.
 
     `what` is "link", "address", "route", "neighbour", "fdb", "sysctl" (a switch that was set through this port) or "nft";
-    `subject` names it for a log line. "lost": notices came faster than they were read, so anything may have changed. `ours`: the kernel says that this port did it
+    `subject` names it for a log line. "lost": notices came faster than they were read, so anything may have changed.
+    `ours`: the kernel says that this port did it
     (it says so for routes, neighbours and IPv4 addresses, never for links and fdb)."""
 
     ns: NetnsName
@@ -65,6 +66,14 @@ class Kernel(Protocol):
 
     async def observe_nft(self, table: str, ns: NetnsName = HOST) -> Ruleset:
         """What the named table holds in both families; an empty ruleset where there is none."""
+        ...
+
+    async def lookup_nft(self, table: TableRef, of: NftSet, keys: Sequence[bytes]) -> Mapping[bytes, Data]:
+        """Those elements that HOST's table has under `keys` in a set or map without intervals; none where there is no table."""
+        ...
+
+    async def count_nft(self, table: TableRef, of: NftSet) -> Mapping[bytes, tuple[int, int]]:
+        """(packets, bytes) that HOST's table counted at each element of the set; empty where there is none."""
         ...
 
     async def forget_flows(self, wanted: Callable[[Flow], bool], ns: NetnsName = HOST) -> int:

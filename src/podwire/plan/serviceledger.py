@@ -4,7 +4,7 @@ does not depend on how the kernel is programmed.
 A `FrontendSink` is told of each frontend that won its address, family by family, as it comes, changes and goes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from podwire.model.addr import Family
@@ -94,6 +94,11 @@ class ServiceLedger(Generic[S]):
     def table(self, key: ObjectKey) -> ServiceTable:
         """What is planned for a Service; empty for one that is not known."""
         return self._tables.get(_service_owner(key), ServiceTable())
+
+    def frontends(self, key: ObjectKey) -> Iterator[Frontend]:
+        """What is programmed at a Service's addresses and ports: its own frontends, and those that had precedence."""
+        for frontend in self.table(key).frontends:
+            yield self._maps[len(frontend.address)].frontend(frontend_key(frontend))
 
     # --- owners and their frontends -------------------------------------------------------------------------------
 

@@ -4,14 +4,14 @@ through it (`testing.fakefabric`). Failures are ordered by name: `fail_next`. Wh
 import asyncio
 import errno
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 from podwire.kernel.port import KernelError, KernelEvent
 from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import Address, FdbEntry, Link, Neighbour, NetState, Route, Veth
-from podwire.model.nft import NftConflict, Ruleset
+from podwire.model.nft import Data, NftConflict, NftSet, Ruleset, TableRef
 from podwire.model.ops import (
     AddAddress,
     AddLink,
@@ -93,6 +93,18 @@ class FakeKernel:
 
     async def observe_nft(self, table: str, ns: NetnsName = HOST) -> Ruleset:
         return self._attached_space(ns).ruleset.only(table)
+
+    async def lookup_nft(self, table: TableRef, of: NftSet, keys: Sequence[bytes]) -> dict[bytes, Data]:
+        elements = self._elements(table, of)
+        return {key: elements[key] for key in keys if key in elements}
+
+    async def count_nft(self, table: TableRef, of: NftSet) -> dict[bytes, tuple[int, int]]:
+        return dict.fromkeys(self._elements(table, of), (0, 0))
+
+    def _elements(self, table: TableRef, of: NftSet) -> Mapping[bytes, Data]:
+        held = self.host.ruleset.tables.get(table)
+        found = held.sets.get(of.name) if held else None
+        return found.elements if found else {}
 
     async def forget_flows(self, wanted: Callable[[Flow], bool], ns: NetnsName = HOST) -> int:
         space = self._attached_space(ns)

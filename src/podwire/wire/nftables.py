@@ -309,6 +309,13 @@ def dump_request(kind: int, table: TableRef, seq: int, *, set_name: str = "", ch
     return message(SUBSYSTEM << 8 | kind, NLM_F_REQUEST | NLM_F_DUMP, seq, _nfgen(_family(table.family)), *attrs)
 
 
+def element_requests(table: TableRef, of: NftSet, keys: Sequence[bytes]) -> list[bytes]:
+    """Each asks for one element of a set without intervals; the answer is a NEWSETELEM message or the error ENOENT."""
+    head = attr_str(1, table.name) + attr_str(2, of.name)
+    elements = _encode_keys(of, tuple((key, None) for key in keys))
+    return [_elements_message(GETSETELEM, 0, table, head, [element]) for element in elements]
+
+
 def table_request(table: TableRef, seq: int) -> bytes:
     """Asks for one table; the answer is a NEWTABLE message or the error ENOENT."""
     return message(SUBSYSTEM << 8 | GETTABLE, NLM_F_REQUEST, seq, _nfgen(_family(table.family)), attr_str(1, table.name))

@@ -1,6 +1,7 @@
 """Services in nftables: one transaction for each round of changes."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 from podwire.kernel.port import Kernel, KernelError
@@ -10,7 +11,13 @@ from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.ops import CommitNft
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts, ServiceTable
+from podwire.plan.readback import questions
 from podwire.plan.services import TABLE, ServicePlanner
+
+log = logging.getLogger(__name__)
+
+_FEW = 200
+"""So many Services are read back one by one; for more, reading everything is cheaper."""
 
 
 class NftRules:
@@ -39,6 +46,16 @@ class NftRules:
 
     async def compare(self) -> int:
         return await commit(self._kernel, self._planner.resync(await self._kernel.observe_nft(TABLE)))
+
+    async def holds(self, keys: Sequence[ObjectKey]) -> bool:
+        if len(keys) > _FEW:
+            return await self.compare() == 0
+        for key in keys:
+            for question in questions(self._planner.frontends(key)):
+                if not question.holds(await self._kernel.lookup_nft(question.table, question.set, question.keys)):
+                    log.warning("services: %s is not in the kernel's %s as it was left", key, question.set.name)
+                    return False
+        return True
 
     async def changed(self) -> None:
         await asyncio.get_running_loop().create_future()  # every change is announced

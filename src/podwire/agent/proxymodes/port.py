@@ -1,7 +1,7 @@
 """What a back end for Services is to the agent: fed with objects, it plans; told to, it brings the kernel up to date."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
@@ -48,6 +48,15 @@ class ServiceRules(Protocol):
 
     async def remove(self) -> None:
         """Take everything of this back end out of the kernel; connections that are tracked go on."""
+        ...
+
+
+@runtime_checkable
+class ReadsBack(Protocol):
+    """A back end that can look at single Services. Others have to be compared as a whole."""
+
+    async def holds(self, keys: Sequence[ObjectKey]) -> bool:
+        """Whether the kernel, read back, serves these Services as is planned. Raises KernelError."""
         ...
 
 
