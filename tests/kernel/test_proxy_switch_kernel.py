@@ -128,6 +128,13 @@ def opened(rig: ServiceRig, where: str) -> Iterator[socket.socket]:
         yield sock
 
 
+async def removed(sync: ServiceSync) -> None:
+    """The rules of an old mode go after the new ones are in use."""
+    async with asyncio.timeout(10):
+        while not sync.others_removed:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.01)
+
+
 async def test_switching_drops_no_connection_and_leaves_nothing(site: Site) -> None:
     loop = asyncio.get_running_loop()
     rig = site.rig
@@ -158,8 +165,7 @@ async def test_switching_drops_no_connection_and_leaves_nothing(site: Site) -> N
             stop.set()
             assert await knocking > 20
             assert not failed
-            while not sync.idle:  # noqa: ASYNC110 - the rules of the old mode go after the new ones are in use
-                await asyncio.sleep(0.01)
+            await removed(sync)
             assert not await site.has_tables()
             assert site.left() == {"legacy"}
 
@@ -174,14 +180,17 @@ async def test_switching_drops_no_connection_and_leaves_nothing(site: Site) -> N
 
 
 async def test_what_an_earlier_life_left_in_another_mode_goes(site: Site) -> None:
-    async with site.proxy(ProxyMode.IPTABLES):
+    async with site.proxy(ProxyMode.IPTABLES) as sync:
+        await removed(sync)
         assert not await site.has_tables()
     other = ProxyModes(site.rig.kernel, site.rig.fds["node"], ModeOptions(flavour=Flavour.NFT))
     site.modes = other
-    async with site.proxy(ProxyMode.IPTABLES):
+    async with site.proxy(ProxyMode.IPTABLES) as sync:
+        await removed(sync)
         assert site.left() == {"nft"}
         assert await site.rig.who("p4", CLUSTER_IP, 80) <= {"p2", "p3"}
-    async with site.proxy(ProxyMode.NFTABLES):
+    async with site.proxy(ProxyMode.NFTABLES) as sync:
+        await removed(sync)
         assert site.left() == set()
         assert await site.has_tables()
         assert site.health.repairs == 0

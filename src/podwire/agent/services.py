@@ -1,13 +1,16 @@
 """Services in the kernel: dirty keys in, one small change of the rules out, whatever the back end."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from random import Random
 
 from podwire.agent.health import Health
 from podwire.agent.proxymodes.nft import NftRules
-from podwire.agent.proxymodes.port import MakeRules, ServiceRules
+from podwire.agent.proxymodes.port import MakeRules, ReadsBack, ServiceRules
+from podwire.agent.rounds import OnRound, Round, Served, Versions
 from podwire.client.backoff import Backoff
 from podwire.client.informer import Change, Informer
 from podwire.kernel.port import Kernel, KernelError
@@ -15,6 +18,7 @@ from podwire.model.errors import Unsupported
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.ops import SetSysctl
+from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts, ServiceTable
 from podwire.plan.services_table import host_port_table
 from podwire.plan.staleflows import StaleFlows
@@ -54,7 +58,7 @@ class ServiceSync:
         self._kernel, self._health, self._rng = kernel, health, rng
         self._make_rules: MakeRules = make_rules or (lambda facts: NftRules(kernel, facts))
         self._clean_up = clean_up
-        self._services = services
+        self._services, self._slice_informer = services, slices
         self._slices: dict[ObjectKey, dict[ObjectKey, EndpointSlice]] = {}
         self._dirty: dict[ObjectKey, None] = {}
         self._dirty_ports: dict[str, Pod | None] = {}
@@ -68,9 +72,18 @@ class ServiceSync:
         self._stale = StaleFlows()
         self._ports: dict[str, tuple[Pod, ServiceTable]] = {}
         self._switches: list[tuple[MakeRules, asyncio.Future[None]]] = []
-        self._leaving: list[ServiceRules] = []
-        """Back ends that were in use, whose rules are still to be removed."""
+        self._removals: dict[ProxyMode | None, asyncio.Task[None]] = {}
+        """Work on back ends that were in use; None: on what earlier lives of this program have left."""
         self._programmed = asyncio.Event()
+        self._queued: float | None = None
+        self._reached: dict[ObjectKey, Served] = {}
+        """Services that were fed since the last success."""
+        self._versions = Versions()
+        self._unread: dict[ObjectKey, None] = {}
+        """Services that changed since the kernel was last read back."""
+        self._readers: list[asyncio.Future[Versions]] = []
+        self._observers: list[OnRound] = []
+        self._mode: ProxyMode | None = None
         self._host_ports_asked: list[asyncio.Future[None]] = []
         services.subscribe(self._service_changed)
         slices.subscribe(self._slice_changed)
@@ -86,6 +99,22 @@ class ServiceSync:
         self._host_ports_asked.append(done)
         self._wake.set()
         await done
+
+    @property
+    def mode(self) -> ProxyMode | None:
+        """The back end in use; None before there is one."""
+        return self._mode
+
+    def subscribe(self, observer: OnRound) -> None:
+        """Calls `observer` after each round from now on."""
+        self._observers.append(observer)
+
+    async def read_back(self) -> Versions:
+        """Returns once every Service that changed since the last call has been found in the kernel as it shall be."""
+        done: asyncio.Future[Versions] = asyncio.get_running_loop().create_future()
+        self._readers.append(done)
+        self._wake.set()
+        return await done
 
     def request_resync(self) -> None:
         """Compare with the kernel at the next opportunity: somebody may have changed the rules."""
@@ -135,12 +164,15 @@ class ServiceSync:
             facts = self._refit(rules, facts)
             try:
                 await self._sync(rules, facts)
-                for other in await self._switched(rules, facts):
-                    rules = other
+                if (new := await self._switched(rules, facts)) is not None:
+                    self._remove(rules.mode, rules.remove, group)
+                    rules = new
                     watch.cancel()
                     watch = group.create_task(self._watch(rules))
-                await self._remove_others(rules)
+                self._mode = rules.mode
+                await self._answer_readers(rules)
             except (KernelError, Unsupported) as error:
+                self._tell(Round(changed={}, full=self._resync, seconds=0.0, queued=started, error=str(error)))
                 self._host_ports_asked += asked
                 self._resync = True
                 self._health.failed("services", error)
@@ -156,50 +188,97 @@ class ServiceSync:
             self._health.services_ready = True
             self._programmed.set()
             self._busy = False
+            if self._clean_up is not None:
+                self._remove(None, partial(self._clean_up, rules), group)
+                self._clean_up = None
             await self._wake.wait()
             await asyncio.sleep(max(0.0, started + MIN_INTERVAL - loop.time()))
 
-    async def _switched(self, rules: ServiceRules, facts: NodeFacts) -> list[ServiceRules]:
-        """Carry out what `switch` was asked for. The back ends that were in use one after another since."""
-        used: list[ServiceRules] = []
-        while self._switches:
-            make, done = self._switches.pop(0)
-            old = used[-1] if used else rules
-            try:
-                used.append(await self._take_over(make(facts), old))
-            except (KernelError, Unsupported) as error:
-                log.warning("services: %s stays in use: %s", old.mode, error)
-                if not done.done():
-                    done.set_exception(error)
-                continue
-            self._make_rules = make
+    async def _answer_readers(self, rules: ServiceRules) -> None:
+        readers, self._readers = [future for future in self._readers if not future.done()], []
+        if not readers:
+            return
+        keys = tuple(self._unread)
+        try:
+            held = await rules.holds(keys) if isinstance(rules, ReadsBack) else await rules.compare() == 0
+        except KernelError:
+            self._readers += readers
+            raise
+        if not held:
+            self._readers += readers
+            self.request_resync()
+            return
+        self._unread = {}
+        for future in readers:
+            if not future.done():
+                future.set_result(self._versions)
+
+    def _tell(self, done: Round) -> None:
+        for observer in self._observers:
+            observer(done)
+
+    async def _switched(self, rules: ServiceRules, facts: NodeFacts) -> ServiceRules | None:
+        """Carry out what `switch` was first asked for. The back end that is in use now, if it is another."""
+        if not self._switches:
+            return None
+        make, done = self._switches.pop(0)
+        if self._switches:
+            self._wake.set()
+        try:
+            new = await self._take_over(make(facts), rules)
+        except (KernelError, Unsupported) as error:
+            log.warning("services: %s stays in use: %s", rules.mode, error)
             if not done.done():
-                done.set_result(None)
-        return used
+                done.set_exception(error)
+            return None
+        self._make_rules = make
+        if not done.done():
+            done.set_result(None)
+        return new if new is not rules else None
 
     async def _take_over(self, new: ServiceRules, old: ServiceRules) -> ServiceRules:
-        """Program all that is known in another back end."""
+        """Program all that is known in another back end; the same if it is of the same mode."""
+        if new.mode is old.mode:
+            return old
         for key, service in self._services.items().items():
             new.set_service(key, service, tuple(self._slices.get(key, {}).values()))
         for uid, (pod, _) in self._ports.items():
             new.set_host_ports(uid, pod)
+        for mode in (new.mode, None):
+            if mode in self._removals:
+                removal = self._removals.pop(mode)
+                removal.cancel()
+                await asyncio.wait((removal,))
         try:
             await new.compare()
-        except KernelError:
-            self._leaving.append(new)
+        except (KernelError, Unsupported):
+            with contextlib.suppress(KernelError, Unsupported):
+                await new.remove()
             raise
-        self._leaving = [rules for rules in (*self._leaving, old) if rules.mode is not new.mode]
         log.info("services: %s has taken over from %s", new.mode, old.mode)
         return new
 
-    async def _remove_others(self, rules: ServiceRules) -> None:
-        """Once the rules in use are right: what was in use before goes, in this life and in those before it."""
-        while self._leaving:
-            await self._leaving[0].remove()
-            del self._leaving[0]
-        if self._clean_up is not None:
-            await self._clean_up(rules)
-            self._clean_up = None
+    def _remove(self, mode: ProxyMode | None, remove: Callable[[], Awaitable[object]], group: asyncio.TaskGroup) -> None:
+        """In the background, until it is done: IPVS has to wait for its connections' ends."""
+
+        async def work() -> None:
+            backoff = Backoff(self._rng, initial=0.2, maximum=60.0)
+            while True:
+                try:
+                    await remove()
+                except (KernelError, Unsupported) as error:
+                    log.warning("services: rules of another proxy mode stay for now: %s", error)
+                    await asyncio.sleep(backoff.next())
+                else:
+                    self._removals.pop(mode, None)
+                    return
+
+        self._removals[mode] = group.create_task(work())
+
+    @property
+    def others_removed(self) -> bool:
+        """Whether nothing is left of other proxy modes."""
+        return self._clean_up is None and not self._removals
 
     async def _watch(self, rules: ServiceRules) -> None:
         """Ask for a comparison when somebody may have changed rules of which the kernel sends no notice."""
@@ -225,20 +304,37 @@ class ServiceSync:
         return new
 
     async def _sync(self, rules: ServiceRules, facts: NodeFacts) -> None:
+        started = asyncio.get_running_loop().time()
         self._feed(rules, facts)
-        if self._resync:
+        repaired, full = False, self._resync
+        if full:
             expected, self._resync, self._refitted = self._refitted, False, False
             commands = await rules.compare()
             if commands and self._health.services_ready and not expected:
                 self._health.repairs += 1
                 self._health.repaired["rules"] += 1
+                repaired = True
                 log.warning("services: rules were not as left; %d commands put them back", commands)
         else:
             commands = await rules.program()
         if commands:
             self._health.commits += 1
-        if self._stale:
-            await self._forget_stale()
+        programmed = asyncio.get_running_loop().time()
+        forgotten = await self._forget_stale() if self._stale else 0
+        reached, self._reached = self._reached, {}
+        queued, self._queued = self._queued if self._queued is not None else started, None
+        self._tell(
+            Round(
+                changed=reached,
+                full=full,
+                seconds=programmed - started,
+                queued=queued,
+                commands=commands,
+                repaired=repaired,
+                forgotten=forgotten,
+                forget_seconds=asyncio.get_running_loop().time() - programmed,
+            )
+        )
         if facts.loopback and not self._loopback:
             await self._route_loopback()
 
@@ -255,8 +351,12 @@ class ServiceSync:
             slices = tuple(self._slices.get(key, {}).values())
             before = rules.table(key)
             rules.set_service(key, self._services.get(key), slices)
-            self._stale.note(before, rules.table(key), slices)
+            table = rules.table(key)
+            self._stale.note(before, table, slices)
+            self._reached[key] = Served(self._services.get(key), slices, table)
+        self._unread |= self._dirty
         self._dirty = {}
+        self._versions = Versions(self._services.resource_version, self._slice_informer.resource_version)
         for uid, pod in self._dirty_ports.items():
             _, before = self._ports.pop(uid, (None, ServiceTable()))
             after = host_port_table(pod, facts)
@@ -266,7 +366,7 @@ class ServiceSync:
             self._stale.note(before, after)
         self._dirty_ports = {}
 
-    async def _forget_stale(self) -> None:
+    async def _forget_stale(self) -> int:
         """After the rules have changed: before, a client's next packet would lead to the old endpoint again."""
         stale = self._stale.take()
         try:
@@ -275,10 +375,11 @@ class ServiceSync:
             self._stale.restore(stale)
             self._health.failed("conntrack", error)
             log.warning("services: stale UDP connections stay for now: %s", error)
-            return
+            return 0
         self._health.works("conntrack")
         if forgotten:
             log.info("services: %d UDP connections to endpoints that are gone were forgotten", forgotten)
+        return forgotten
 
     def _service_changed(self, change: Change[Service]) -> None:
         self._touch(change.key)
@@ -302,4 +403,6 @@ class ServiceSync:
 
     def _touch(self, key: ObjectKey) -> None:
         self._dirty[key] = None
+        if self._queued is None:
+            self._queued = asyncio.get_running_loop().time()
         self._wake.set()

@@ -78,6 +78,16 @@ async def off_loop(fn: Callable[[], T]) -> T:
     return await future
 
 
+async def off_loop_to_the_end(fn: Callable[[], T]) -> T:
+    """Like `off_loop`; a caller that is cancelled still waits until `fn` has returned, so that it works alone."""
+    running = asyncio.ensure_future(off_loop(fn))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait((running,))
+        raise
+
+
 def enter_user_namespace(flags: int = syscalls.CLONE_NEWNET, *, map_all: bool = False) -> None:
     """Move this single-threaded process into a new user namespace, as its root, and into those of `flags` (CLONE_NEW…).
 

@@ -23,6 +23,11 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
+class Dummy:
+    """A device that leads nowhere: it holds addresses."""
+
+
+@dataclass(frozen=True, slots=True)
 class Bridge:
     """A Linux bridge (STP off, no VLAN filtering)."""
 
@@ -70,7 +75,7 @@ class Wireguard:
     private_key: str = field(repr=False)
 
 
-LinkKind = Device | Bridge | Veth | Vxlan | Ipip | Tun | Wireguard
+LinkKind = Device | Dummy | Bridge | Veth | Vxlan | Ipip | Tun | Wireguard
 
 
 @dataclass(frozen=True, slots=True)

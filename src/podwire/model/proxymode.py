@@ -8,3 +8,4 @@ class ProxyMode(enum.StrEnum):
 
     NFTABLES = "nftables"
     IPTABLES = "iptables"
+    IPVS = "ipvs"

@@ -172,7 +172,7 @@ class ChainBook:
         )
 
 
-class _Programmed(msgspec.Struct, gc=False):
+class Programmed(msgspec.Struct, gc=False):
     """A frontend as it stands in the maps: its backends' elements in index order."""
 
     frontend: Frontend
@@ -233,7 +233,7 @@ class FamilyMaps:
         self._endpoints, self._local = self._books["endpoints"], self._books["local-endpoints"]
         self._sticky = self._books["sticky"]
         self._chains = ChainBook(family)
-        self._programmed: dict[bytes, _Programmed] = {}
+        self._programmed: dict[bytes, Programmed] = {}
         self._prune: dict[bytes, frozenset[bytes]] = {}
         self._built = False
 
@@ -253,13 +253,13 @@ class FamilyMaps:
         self._services.comments[key] = owner
         outside = frontend.outside.backends if frontend.outside else ()
         if old is None:
-            new = _Programmed(frontend, frontend.inside.backends, outside)
+            new = Programmed(frontend, frontend.inside.backends, outside)
             self._endpoints.put_pool(key, new.cluster)
             self._local.put_pool(key, new.local)
         elif old.frontend == frontend:
             return
         else:
-            new = _Programmed(frontend, arrange(old.cluster, frontend.inside.backends), arrange(old.local, outside))
+            new = Programmed(frontend, arrange(old.cluster, frontend.inside.backends), arrange(old.local, outside))
             self._move(self._endpoints, key, old.cluster, new.cluster)
             self._move(self._local, key, old.local, new.local)
         for chain in new.chains():
@@ -279,7 +279,7 @@ class FamilyMaps:
         for index in range(len(new), len(old)):
             book.drop(key + _pack_index(index))
 
-    def _lead(self, key: bytes, new: _Programmed, old: _Programmed | None) -> None:
+    def _lead(self, key: bytes, new: Programmed, old: Programmed | None) -> None:
         """The maps of verdicts: where packets to this frontend go."""
         frontend = new.frontend
         sticky = frontend.affinity_s > 0
@@ -294,7 +294,7 @@ class FamilyMaps:
         elif old is not None:
             self._sticky.drop(key)
 
-    def _forget(self, key: bytes, old: _Programmed, new: _Programmed) -> None:
+    def _forget(self, key: bytes, old: Programmed, new: Programmed) -> None:
         """Clients must not go on to backends that are gone, nor by an answer given under another traffic policy."""
         same_kind = new.frontend.affinity_s and (old.frontend.outside is None) == (new.frontend.outside is None)
         kept = frozenset((*new.cluster, *new.local)) if same_kind else frozenset()
@@ -316,7 +316,7 @@ class FamilyMaps:
         for first, last in new.source_ranges or ():
             book.put(key + first + key + last)
 
-    def _clear(self, key: bytes, old: _Programmed) -> None:
+    def _clear(self, key: bytes, old: Programmed) -> None:
         self._services.drop(key)
         del self._services.comments[key]
         self._outside.drop(key)
@@ -333,7 +333,7 @@ class FamilyMaps:
         self._release(old)
         del self._programmed[key]
 
-    def _release(self, old: _Programmed) -> None:
+    def _release(self, old: Programmed) -> None:
         for chain in old.chains():
             self._chains.release(chain)
 

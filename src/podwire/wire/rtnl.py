@@ -16,6 +16,7 @@ from podwire.model.kernelstate import (
     Address,
     Bridge,
     Device,
+    Dummy,
     FdbEntry,
     Ipip,
     Link,
@@ -159,6 +160,8 @@ def _link_info(link: Link, indices: Mapping[str, int], peer: Link | None, peer_n
             return [attr_str(IFLA_INFO_KIND, "ipip"), data]
         case Wireguard():
             return [attr_str(IFLA_INFO_KIND, "wireguard")]
+        case Dummy():
+            return [attr_str(IFLA_INFO_KIND, "dummy")]
         case Tun():
             raise ValueError(f"link {link.name}: a TUN device is made through /dev/net/tun")
         case Device():

@@ -12,6 +12,7 @@ from podwire.model.kernelstate import (
     Address,
     Bridge,
     Device,
+    Dummy,
     FdbEntry,
     Ipip,
     Link,
@@ -115,6 +116,8 @@ def _kind(raw: RawLink, names: Mapping[int, str]) -> LinkKind:
             return Ipip(_ip(raw.data.get(rtnl.IFLA_IPTUN_LOCAL, bytes(4))))
         case "tun":
             return Tun()
+        case "dummy":
+            return Dummy()
         case "wireguard":
             return Wireguard(0, "")
         case _:

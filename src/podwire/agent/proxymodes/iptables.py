@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from podwire.kernel.iptables import Flavour, IptablesClient, choose_programs
-from podwire.kernel.netns import off_loop
+from podwire.kernel.netns import off_loop, off_loop_to_the_end
 from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
@@ -67,7 +67,7 @@ class IptablesRules:
 
     async def remove(self) -> None:
         client = await self._opened()
-        await off_loop(lambda: remove(client))
+        await off_loop_to_the_end(lambda: remove(client))
         self._fingerprint = await off_loop(client.fingerprint)
 
     async def _restore(self, texts: Iterable[Restore]) -> int:
@@ -75,7 +75,7 @@ class IptablesRules:
         texts = [text for text in texts if text.family in client.families]
         try:
             for text in texts:
-                await off_loop(lambda text=text: client.restore(text.family, text.text))  # type: ignore[misc]
+                await off_loop_to_the_end(lambda text=text: client.restore(text.family, text.text))  # type: ignore[misc]
         finally:
             self._fingerprint = await off_loop(client.fingerprint)
         return sum(text.chains for text in texts)

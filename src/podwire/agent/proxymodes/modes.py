@@ -3,10 +3,10 @@
 import logging
 from dataclasses import dataclass, field
 
-from podwire.agent.proxymodes import iptables, nft
+from podwire.agent.proxymodes import iptables, ipvs, nft
 from podwire.agent.proxymodes.port import MakeRules, ServiceRules
 from podwire.kernel.iptables import Flavour, IptablesClient, find_programs
-from podwire.kernel.netns import off_loop
+from podwire.kernel.netns import off_loop_to_the_end
 from podwire.kernel.port import Kernel, KernelError
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts
@@ -18,10 +18,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModeOptions:
-    """What single back ends can be told. `flavour` None: the iptables flavour that the host uses."""
+    """What single back ends can be told. `flavour` None: the iptables flavour that the host uses. `scheduler`, `strict_arp`:
+    kube-proxy's --ipvs-scheduler and --ipvs-strict-arp."""
 
     flavour: Flavour | None = None
     masquerade_bit: int = MASQUERADE_BIT
+    scheduler: str = "rr"
+    strict_arp: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +40,19 @@ class ProxyModes:
     def make(self, mode: ProxyMode) -> MakeRules:
         """For `ServiceSync`: how to make that back end."""
 
+        options = self.options
+
         def make(facts: NodeFacts) -> ServiceRules:
             match mode:
                 case ProxyMode.NFTABLES:
                     return nft.NftRules(self.kernel, facts)
                 case ProxyMode.IPTABLES:
-                    options = self.options
                     return iptables.IptablesRules(
                         self.netns_fd, facts, flavour=options.flavour, masquerade_bit=options.masquerade_bit
+                    )
+                case ProxyMode.IPVS:
+                    return ipvs.IpvsRules(
+                        self.kernel, self.netns_fd, facts, scheduler=options.scheduler, strict_arp=options.strict_arp
                     )
 
         return make
@@ -55,6 +63,9 @@ class ProxyModes:
         found = []
         if not isinstance(used, nft.NftRules) and await nft.remove_tables(self.kernel, TABLE):
             found.append("nftables")
+        if not isinstance(used, ipvs.IpvsRules) and (left := await ipvs.left_behind(self.kernel, self.netns_fd)):
+            await left.remove()
+            found.append("ipvs")
         keep = used.flavour if isinstance(used, iptables.IptablesRules) else None
         for flavour in Flavour:
             programs = find_programs(flavour)
@@ -62,7 +73,7 @@ class ProxyModes:
                 continue
             client = IptablesClient(self.netns_fd, programs)
             try:
-                if await off_loop(lambda client=client: iptables.remove(client)):  # type: ignore[misc]
+                if await off_loop_to_the_end(lambda client=client: iptables.remove(client)):  # type: ignore[misc]
                     found.append(f"iptables ({flavour})")
             except KernelError as error:
                 # A kernel without that flavour has no rules in it.

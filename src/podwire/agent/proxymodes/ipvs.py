@@ -1,0 +1,205 @@
+"""Services in IPVS, with nftables around it. Real servers that leave are drained: weight 0 until their last connection ends."""
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import Iterable, Sequence
+
+from podwire.agent.proxymodes.nft import commit, remove_tables
+from podwire.kernel.ipvs import IpvsClient, IpvsState
+from podwire.kernel.netns import off_loop, off_loop_to_the_end
+from podwire.kernel.port import Kernel, KernelError
+from podwire.model.errors import Unsupported
+from podwire.model.ids import ObjectKey
+from podwire.model.ipvs import STRICT_ARP, SWITCHES, IpvsOp, VirtualKey, VirtualServer
+from podwire.model.kernelstate import OWNER_ALIAS, Address, Dummy, Link
+from podwire.model.nft import Ruleset
+from podwire.model.objects import EndpointSlice, Pod, Service
+from podwire.model.ops import AddAddress, AddLink, DelAddress, DelLink, Op, SetSysctl
+from podwire.model.proxymode import ProxyMode
+from podwire.model.servicetable import NodeFacts, ServiceTable
+from podwire.plan import ipvs as plan
+from podwire.plan.ipvs import DEVICE, TABLE, IpvsPlanner
+
+log = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 1.0
+"""How often real servers that leave are asked whether they have connections left."""
+AUDIT_SECONDS = 15.0
+"""How often IPVS is compared with what it shall hold: the kernel does not tell when somebody changes it."""
+
+
+class IpvsRules:
+    """`ServiceRules` by `IpvsPlanner`. `netns_fd`: the namespace of `kernel`, the caller's to keep open. `scheduler`: how a
+    real server is chosen, by IPVS' name (rr, wrr, lc, sh, mh, …)."""
+
+    mode = ProxyMode.IPVS
+
+    def __init__(
+        self, kernel: Kernel, netns_fd: int, facts: NodeFacts, *, scheduler: str = "rr", strict_arp: bool = False
+    ) -> None:
+        self._kernel, self._fd = kernel, netns_fd
+        self._switches = {**SWITCHES, **(STRICT_ARP if strict_arp else {})}
+        self._planner = IpvsPlanner(facts, scheduler)
+        self._client: IpvsClient | None = None
+        self._held: dict[VirtualKey, VirtualServer] = {}
+        """What IPVS holds of ours, real servers that are drained included."""
+        self._bound: set[bytes] = set()
+        self._lock = asyncio.Lock()
+
+    def set_facts(self, facts: NodeFacts) -> None:
+        self._planner.set_facts(facts)
+
+    def set_service(self, key: ObjectKey, service: Service | None, slices: Sequence[EndpointSlice] = ()) -> None:
+        self._planner.set_service(key, service, slices)
+
+    def set_host_ports(self, uid: str, pod: Pod | None) -> None:
+        self._planner.set_host_ports(uid, pod)
+
+    def table(self, key: ObjectKey) -> ServiceTable:
+        return self._planner.table(key)
+
+    async def program(self) -> int:
+        async with self._lock:
+            changes = self._planner.take()
+            if not changes:
+                return 0
+            wanted = {key: server for key, server in changes.servers.items() if server is not None}
+            held = {key: self._held[key] for key in changes.servers if key in self._held}
+            ops = await self._execute(plan.introduce(wanted, held))
+            bound = await self._bind()
+            commands = await commit(self._kernel, changes.batch)
+            held = {key: self._held[key] for key in changes.servers if key in self._held}
+            ops += await self._execute(plan.retire(wanted, held))
+            return len(ops) + commands + bound + await self._unbind()
+
+    async def compare(self) -> int:
+        async with self._lock:
+            made = await self._prepare()
+            observed = await self._kernel.observe_nft(TABLE)
+            state = await self._adopt(observed)
+            wanted = self._planner.servers()
+            ops = await self._execute(plan.introduce(wanted, self._held))
+            bound = await self._bind()
+            commands = await commit(self._kernel, self._planner.resync(observed))
+            ops += await self._execute(plan.retire(wanted, self._held, state.connections))
+            return made + len(ops) + commands + bound + await self._unbind()
+
+    async def adopt(self) -> None:
+        """Take over what is there of this mode, to remove it. What an earlier life had begun to drain on the node's own
+        addresses is known by its real servers' weight, 0."""
+        async with self._lock:
+            network = await self._kernel.observe()
+            self._bound = {a.interface.ip.packed for a in network.addresses if a.dev == DEVICE}
+            state = await self._adopt(await self._kernel.observe_nft(TABLE))
+            here = {a.interface.ip.packed for a in network.addresses}
+            drained = {k: s for k, s in state.servers.items() if k.address in here and not any(s.servers.values())}
+            self._held |= drained
+
+    async def changed(self) -> None:
+        loop = asyncio.get_running_loop()
+        audit = loop.time() + AUDIT_SECONDS
+        while loop.time() < audit:
+            await asyncio.sleep(DRAIN_SECONDS)
+            async with self._lock:
+                await self._drain()
+
+    async def remove(self) -> None:
+        """Returns once the last connection through IPVS has ended: until then its virtual servers must stay."""
+        await remove_tables(self._kernel, TABLE)
+        async with self._lock:
+            self._planner = IpvsPlanner(NodeFacts("", ()))  # from now on nothing is wanted
+            await self._execute(plan.retire({}, self._held))
+        while True:
+            async with self._lock:
+                await self._drain()
+                if not self._held:
+                    break
+            await asyncio.sleep(DRAIN_SECONDS)
+        await self._apply([DelLink(DEVICE)])
+        self._bound.clear()
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        wanted = self._planner.servers()
+        leaving = {
+            key: server
+            for key, server in self._held.items()
+            if key not in wanted or server.servers.keys() - wanted[key].servers.keys()
+        }
+        if not leaving:
+            return
+        client = await self._opened()
+        state = await off_loop(lambda: client.observe(leaving.keys()))
+        await self._execute(
+            plan.retire(wanted, {k: state.servers[k] for k in leaving if k in state.servers}, state.connections)
+        )
+        for key in leaving.keys() - state.servers.keys():
+            self._held.pop(key, None)
+        await self._unbind()
+
+    async def _prepare(self) -> int:
+        """The module, its switches and the device. Returns how much of that was missing."""
+        await self._opened()
+        ops: list[Op] = [SetSysctl(key, value) for key, value in self._switches.items()]
+        state = await self._kernel.observe()
+        if DEVICE not in state.links:
+            ops.append(AddLink(Link(DEVICE, Dummy(), alias=f"{OWNER_ALIAS}:ipvs")))
+        await self._apply(ops)
+        self._bound = {a.interface.ip.packed for a in state.addresses if a.dev == DEVICE}
+        return int(DEVICE not in state.links)
+
+    async def _bind(self) -> int:
+        return await self._change_addresses(AddAddress, self._planner.bound() - self._bound)
+
+    async def _unbind(self) -> int:
+        """Addresses go once no virtual server needs them, the drained included."""
+        needed = self._planner.bound() | {key.address for key in self._held}
+        return await self._change_addresses(DelAddress, self._bound - needed)
+
+    async def _change_addresses(self, change: type[AddAddress] | type[DelAddress], addresses: Iterable[bytes]) -> int:
+        changed = set(addresses)
+        await self._apply([change(Address(DEVICE, ipaddress.ip_interface(packed))) for packed in sorted(changed)])
+        self._bound = self._bound | changed if change is AddAddress else self._bound - changed
+        return len(changed)
+
+    async def _apply(self, ops: Sequence[Op]) -> None:
+        applied = await self._kernel.apply(tuple(ops))
+        if applied.failures:
+            failure = applied.failures[0]
+            raise KernelError(f"IPVS' addresses: {failure.op}: {failure.message}", failure.errno)
+
+    async def _execute(self, ops: list[IpvsOp]) -> list[IpvsOp]:
+        if ops:
+            client = await self._opened()
+            await off_loop_to_the_end(lambda: client.execute(ops))
+            self._held = plan.after(self._held, ops)
+        return ops
+
+    async def _adopt(self, observed: Ruleset) -> IpvsState:
+        client = await self._opened()
+        state = await off_loop(client.observe)
+        keys = plan.ours(state.servers, self._planner, observed, self._bound)
+        self._held = {key: state.servers[key] for key in keys}
+        return state
+
+    async def _opened(self) -> IpvsClient:
+        if self._client is None:
+            self._client = await off_loop(lambda: IpvsClient(self._fd))
+        return self._client
+
+
+async def left_behind(kernel: Kernel, netns_fd: int) -> IpvsRules | None:
+    """What an earlier life in this mode has left, as something to `remove`; None where there is nothing."""
+    if DEVICE not in (await kernel.observe()).links and not (await kernel.observe_nft(TABLE)).tables:
+        return None
+    rules = IpvsRules(kernel, netns_fd, NodeFacts("", ()))
+    try:
+        await rules.adopt()
+    except Unsupported:
+        log.debug("IPVS is not in this kernel any more")
+    return rules
