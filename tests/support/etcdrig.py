@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from podwire.client.etcd import EtcdClient
 from podwire.client.etcdmessages import EtcdError
+from podwire.kernel.syscalls import CLONE_NEWNET, setns
 
 START_SECONDS = 20.0
 
@@ -34,24 +34,38 @@ def free_port() -> int:
 
 
 class Member:
-    """One etcd process. `start` again after `kill` goes on with the same data."""
+    """One etcd process. `start` again after `end` goes on with the same data. `netns`: a descriptor of the namespace that it
+    runs in; without it that of the tests."""
 
-    def __init__(self, folder: Path, name: str, client_url: str, peer_url: str, arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        client_url: str,
+        peer_url: str,
+        arguments: Sequence[str] = (),
+        *,
+        netns: int | None = None,
+    ) -> None:
         self.name, self.client_url, self.peer_url = name, client_url, peer_url
         self.folder = folder / name
         self._arguments = tuple(arguments)
+        self._netns = netns
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        program = need_etcd()
+        into = self._netns
         log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
         try:
             self._process = await asyncio.create_subprocess_exec(
-                need_etcd(), "--name", self.name, "--data-dir", str(self.folder / "data"),
+                program, "--name", self.name, "--data-dir", str(self.folder / "data"),
                 "--listen-client-urls", self.client_url, "--advertise-client-urls", self.client_url,
                 "--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url,
                 "--unsafe-no-fsync", "--logger", "zap", "--log-level", "warn", *self._arguments,
                 stdout=log, stderr=log, env={"PATH": os.defpath, "HOME": str(self.folder)},
+                preexec_fn=None if into is None else lambda: setns(into, CLONE_NEWNET),
             )  # fmt: skip
         finally:
             os.close(log)
@@ -103,40 +117,3 @@ async def one_member(folder: Path, *arguments: str, scheme: str = "http") -> Asy
         yield member
     finally:
         await member.end()
-
-
-def log_of(member: Member) -> None:
-    sys.stderr.write((member.folder / "log").read_text())
-
-
-QUICK = ("--heartbeat-interval", "10", "--election-timeout", "50")
-"""A cluster of one elects itself at once."""
-
-
-@asynccontextmanager
-async def fresh_etcd(folder: Path) -> AsyncIterator[EtcdClient]:
-    """An empty cluster of one, and its client, which the caller closes."""
-    async with one_member(folder, *QUICK) as member:
-        client = EtcdClient([member.client_url])
-        await answers(client)
-        yield client
-
-
-@asynccontextmanager
-async def three_members(folder: Path, *arguments: str) -> AsyncIterator[list[Member]]:
-    """A cluster of three that has elected its leader."""
-    need_etcd()
-    names = ("one", "two", "three")
-    peers = {name: f"http://127.0.0.1:{free_port()}" for name in names}
-    cluster = ",".join(f"{name}={url}" for name, url in peers.items())
-    more = ("--initial-cluster", cluster, "--heartbeat-interval", "50", "--election-timeout", "500", *arguments)
-    members = [Member(folder, name, f"http://127.0.0.1:{free_port()}", peers[name], more) for name in names]
-    try:
-        for member in members:
-            await member.start()
-        async with EtcdClient([member.client_url for member in members]) as client:
-            await answers(client)
-        yield members
-    finally:
-        for member in members:
-            await member.end()
