@@ -18,7 +18,7 @@ from podwire.model.addr import Family
 from podwire.model.ids import HOST
 from podwire.model.nft import TableRef
 from podwire.model.objects import EndpointSlice, Service
-from podwire.model.resources import ENDPOINTSLICES, SERVICES
+from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES
 from podwire.plan.services import TABLE
 from podwire.testing import FakeKernel
 from podwire.testing.memorycluster import MemoryCluster, memory_cluster
@@ -98,3 +98,15 @@ async def test_127_0_0_1_is_translated_only_where_it_is_served(cluster: MemoryCl
 async def rules(kernel: FakeKernel) -> list[str]:
     table = (await kernel.observe_nft(TABLE, HOST)).tables[TableRef(Family.IPV4, TABLE)]
     return [rule.comment for rule in table.chains["prerouting"].rules]
+
+
+async def test_an_agent_hears_that_its_node_moved(cluster: MemoryCluster) -> None:
+    machine = cluster.machine(1)
+    async with cluster.agent(machine):
+        for zone, endpoint in (("z2", "10.244.2.2"), ("z1", "10.244.1.2")):
+            await cluster.client.patch(NODES, "n1", {"metadata": {"labels": {"topology.kubernetes.io/zone": zone}}})
+
+            async def followed(wanted: str = endpoint) -> bool:
+                return await backends(machine.kernel) == {wanted}
+
+            await cluster.until(followed)
