@@ -18,6 +18,7 @@ class AgentConfig:
     nameservers: what pods get as resolvers (the cluster DNS Service's addresses); empty: the node's own.
     routed_pods: route between the node's pods even where the kernel could bridge (see `plan.node.bridge_switches`).
     cni_socket: where container engines are served, through the CNI plugin (cniserver.DEFAULT_SOCKET); None: they are not.
+    mirror: show engines' containers as Pods in the API; not where a kubelet runs them, whose Pods they are.
     service_route: see `plan.node.NodeNetwork`; wanted where the node has no default route.
     """
 
@@ -33,6 +34,7 @@ class AgentConfig:
     service_route: bool = False
     routed_pods: bool = False
     cni_socket: Path | None = None
+    mirror: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
     nameservers: tuple[IPAddress, ...] = ()
     cluster_domain: str = "cluster.local"

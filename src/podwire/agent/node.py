@@ -19,6 +19,7 @@ from podwire.agent.cniserver import CniServer
 from podwire.agent.cnispool import Spool
 from podwire.agent.config import AgentConfig
 from podwire.agent.health import AgentStatus, Health
+from podwire.agent.mirror import Mirror
 from podwire.agent.nodelock import NodeLock
 from podwire.agent.nodeoverlay import NodeOverlay, Overlay, SubnetsChanged
 from podwire.agent.peers import PeerSync
@@ -226,6 +227,10 @@ class NodeAgent:
             env.network.set_result(network)
             self._adopted = True
             group.create_task(engines.run())
+            if self.config.mirror:
+                mirror = Mirror(self.config, self._client, self._pod_informer, self._clock, self._rng)
+                engines.subscribe(mirror.attached)
+                group.create_task(mirror.run())
             self._health.network_ready = True
             self._presence.set_state(NodeState(network=True, message="Services are not programmed yet"))
             repair = Repair(self._kernel, self._plumbing, sync, self._health, self._rng)

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 
 from podwire.agent.admission import refuse
+from podwire.agent.mirrorpod import mirror_uid
 from podwire.agent.podworker import PodEnvironment, PodWorker, with_ips
 from podwire.client.backoff import Backoff
 from podwire.client.informer import Change, Informer
@@ -32,6 +33,8 @@ class Pods:
         informer.subscribe(self._changed)
 
     def _changed(self, change: Change[Pod]) -> None:
+        if mirror_uid(change.object):
+            return  # it only shows what an engine runs
         pod = change.new
         if pod is None:
             worker = self._workers.get(change.object.metadata.uid)

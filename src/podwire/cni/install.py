@@ -24,7 +24,7 @@ def configuration(network: str, *, mtu: int = 0) -> Json:
     takes `cniVersion`."""
     plugin: Json = {
         "type": PLUGIN_NAME,
-        "capabilities": {"portMappings": True, "bandwidth": True, "ips": True, "mac": True},
+        "capabilities": {"portMappings": True, "bandwidth": True, "ips": True, "mac": True, "aliases": True},
     }
     plugin |= {"mtu": mtu} if mtu else {}
     versions = ["0.4.0", "1.0.0", "1.1.0"]

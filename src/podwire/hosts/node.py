@@ -154,6 +154,7 @@ async def _config(membership: Membership, options: NodeOptions, kernel: Kernel) 
         vxlan_port=record.cluster.vxlan_port,
         service_route=True,
         cni_socket=options.cni_socket,
+        mirror=True,
         cpus=os.cpu_count() or 1,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )

@@ -106,6 +106,9 @@ class AttachmentKey:
 
 CNI_UID = "cni:"
 
+LABELS = "podwire.io/labels"
+"""The annotation of an attachment that has its container's labels, as in `app=web,tier=front`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CniRequest:

@@ -17,6 +17,7 @@ from podwire.model.cni import (
     INCOMPATIBLE_VERSION,
     INVALID_CONFIG,
     INVALID_ENVIRONMENT,
+    LABELS,
     UNDECODABLE,
     AttachmentKey,
     Bandwidth,
@@ -183,8 +184,18 @@ def _what(document: Json, args: Mapping[str, str]) -> dict[str, Any]:
         "mtu": _number(document, "mtu", 65535),
         "routes": tuple(_route(entry) for entry in _list(_object(document, "ipam"), "routes")),
         "dns": _object(document, "dns"),
-        "annotations": {str(k): str(v) for k, v in _object(runtime, "io.kubernetes.cri.pod-annotations").items()},
+        "annotations": _annotations(document, runtime, convention),
     }
+
+
+def _annotations(document: Json, runtime: Json, convention: Json) -> dict[str, str]:
+    """What the engine says of the container beside its network: a CRI's pod annotations; and, joined into LABELS, the labels
+    of CNI's conventions (args.cni.labels) and those aliases that look like labels (podman --network-alias app=web)."""
+    found = {str(k): str(v) for k, v in _object(runtime, "io.kubernetes.cri.pod-annotations").items()}
+    labels = [f"{entry.get('key')}={entry.get('value')}" for entry in _list(convention, "labels") if isinstance(entry, dict)]
+    aliases = _object(runtime, "aliases").get(str(document.get("name")))
+    labels += [str(alias) for alias in aliases if "=" in str(alias)] if isinstance(aliases, list) else []
+    return found | ({LABELS: ",".join(filter(None, (found.get(LABELS, ""), *labels)))} if labels else {})
 
 
 def _chain(command: str, document: Json) -> dict[str, Any]:
