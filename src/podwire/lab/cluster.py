@@ -10,6 +10,8 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from podwire import __version__
 from podwire.apiserver.app import create_app
 from podwire.apiserver.config import ServerConfig
@@ -32,8 +34,10 @@ from podwire.lab.settling import await_settled
 from podwire.lab.spec import MAX_NODES, LabSpec
 from podwire.lab.state import LabDirectory, write_private
 from podwire.lab.topology import API_PORT, Topology, node_index
-from podwire.model.objects import Pod
+from podwire.model.kernelstate import NetState
+from podwire.model.objects import Node, Pod
 from podwire.model.resources import NODES
+from podwire.plan.leases import Lease, lease_of_node
 from podwire.runtime.shimclient import ShimProcess, start_shim
 from podwire.store.sqlite import SqliteStore
 
@@ -263,6 +267,16 @@ class LabCluster:
                 os.close(descriptor)
             raise
         return found
+
+    async def observe_nodes(self) -> dict[str, NetState]:
+        """Every node's kernel, read from outside its agent."""
+        return {name: await self.fabric.kernel.observe(node.place.netns) for name, node in self._nodes.items()}
+
+    async def leases(self) -> dict[str, Lease]:
+        """Which node holds which subnets, as the other nodes are told."""
+        listed = await self.client.list(NODES)
+        found = [lease_of_node(msgspec.convert(item, Node)) for item in listed.items]
+        return {lease.node: lease for lease in found if lease is not None}
 
     async def settle(self, within: float) -> None:
         """Return when every node and the balancer have programmed what the API says now. Raises LabError."""

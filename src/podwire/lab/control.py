@@ -9,6 +9,7 @@
 * DELETE /lab/v1/faults?place=        heal those that concern these places, or all → {"healed"}
 * DELETE /lab/v1/nodes/{node}/{what}  remove what its agent has programmed → {"removed"}
 * POST   /lab/v1/paths?pod=&to=        probe → the paths report (`podwire.lab.report.document`)
+* POST   /lab/v1/verify/overlay       check and probe → the report (`podwire.lab.verify.document`)
 * POST   /lab/v1/settle?within=        wait until every node has programmed what the API says now
 * POST   /lab/v1/shutdown              end the lab
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 from aiohttp import web
 
+from podwire.lab import verify
 from podwire.lab.errors import LabError
 from podwire.lab.faults import Fault
 from podwire.lab.paths import probe_paths
@@ -42,6 +44,7 @@ def add_routes(app: web.Application, cluster: "LabCluster") -> None:
     app.router.add_post("/lab/v1/faults", control.add_fault)
     app.router.add_delete("/lab/v1/faults", control.heal)
     app.router.add_post("/lab/v1/paths", control.paths)
+    app.router.add_post("/lab/v1/verify/overlay", control.verify_overlay)
     app.router.add_post("/lab/v1/settle", control.settle)
     app.router.add_post("/lab/v1/shutdown", control.shutdown)
 
@@ -99,6 +102,9 @@ class _Control:
     async def paths(self, request: web.Request) -> web.Response:
         results = await probe_paths(self._cluster, request.query.get("pod", ""), request.query.get("to", ""))
         return _json(document(results))
+
+    async def verify_overlay(self, request: web.Request) -> web.Response:
+        return _json(verify.document(await verify.verify_overlay(self._cluster)))
 
     async def settle(self, request: web.Request) -> web.Response:
         await _asked(self._cluster.settle(_seconds(request.query.get("within", ""))))

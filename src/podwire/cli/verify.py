@@ -1,0 +1,82 @@
+"""`podwire verify`: hold what should be, what is programmed and what packets do against each other."""
+
+import json
+import sys
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from podwire.cli.connect import with_client
+from podwire.cli.options import lab_option
+
+if TYPE_CHECKING:
+    from podwire.client.api import ApiClient
+
+
+@click.group()
+def verify() -> None:
+    """Prove that the network is what it should be."""
+
+
+@verify.command()
+@lab_option
+@click.option("--etcd-endpoints", default="", metavar="URLS",
+              help="Verify this host instead of a lab, against the leases in this etcd; several with commas.")  # fmt: skip
+@click.option("--etcd-prefix", default="/coreos.com/network", show_default=True, metavar="KEY", help="Where they are in it.")
+@click.option("--etcd-cafile", default="", metavar="FILE", help="CA certificates that etcd's is checked with.")
+@click.option("--etcd-certfile", default="", metavar="FILE", help="This client's TLS certificate.")
+@click.option("--etcd-keyfile", default="", metavar="FILE", help="This client's TLS key.")
+@click.option("--kubeconfig-file", default=None, metavar="FILE", type=click.Path(path_type=Path),
+              help="Verify this host instead of a lab, against the Nodes of this API server.")  # fmt: skip
+@click.option("--node-name", default="", metavar="NAME", help="Which Node or lease is this host's. "
+              "[default: the one with its address]")  # fmt: skip
+@click.option("--all", "everything", is_flag=True, help="Show the evidence of what is right, too.")
+@click.option("-o", "output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="Output format.")
+def overlay(lab_name: str, everything: bool, output: str, **store: Any) -> None:
+    """Verify the three conditions of the overlay, and its path MTU.
+
+    Every pod address belongs to one node, and every node's kernel agrees (route, neighbour, forwarding entry, the device's MAC
+    there, against the leases); no subnet or address is held twice; a packet keeps its source from pod to pod (sent and
+    watched); between each pair of nodes a packet of the device's MTU arrives, and one byte more does not leave.
+
+    For a lab, or, with --etcd-endpoints or --kubeconfig-file, for this host and its ways to all others.
+
+    With -o json: {"ok", "findings": [{"condition", "subject", "ok", "evidence"}, …]}. Exit status 0 only if all hold.
+    """
+    if store["etcd_endpoints"] or store["kubeconfig_file"]:
+        report = _this_host(store)
+    else:
+
+        async def ask(client: "ApiClient") -> bytes:
+            return await client.request("POST", "/lab/v1/verify/overlay")
+
+        report = json.loads(with_client(lab_name, ask))
+    click.echo(json.dumps(report, indent=2, ensure_ascii=False) if output == "json" else text_of(report, everything=everything))
+    sys.exit(0 if report["ok"] else 1)
+
+
+def _this_host(store: Mapping[str, Any]) -> Any:
+    import asyncio
+
+    from podwire.cli.verifyhost import leases_from
+    from podwire.lab.verify import document
+    from podwire.lab.verifyhost import verify_host
+
+    async def run() -> Any:
+        return document(await verify_host(await leases_from(store), store["node_name"]))
+
+    return asyncio.run(run())
+
+
+def text_of(report: Any, *, everything: bool) -> str:
+    """The conditions in order, each with what is wrong (`everything`: and what is right) and how much was looked at."""
+    lines = []
+    for condition, group in groupby(sorted(report["findings"], key=lambda f: str(f["condition"])), lambda f: f["condition"]):
+        findings = list(group)
+        wrong = [f for f in findings if not f["ok"]]
+        lines.append(f"{'✗' if wrong else '✓'} {condition}: {len(findings) - len(wrong)} of {len(findings)}")
+        lines += [f"    {'✓' if f['ok'] else '✗'} {f['subject']}: {f['evidence']}" for f in (findings if everything else wrong)]
+    return "\n".join(lines)
