@@ -5,11 +5,10 @@ A packet's way through a tunnel end costs it one hop (RFC 791: the header checks
 
 import struct
 from ipaddress import IPv4Network
-from typing import TypeVar
 
 from podwire.wire.packet import internet_checksum
 
-T = TypeVar("T")
+Buffer = bytearray | memoryview
 
 HEADER_BYTES = 20
 _QUOTED_BYTES = 8
@@ -46,12 +45,12 @@ class RouteTable:
         return sum(len(entries) for entries in self._by_length.values())
 
 
-def is_ipv4(packet: bytearray, length: int) -> bool:
+def is_ipv4(packet: Buffer, length: int) -> bool:
     """Whether the first `length` bytes can be an IPv4 packet that stands there whole."""
     return length >= HEADER_BYTES and packet[0] >> 4 == 4 and length >= (packet[2] << 8 | packet[3]) >= HEADER_BYTES
 
 
-def spend_hop(packet: bytearray) -> bool:
+def spend_hop(packet: Buffer) -> bool:
     """Take one hop off the packet's time to live, in place. False, untouched, for one that has none left."""
     if packet[8] <= 1:
         return False
