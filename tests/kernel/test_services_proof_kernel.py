@@ -10,8 +10,7 @@ from functools import partial
 import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, Phase, given, settings
-from service_cases import Fed
-from service_worlds import clusters, connections, disagreements
+from service_worlds import change_to, clusters, connections, disagreements
 from servicerig import FACTS, ServiceRig, service_rig
 
 from podwire.agent.proxymodes.iptables import IptablesRules
@@ -53,19 +52,6 @@ def some_clusters(family: Family, count: int, *, real: bool) -> list[Cluster]:
 
     gather()
     return found
-
-
-def change_to(rules: Fed, before: Cluster | None, after: Cluster) -> None:
-    """Feed the cluster in place of the one before."""
-    if before is not None:
-        for key in {service.key for service, _ in before.services} - {service.key for service, _ in after.services}:
-            rules.set_service(key, None)
-        for pod in before.pods:
-            rules.set_host_ports(pod.metadata.uid, None)
-    for service, slices in after.services:
-        rules.set_service(service.key, service, slices)
-    for pod in after.pods:
-        rules.set_host_ports(pod.metadata.uid, pod)
 
 
 @pytest.mark.parametrize("family", Family, ids=lambda f: f.value)

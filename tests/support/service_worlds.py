@@ -11,10 +11,10 @@ from typing import Any
 
 import hypothesis.strategies as st
 import msgspec
-from service_cases import FACTS, SOURCES, to_ipv6
+from service_cases import FACTS, SOURCES, Fed, to_ipv6
 
 from podwire.model.addr import Family, IPAddress
-from podwire.model.nft import Ruleset
+from podwire.model.nft import Ruleset, TableRef, TableState
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.services import ServicePlanner
@@ -220,11 +220,37 @@ def _destinations(cluster: Cluster) -> set[tuple[IPAddress, str, int]]:
 
 def planned(cluster: Cluster) -> ServicePlanner:
     planner = ServicePlanner(cluster.node)
-    for service, pieces in cluster.services:
-        planner.set_service(service.key, service, pieces)
-    for pod in cluster.pods:
-        planner.set_host_ports(pod.metadata.uid, pod)
+    change_to(planner, None, cluster)
     return planner
+
+
+def change_to(rules: Fed, before: Cluster | None, after: Cluster) -> None:
+    """Feed the cluster in place of the one before."""
+    if before is not None:
+        for key in {service.key for service, _ in before.services} - {service.key for service, _ in after.services}:
+            rules.set_service(key, None)
+        for pod in before.pods:
+            rules.set_host_ports(pod.metadata.uid, None)
+    for service, pieces in after.services:
+        rules.set_service(service.key, service, pieces)
+    for pod in after.pods:
+        rules.set_host_ports(pod.metadata.uid, pod)
+
+
+def canonical(ruleset: Ruleset) -> dict[TableRef, tuple[object, object]]:
+    """A ruleset in which the order of a pool's backends does not matter."""
+
+    def of(table: TableState) -> tuple[object, object]:
+        sets: dict[str, object] = {}
+        for name, state in table.sets.items():
+            if name in ("endpoints", "local-endpoints"):
+                keys = frozenset(state.elements)
+                sets[name] = keys, frozenset((k[:-4], data) for k, data in state.elements.items())
+            else:
+                sets[name] = dict(state.elements)
+        return dict(table.chains), sets
+
+    return {ref: of(table) for ref, table in ruleset.tables.items()}
 
 
 def walks(ruleset: Ruleset, connection: Connection, node: NodeFacts) -> list[Result]:

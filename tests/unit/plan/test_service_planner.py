@@ -7,6 +7,7 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, given, settings
 from service_cases import FACTS, key, pod_of, service_of, slice_of
+from service_worlds import canonical
 
 from podwire.model.addr import Family
 from podwire.model.nft import (
@@ -19,7 +20,6 @@ from podwire.model.nft import (
     ReplaceElements,
     Ruleset,
     TableRef,
-    TableState,
 )
 from podwire.model.nftexpr import goto
 from podwire.model.objects import EndpointSlice, Service
@@ -255,22 +255,6 @@ def service_states(draw: st.DrawFn) -> tuple[Service, tuple[EndpointSlice, ...]]
 
 Step = tuple[str, tuple[Service, tuple[EndpointSlice, ...]] | None]
 steps = st.lists(st.tuples(st.sampled_from(NAMES), service_states()), max_size=12)
-
-
-def canonical(ruleset: Ruleset) -> dict[TableRef, tuple[object, object]]:
-    """A ruleset in which the order of a pool's backends does not matter."""
-
-    def of(table: TableState) -> tuple[object, object]:
-        sets: dict[str, object] = {}
-        for name, state in table.sets.items():
-            if name in ("endpoints", "local-endpoints"):
-                keys = frozenset(state.elements)
-                sets[name] = keys, frozenset((k[:-4], data) for k, data in state.elements.items())
-            else:
-                sets[name] = dict(state.elements)
-        return dict(table.chains), sets
-
-    return {ref: of(table) for ref, table in ruleset.tables.items()}
 
 
 def from_scratch(states: dict[str, tuple[Service, tuple[EndpointSlice, ...]] | None]) -> ServicePlanner:

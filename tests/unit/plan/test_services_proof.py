@@ -1,28 +1,47 @@
 """The proof: for random clusters, every kind of connection meets what the oracle promises, by the planned rules."""
 
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
-from service_worlds import clusters, disagreements, planned
+from service_cases import FACTS
+from service_worlds import canonical, change_to, clusters, disagreements, planned
 
 from podwire.model.addr import Family
 from podwire.model.nft import Ruleset, TableState
 from podwire.trace.oracle import Cluster
 
+alike_clusters = st.sampled_from(Family).flatmap(lambda family: clusters(family, facts=FACTS))
 some_clusters = st.sampled_from(Family).flatmap(lambda family: clusters(family))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
 @given(some_clusters)
 def test_the_planned_rules_keep_every_promise(cluster: Cluster) -> None:
     planner = planned(cluster)
     ruleset = Ruleset().apply(planner.take_batch())
     assert ruleset == planner.desired()
     assert not (found := disagreements(cluster, ruleset)), "\n".join(found)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=30)
+@given(st.lists(some_clusters | alike_clusters, min_size=2, max_size=5))
+def test_whatever_a_cluster_was_before_its_rules_are_those_from_scratch(history: list[Cluster]) -> None:
+    planner = planned(history[0])
+    kernel = Ruleset().apply(planner.take_batch())
+    for before, after in pairwise(history):
+        change_to(planner, before, after)
+        if before.node != after.node:
+            planner.set_facts(after.node)
+            kernel = kernel.apply(planner.resync(kernel))
+        else:
+            kernel = kernel.apply(planner.take_batch())
+        assert kernel == planner.desired()
+        assert canonical(kernel) == canonical(planned(after).desired())
 
 
 LIES: dict[str, dict[str, Any]] = {
