@@ -47,7 +47,13 @@ def node_network(cidrs: Iterable[IPNetwork] = CIDRS, **settings: Any) -> NodeNet
 
 
 async def make_node(
-    directory: Path, kernel: Kernel, network: NodeNetwork | None, *, boot: str = "boot-1", tunnels: bool = True
+    directory: Path,
+    kernel: Kernel,
+    network: NodeNetwork | None,
+    *,
+    boot: str = "boot-1",
+    tunnels: bool = True,
+    nsfs: Path = Path("/proc/self/ns/net"),
 ) -> CniNode:
     """Start as the agent does: adopt what is there, work off the spool. Without `network` the node does not have one yet."""
     os.makedirs(directory, exist_ok=True)
@@ -71,6 +77,7 @@ async def make_node(
         health=health,
         clock=lambda: datetime.now(UTC),
         boot=boot,
+        nsfs=nsfs,
     )
     attachments = Attachments(env)
     node = CniNode(socket, attachments, plumbing, reservations, done, health, host_ports)

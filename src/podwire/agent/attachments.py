@@ -30,7 +30,7 @@ from podwire.agent.attachrecord import (
 )
 from podwire.agent.cnispool import Spool
 from podwire.agent.health import Health
-from podwire.agent.plumbing import Plumbing, PlumbingError, link_stands
+from podwire.agent.plumbing import EnginePod, Plumbing, PlumbingError, link_stands
 from podwire.agent.reservations import AddressTaken, Owner, Reservations
 from podwire.kernel.port import Kernel, KernelError
 from podwire.model.addr import IPAddress
@@ -55,7 +55,6 @@ from podwire.model.meta import Json
 from podwire.model.objects import Pod
 from podwire.plan.ipam import AddressesExhausted
 from podwire.plan.node import NodeNetwork
-from podwire.plan.podlinks import PodAttachment
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,8 @@ Listener = Callable[[AttachmentRecord, tuple[IPAddress, ...] | None], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachmentEnvironment:
-    """What attachments share with the rest of the node; as in `podworker.PodEnvironment`. `boot` is this boot's id."""
+    """What attachments share with the rest of the node; as in `podworker.PodEnvironment`. `boot` is this boot's id; `nsfs`
+    a path on the file system of namespaces."""
 
     kernel: Kernel
     plumbing: Plumbing
@@ -82,6 +82,7 @@ class AttachmentEnvironment:
     health: Health
     clock: Callable[[], datetime]
     boot: str
+    nsfs: Path = Path("/proc/self/ns/net")
 
 
 class Attachments:
@@ -125,7 +126,7 @@ class Attachments:
     async def add(self, request: CniRequest, netns: int | None) -> CniResult:
         """Attach, or find attached. `netns` is the namespace's descriptor where the caller has it. Raises CniError."""
         self._network()
-        fd = _open_netns(request.netns, netns)
+        fd = self._open_netns(request.netns, netns)
         try:
             async with self._locked(request.key.uid):
                 self._env.spool.forget(request.key)
@@ -152,7 +153,7 @@ class Attachments:
 
     async def check(self, request: CniRequest, netns: int | None) -> None:
         """Raises CniError that says what is not as it was left."""
-        fd = _open_netns(request.netns, netns)
+        fd = self._open_netns(request.netns, netns)
         try:
             async with self._locked(request.key.uid):
                 record = self._records.get(request.key.uid)
@@ -190,9 +191,9 @@ class Attachments:
 
     # --- taking over ----------------------------------------------------------------------------------------------
 
-    async def adoptable(self, network: NodeNetwork) -> list[tuple[PodAttachment, str]]:
-        """The attachments that go on, with the path of their namespace; their host ports are set."""
-        found: list[tuple[PodAttachment, str]] = []
+    async def adoptable(self, network: NodeNetwork) -> list[EnginePod]:
+        """The attachments that go on; their host ports are set."""
+        found: list[EnginePod] = []
         observed = await self._env.kernel.observe()
         for record in self.records:
             ips = self.addresses(record)
@@ -203,7 +204,7 @@ class Attachments:
             if record.chained or record.imported or not ips:
                 continue
             try:
-                found.append((attachment_of(record, network, ips), record.netns))
+                found.append(EnginePod(attachment_of(record, network, ips), record.netns, record.inode))
             except ValueError as error:
                 log.warning("container %s loses its interface %s: %s", record.container, record.ifname, error)
         return found
@@ -266,6 +267,8 @@ class Attachments:
             await self._remove(before)
             before = None
         record = before or record
+        for other in self._displaced(record):
+            await self.delete(other.key)
         await self._claim_ports(record)
         try:
             ips = await self._reserve_or_sweep(record, request.ips)
@@ -287,6 +290,12 @@ class Attachments:
         for listener in self._listeners:
             listener(record, ips)
         return result_of(record, self._network(), ips) if request.previous is None else request.previous
+
+    def _displaced(self, record: AttachmentRecord) -> list[AttachmentRecord]:
+        """Whoever had this interface of this namespace before. The kernel gives a namespace's number to another one once it
+        is gone, and engines give paths again: a container whose DEL was dropped then looks alive."""
+        taken = (record.inode, record.ifname, record.chained)
+        return [r for r in self.records if r.uid != record.uid and (r.inode, r.ifname, r.chained) == taken]
 
     def _new_record(self, request: CniRequest, fd: int) -> AttachmentRecord:
         inode = os.fstat(fd).st_ino
@@ -403,6 +412,17 @@ class Attachments:
             return False
         return record.visible if record.chained else not link_stands(record.uid, observed)
 
+    def _open_netns(self, path: str, fd: int | None) -> int:
+        """A descriptor of our own. Raises CniError where neither leads to a namespace."""
+        try:
+            opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if fd is None else os.dup(fd)
+        except OSError as error:
+            raise CniError(INVALID_ENVIRONMENT, f"CNI_NETNS {path!r} cannot be opened", error.strerror or "") from error
+        if os.fstat(opened).st_dev != self._env.nsfs.stat().st_dev:
+            os.close(opened)
+            raise CniError(INVALID_ENVIRONMENT, f"CNI_NETNS {path!r} is not a network namespace")
+        return opened
+
     def _network(self, code: int = TRY_LATER) -> NodeNetwork:
         if not self._env.network.done():
             raise CniError(code, "the node has no subnet yet, or its network is not up")
@@ -424,18 +444,6 @@ def _container(record: AttachmentRecord | None) -> Json:
 
 def _refused(error: Exception) -> CniError:
     return error if isinstance(error, CniError) else CniError(KERNEL_REFUSED, "the container cannot be attached", str(error))
-
-
-def _open_netns(path: str, fd: int | None) -> int:
-    """A descriptor of our own. Raises CniError where neither leads to a namespace."""
-    try:
-        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if fd is None else os.dup(fd)
-    except OSError as error:
-        raise CniError(INVALID_ENVIRONMENT, f"CNI_NETNS {path!r} cannot be opened", error.strerror or "") from error
-    if os.fstat(opened).st_dev != os.stat("/proc/self/ns/net").st_dev:
-        os.close(opened)
-        raise CniError(INVALID_ENVIRONMENT, f"CNI_NETNS {path!r} is not a network namespace")
-    return opened
 
 
 def _inode(path: str) -> int:

@@ -9,11 +9,12 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from podwire.kernel.port import Kernel, KernelError, KernelEvent
 from podwire.model.errors import PodwireError
 from podwire.model.ids import HOST, NetnsName, pod_netns
-from podwire.model.kernelstate import Bridge, Device, Link, NetState, Veth
+from podwire.model.kernelstate import OWNER_ALIAS, Bridge, Device, Link, NetState, Veth
 from podwire.model.ops import (
     AddAddress,
     AddLink,
@@ -59,11 +60,24 @@ class PlumbingError(PodwireError):
 
 @dataclass(frozen=True, slots=True)
 class _PodUnit:
-    """`shared`: the pod's namespace is an engine's; other things in it are not ours to judge."""
+    """`inode` is not 0 for a container engine's namespace: its number, since another may be at that path one day. Other
+    things in it are not ours to judge."""
 
     unit: Unit
     netns: str
-    shared: bool = False
+    inode: int = 0
+
+    @property
+    def shared(self) -> bool:
+        return self.inode != 0
+
+
+class EnginePod(NamedTuple):
+    """A container engine's pod: where its namespace is said to be, and the namespace's number."""
+
+    pod: PodAttachment
+    netns: str
+    inode: int
 
 
 class Plumbing:
@@ -129,7 +143,7 @@ class Plumbing:
         base: NetState,
         peers: Mapping[str, NetState],
         pods: Iterable[tuple[PodAttachment, str]],
-        engines: Iterable[tuple[PodAttachment, str]] = (),
+        engines: Iterable[EnginePod] = (),
     ) -> Mapping[str, str]:
         """Take the node over as it is and make it what it shall be: what is right already stays untouched.
 
@@ -141,9 +155,9 @@ class Plumbing:
             self._base = base
             self._peers = {node: unit for node, unit in peers.items() if unit != EMPTY}
             self._pods = {pod.uid: _PodUnit(plan_pod(pod), netns) for pod, netns in pods}
-            self._pods |= {pod.uid: _PodUnit(plan_pod(pod), netns, shared=True) for pod, netns in engines}
+            self._pods |= {pod.uid: _PodUnit(plan_pod(pod), netns, inode) for pod, netns, inode in engines}
             observed = await self._kernel.observe()
-            attached = [uid for uid, pod in self._pods.items() if self._attach(uid, pod.netns)]
+            attached = [uid for uid, pod in self._pods.items() if self._attach(uid, pod.netns, pod.inode)]
             for uid in self._pods.keys() - set(attached):
                 pod = self._pods[uid]
                 if not pod.shared or not _stands(uid, pod, observed):
@@ -154,6 +168,10 @@ class Plumbing:
             finally:
                 for uid in attached:
                     self._kernel.detach(pod_netns(uid))
+            for uid, its in self._blame_engines(failures).items():
+                del self._pods[uid]
+                lost[uid] = str(PlumbingError(uid, its))
+                failures = tuple(failure for failure in failures if failure not in its)
         if failures:
             raise PlumbingError("adopting the node", failures)
         return lost
@@ -188,15 +206,15 @@ class Plumbing:
         unit = plan_pod(pod)
         label = pod_netns(pod.uid)
         async with self._busy:
-            if not self._attach(pod.uid, netns):
+            inode = os.stat(netns).st_ino if engine_path is not None else 0
+            if not self._attach(pod.uid, netns, inode):
                 raise PlumbingError(f"pod {pod.namespace}/{pod.name}: its network namespace {netns} is gone", ())
             try:
                 failures = await self._change(unit, {label: fresh_pod_namespace()})
                 if failures:
                     await self._change({}, {HOST: unit[HOST]})
                     raise PlumbingError(f"pod {pod.namespace}/{pod.name}", failures)
-                shared = engine_path is not None
-                self._pods[pod.uid] = _PodUnit(unit, netns if engine_path is None else engine_path, shared)
+                self._pods[pod.uid] = _PodUnit(unit, netns if engine_path is None else engine_path, inode)
             finally:
                 self._kernel.detach(label)
         await self._await_carrier(host_veth(pod.uid))
@@ -230,7 +248,7 @@ class Plumbing:
         try:
             if len(known) < len(leaving):
                 strays = union(_stray(uid) for uid in leaving.keys() - known.keys())
-                old.append(restrict(await self._kernel.observe(), strays))
+                old.append(_claimed(restrict(await self._kernel.observe(), strays)))
             failures = await self._change({}, {HOST: union(old)})
         except KernelError as error:
             self._pods |= known
@@ -249,7 +267,7 @@ class Plumbing:
         `netns`: a path to the pod's namespace. Raises PlumbingError where it is gone, or something cannot be put back."""
         async with self._busy:
             pod = self._pods[uid]
-            if not self._attach(uid, netns):
+            if not self._attach(uid, netns, pod.inode):
                 raise PlumbingError(f"pod {uid}: its network namespace {netns} is gone", ())
             try:
                 seen = {ns: restrict(await self._kernel.observe(ns), wanted) for ns, wanted in pod.unit.items()}
@@ -280,12 +298,15 @@ class Plumbing:
         async with self._busy:
             observed = await self._kernel.observe()
             broken = [uid for uid, pod in self._pods.items() if not _stands(uid, pod, observed)]
-            attached = [uid for uid in broken if self._attach(uid, self._pods[uid].netns)]
+            attached = [uid for uid in broken if self._attach(uid, self._pods[uid].netns, self._pods[uid].inode)]
             try:
                 repaired, failures = await self._reconcile(attached, observed, without=set(broken) - set(attached))
             finally:
                 for uid in attached:
                     self._kernel.detach(pod_netns(uid))
+        for uid, its in self._blame_engines(failures).items():
+            log.warning("%s", PlumbingError(uid, its))
+            failures = tuple(failure for failure in failures if failure not in its)
         if failures:
             raise PlumbingError("repair", failures)
         return repaired
@@ -312,6 +333,20 @@ class Plumbing:
             failures = tuple(f for f in failures if f.op not in blocked) + self._note(again)
         return plan, failures
 
+    def _blame_engines(self, failures: Iterable[Failure]) -> dict[str, list[Failure]]:
+        """The failures by container of an engine: what happens to its namespace is not in our hands, and no reason for the
+        node to be without network."""
+        owners = {key: uid for uid, pod in self._pods.items() if pod.shared for key in (host_veth(uid), pod_netns(uid))}
+        blamed: dict[str, list[Failure]] = {}
+        for failure in failures:
+            op = failure.op
+            uid = owners.get(op.ns)
+            if isinstance(op, AddLink | ChangeLink):
+                uid = uid or owners.get(op.link.name)
+            if uid is not None:
+                blamed.setdefault(uid, []).append(failure)
+        return blamed
+
     def _desired(self, uids: Collection[str], without: Collection[str]) -> Unit:
         units: list[Unit] = [{HOST: self._base}]
         units += [{HOST: unit} for unit in self._peers.values()]
@@ -333,7 +368,7 @@ class Plumbing:
         for ns in new.keys() | old.keys():
             wanted, had = new.get(ns, EMPTY), old.get(ns, EMPTY)
             there = await self._kernel.observe(ns)
-            seen[ns] = there if ns != HOST else restrict(there, union([wanted, had]))
+            seen[ns] = there if ns != HOST else _claimed(restrict(there, union([wanted, had])))
         again = self._known(diff(new, seen))
         return self._note(await self._execute(again)) if again else ()
 
@@ -344,12 +379,15 @@ class Plumbing:
         finally:
             self._touch(plan)
 
-    def _attach(self, uid: str, netns: str) -> bool:
+    def _attach(self, uid: str, netns: str, inode: int) -> bool:
+        """Whether the namespace is there, and (with `inode`) is the one that is meant."""
         try:
             fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return False
         try:
+            if inode and os.fstat(fd).st_ino != inode:
+                return False
             self._kernel.attach(pod_netns(uid), fd)
         finally:
             os.close(fd)
@@ -434,6 +472,15 @@ def _in_place_of_another(op: SetRoute) -> Plan:
     """The same in two steps: IPv6 does not replace a route that leads elsewhere by one whose gateway lies behind it, as a
     peer's does (`ip6_route_check_nh_onlink`). Protocol 0 is anybody's: we would have replaced it anyway."""
     return DelRoute(replace(op.route, protocol=0), op.ns), op
+
+
+def _claimed(mine: NetState) -> NetState:
+    """Links of ours by name, with our mark: an agent that was killed between making a link and marking it left none."""
+    marked = {
+        name: replace(link, alias=OWNER_ALIAS) if isinstance(link.kind, Veth) and not link.alias else link
+        for name, link in mine.links.items()
+    }
+    return replace(mine, links=marked)
 
 
 def _echoes(op: Op) -> tuple[tuple[str, bool], ...]:

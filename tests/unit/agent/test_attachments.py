@@ -43,27 +43,28 @@ WEB = {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp
 
 
 class Engine:
-    """Calls the verbs as an engine does. Namespaces are links to namespaces of this process, which can be taken away."""
+    """Calls the verbs as an engine does. Namespaces are files: what is in them, the fake kernel has."""
 
     def __init__(self, node: CniNode, kernel: FakeKernel, directory: Path) -> None:
         self.node, self.kernel, self._directory = node, kernel, directory
 
-    def netns(self, name: str, kind: str = "net") -> str:
-        path = self._directory / name
-        if not path.is_symlink():
-            path.symlink_to(f"/proc/self/ns/{kind}")
+    def netns(self, name: str) -> str:
+        path = self._directory / "netns" / name
+        path.touch()
         return str(path)
 
     def end(self, container: str, ifname: str = "eth0") -> None:
         """The container's namespace goes, with all in it."""
-        (self._directory / container).unlink(missing_ok=True)
+        file = self._directory / "netns" / container
+        if file.exists():
+            file.rename(file.with_suffix(".gone"))  # its inode must not come again
         label = pod_netns(AttachmentKey(container, ifname).uid)
         if label in self.kernel.namespaces:
             self.kernel.destroy(label)
 
     def request(self, verb: str, container: str = "", ifname: str = "eth0", **more: Any) -> CniRequest:
-        kind, args = more.pop("kind", "net"), more.pop("args", "")
-        netns = self.netns(container, kind) if container and verb in ("ADD", "CHECK") else ""
+        args = more.pop("args", "")
+        netns = self.netns(container) if container and verb in ("ADD", "CHECK") else ""
         variables = environment(Path("/none"), verb, container, netns, ifname)
         return parse_request(variables | ({"CNI_ARGS": args} if args else {}), _json(config(**more)))
 
@@ -104,7 +105,8 @@ async def make_engine(tmp_path: Path, kernel: FakeKernel) -> AsyncIterator[MakeE
     async def make(network: Any = NETWORK, **settings: Any) -> Engine:
         for node in made:
             node.reservations.close()
-        made.append(await make_node(tmp_path, kernel, network, **settings))
+        (tmp_path / "netns").mkdir(exist_ok=True)
+        made.append(await make_node(tmp_path, kernel, network, nsfs=tmp_path, **settings))
         return Engine(made[-1], kernel, tmp_path)
 
     yield make
@@ -167,7 +169,7 @@ async def test_add_again_gives_the_same_and_mends(engine: Engine, kernel: FakeKe
 async def test_add_in_another_namespace_means_that_a_del_was_dropped(engine: Engine, kernel: FakeKernel) -> None:
     first = await engine.add("c1")
     engine.end("c1")
-    second = await engine.add("c1", kind="uts")
+    second = await engine.add("c1")
     assert [ip.address for ip in second.ips] != [ip.address for ip in first.ips], "an address comes again late"
     assert len(engine.held) == 2
     assert engine.veths() == {host_veth("cni:c1/eth0")}
@@ -302,7 +304,7 @@ async def test_check_says_what_is_wrong(engine: Engine, kernel: FakeKernel) -> N
     assert wrong.value.code == KERNEL_REFUSED
     engine.end("c1")
     with pytest.raises(CniError, match="another namespace"):
-        await engine.check("c1", kind="uts")
+        await engine.check("c1")
 
 
 async def test_gc_leaves_what_is_valid_and_other_networks(engine: Engine) -> None:
@@ -331,7 +333,7 @@ async def test_nothing_is_attached_before_the_node_has_its_subnet(make_engine: M
 
 
 async def test_what_is_no_namespace_is_refused(engine: Engine, tmp_path: Path) -> None:
-    for path, why in ((str(tmp_path / "none"), "cannot be opened"), (str(tmp_path), "not a network namespace")):
+    for path, why in ((str(tmp_path / "none"), "cannot be opened"), ("/proc/self/status", "not a network namespace")):
         request = parse_request(environment(Path("/none"), "ADD", "c1", path), _json(config()))
         with pytest.raises(CniError, match=why) as caught:
             await engine.node.attachments.add(request, None)
@@ -376,7 +378,7 @@ async def test_a_path_out_of_sight_is_no_sign_of_death(make_engine: MakeEngine, 
     """The engine has a mount namespace of its own: the descriptor came with the request, the path leads nowhere."""
     first = await make_engine()
     request = parse_request(environment(Path("/none"), "ADD", "c1", "/run/netns/unseen"), _json(config()))
-    netns = os.open("/proc/self/ns/net", os.O_RDONLY)
+    netns = os.open(first.netns("unseen"), os.O_RDONLY)
     await first.node.attachments.add(request, netns)
     os.close(netns)
     assert await first.node.attachments.sweep() == 0

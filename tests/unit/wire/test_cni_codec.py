@@ -44,6 +44,10 @@ def conf(version: Any = "1.1.0", **more: Any) -> bytes:
     return json.dumps({"cniVersion": version, "name": "net", "type": "podwire", **more}).encode()
 
 
+def mapping(**port: Any) -> bytes:
+    return conf(runtimeConfig={"portMappings": [port]})
+
+
 # --- verbs and versions -------------------------------------------------------------------------------------------
 
 
@@ -106,22 +110,11 @@ CASES: tuple[tuple[str, dict[str, str], bytes, int, str], ...] = (
     ("ADD", {}, conf(runtimeConfig={"ips": ["10.0.0.300"]}), INVALID_CONFIG, "10.0.0.300"),
     ("ADD", {}, conf(runtimeConfig={"mac": "zz"}), INVALID_CONFIG, "zz"),
     ("ADD", {}, conf(runtimeConfig={"mac": "01:00:5e:00:00:01"}), INVALID_CONFIG, "multicast"),
-    ("ADD", {}, conf(runtimeConfig={"portMappings": [{"hostPort": 0, "containerPort": 1}]}), INVALID_CONFIG, "hostPort"),
-    (
-        "ADD",
-        {},
-        conf(runtimeConfig={"portMappings": [{"hostPort": 1, "containerPort": 70000}]}),
-        INVALID_CONFIG,
-        "containerPort",
-    ),
+    ("ADD", {}, mapping(hostPort=0, containerPort=1), INVALID_CONFIG, "hostPort"),
+    ("ADD", {}, mapping(hostPort=1, containerPort=70000), INVALID_CONFIG, "containerPort"),
+    ("ADD", {}, mapping(hostPort=1, containerPort=True), INVALID_CONFIG, "containerPort"),
+    ("ADD", {}, mapping(hostPort=1, containerPort=1, protocol="icmp"), INVALID_CONFIG, "icmp"),
     ("ADD", {}, conf(runtimeConfig={"portMappings": [7]}), INVALID_CONFIG, "portMappings"),
-    (
-        "ADD",
-        {},
-        conf(runtimeConfig={"portMappings": [{"hostPort": 1, "containerPort": 1, "protocol": "icmp"}]}),
-        INVALID_CONFIG,
-        "icmp",
-    ),
     ("ADD", {}, conf(runtimeConfig={"bandwidth": {"ingressRate": 5}}), INVALID_CONFIG, "burst"),
     ("ADD", {}, conf(runtimeConfig={"bandwidth": {"egressRate": 5, "egressBurst": 1 << 33}}), INVALID_CONFIG, "egressBurst"),
     ("ADD", {}, conf(ipam={"routes": [{"dst": "nowhere"}]}), INVALID_CONFIG, "nowhere"),
@@ -229,7 +222,7 @@ def test_the_specifications_configuration_is_understood() -> None:
 
 # --- frames -------------------------------------------------------------------------------------------------------
 
-_VALUES = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=40)
+_VALUES = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=40)
 
 
 @given(st.dictionaries(st.sampled_from(VARIABLES), _VALUES), st.binary(max_size=200))
@@ -262,12 +255,10 @@ _FIELDS = ("runtimeConfig", "args", "ipam", "dns", "prevResult", "mtu", "type", 
 _RUNTIME = ("portMappings", "bandwidth", "ips", "mac", "io.kubernetes.cri.pod-annotations")
 
 
-@given(
-    st.dictionaries(
-        st.sampled_from(_FIELDS), _JSON | st.dictionaries(st.sampled_from(_RUNTIME), _JSON, max_size=2), max_size=3
-    ),
-    st.sampled_from(VERBS),
-)
+_VALUE = _JSON | st.dictionaries(st.sampled_from(_RUNTIME), _JSON, max_size=2)
+
+
+@given(st.dictionaries(st.sampled_from(_FIELDS), _VALUE, max_size=3), st.sampled_from(VERBS))
 def test_documents_of_any_shape_are_understood_or_refused(fields: dict[str, Any], verb: str) -> None:
     try:
         parse_request(env(verb), conf(**fields))
