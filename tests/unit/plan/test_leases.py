@@ -49,13 +49,17 @@ GOLDEN = {
             backend_data=vxlan_data(1, MAC),
             backend_v6_data=vxlan_data(1, "0a:00:00:00:00:01"),
         ),
-        '{"PublicIP":"192.168.64.3","PublicIPv6":"fd00::3","BackendType":"vxlan",'
-         '"BackendData":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"},"BackendV6Data":{"VNI":1,"VtepMAC":"0a:00:00:00:00:01"}}',
+        (
+            '{"PublicIP":"192.168.64.3","PublicIPv6":"fd00::3","BackendType":"vxlan",'
+            '"BackendData":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"},"BackendV6Data":{"VNI":1,"VtepMAC":"0a:00:00:00:00:01"}}'
+        ),
     ),
     "IPv6 alone": (
         LeaseAttrs(public_ipv6=V6, backend_type="vxlan", backend_v6_data=vxlan_data(1, MAC)),
-        '{"PublicIP":"0.0.0.0","PublicIPv6":"fd00::3","BackendType":"vxlan",'
-         '"BackendV6Data":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}}',
+        (
+            '{"PublicIP":"0.0.0.0","PublicIPv6":"fd00::3","BackendType":"vxlan",'
+            '"BackendV6Data":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}}'
+        ),
     ),
     "host-gw": (
         LeaseAttrs(public_ip=V4, backend_type="host-gw"),
