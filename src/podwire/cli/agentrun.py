@@ -30,7 +30,7 @@ from podwire.client.informer import Informer
 from podwire.client.kubeconfig import client_from_kubeconfig
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import current_netns
-from podwire.model.errors import InvalidInput
+from podwire.model.errors import InvalidInput, PodwireError
 from podwire.model.netconf import parse_net_config
 from podwire.model.objects import Node
 from podwire.model.resources import NODES, PODS
@@ -68,12 +68,22 @@ async def _until_signal(settings: Settings) -> None:
         await work
     except asyncio.CancelledError:
         log.info("ended by a signal; devices and routes stay")
+    except OSError as error:
+        raise InvalidInput(f"the agent cannot go on: {error}") from error
     except ExceptionGroup as group:
-        # The agent's tasks run in a group: what the user can mend comes out of it as itself.
-        known = group.subgroup((InvalidInput, OSError))
-        if known is None:
-            raise
-        raise known.exceptions[0] from group
+        # The agent's tasks run in groups: what the user can mend comes out of them as itself.
+        reason = _first(group)
+        if isinstance(reason, PodwireError):
+            raise reason from group
+        if isinstance(reason, OSError):
+            raise InvalidInput(f"the agent cannot go on: {reason}") from group
+        raise
+
+
+def _first(error: Exception) -> Exception:
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def serve(settings: Settings) -> None:
