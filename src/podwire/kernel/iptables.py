@@ -87,6 +87,10 @@ def choose_programs(netns_fd: int, wanted: Flavour | None = None) -> Programs:
     return found[Flavour.LEGACY] if rules[Flavour.LEGACY] > rules[Flavour.NFT] else found[Flavour.NFT]
 
 
+class TooLarge(KernelError):
+    """The nft flavour sends one message, which must fit the socket's buffer; only the machine's root may make that larger."""
+
+
 class IptablesClient:
     """One namespace's iptables. Raises KernelError with the program's own words."""
 
@@ -106,7 +110,8 @@ class IptablesClient:
         return self._run([self._programs.save[family]], "")
 
     def restore(self, family: Family, text: str) -> None:
-        """Carry out a text: all of a table's part or nothing. What it does not name stays."""
+        """Carry out a text: all of a table's part or nothing. What it does not name stays. Raises TooLarge where the kernel
+        takes no text of that size from this user."""
         wait = ["-w", _WAIT_S] if self.flavour is Flavour.LEGACY else []
         self._run([self._programs.restore[family], "--noflush", *wait], text)
 
@@ -133,6 +138,8 @@ class IptablesClient:
             raise KernelError(f"{name} cannot be run: {error}", errno.EIO) from error
         if done.returncode:
             words = (done.stderr or done.stdout).strip()[:_SHOWN]
+            if os.strerror(errno.EMSGSIZE) in words:
+                raise TooLarge(f"{name}: {words}", errno.EMSGSIZE)
             raise KernelError(f"{name} failed (status {done.returncode}): {words}", errno.EINVAL)
         return done.stdout
 

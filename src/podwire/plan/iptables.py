@@ -3,7 +3,7 @@
 What is planned and what `iptables-save` shows are compared chain by chain, as text.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from podwire.model.addr import Family
@@ -28,12 +28,65 @@ class Chains:
 
 
 @dataclass(frozen=True, slots=True)
+class TableChanges:
+    """What changes in one table. `new`: chains that are not there yet; `changed`: chains with their rules, those that others
+    lead to first; `hooks`: lines for the kernel's own chains; `gone`: chains that nothing leads to any more."""
+
+    table: str
+    new: tuple[str, ...]
+    changed: Mapping[str, Rules]
+    hooks: tuple[str, ...]
+    gone: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.changed or self.hooks or self.gone)
+
+    def text(self) -> str:
+        # Naming a chain makes it, or empties it. A chain that goes must be empty, so that it leads to no other.
+        named = [f":{name} - [0:0]" for name in (*self.changed, *self.gone)]
+        filled = [f"-A {name} {line}" for name, lines in self.changed.items() for line in lines]
+        return _text(self.table, (*named, *filled, *self.hooks, *(f"-X {name}" for name in self.gone)))
+
+    def parts(self, most_lines: int) -> Iterator[str]:
+        """The same in several texts; after each of them the rules work."""
+        yield _text(self.table, [f":{name} - [0:0]" for name in self.new])
+        part: list[str] = []
+        for name, lines in self.changed.items():
+            part.append(f":{name} - [0:0]")
+            for line in lines:
+                part.append(f"-A {name} {line}")
+                if len(part) >= most_lines:
+                    yield _text(self.table, part)
+                    part = []
+        yield _text(self.table, (*part, *self.hooks))
+        emptied = [f":{name} - [0:0]" for name in self.gone]
+        yield _text(self.table, (*emptied, *(f"-X {name}" for name in self.gone)))
+
+
+def _text(table: str, lines: Sequence[str]) -> str:
+    return "\n".join((f"*{table}", *lines, "COMMIT", ""))
+
+
+@dataclass(frozen=True, slots=True)
 class Restore:
-    """The input of `iptables-restore --noflush` or `ip6tables-restore`. `chains`: how many it changes."""
+    """Input for `iptables-restore --noflush` or `ip6tables-restore`."""
 
     family: Family
-    text: str
-    chains: int
+    tables: tuple[TableChanges, ...]
+
+    @property
+    def chains(self) -> int:
+        """How many chains it changes."""
+        return sum(len(t.changed) + len(t.gone) + bool(t.hooks) for t in self.tables)
+
+    @property
+    def text(self) -> str:
+        """All at once: what a table gets, it gets whole."""
+        return "".join(t.text() for t in self.tables)
+
+    def parts(self, most_lines: int) -> list[str]:
+        """The same in texts of at most so many lines, for a kernel that takes no more at once."""
+        return [text for t in self.tables for text in t.parts(most_lines)]
 
 
 class IptablesPlanner(ServiceLedger["FamilyChains"]):
@@ -238,39 +291,34 @@ def _jumps() -> dict[ChainRef, Rules]:
 
 
 def restore(family: Family, desired: Chains, observed: Chains) -> Restore | None:
-    """The text that leads from `observed` to `desired`; None if they are the same. Chains in neither are left alone."""
-    parts = []
-    changed = 0
-    for table in TABLES:
-        lines, count = _table_text(table, desired, observed)
-        changed += count
-        if lines:
-            parts.append("\n".join((f"*{table}", *lines, "COMMIT")))
-    return Restore(family, "\n".join(parts) + "\n", changed) if parts else None
+    """The way from `observed` to `desired`; None if they are the same. Chains in neither are left alone."""
+    tables = tuple(filter(None, (_changes(table, desired, observed) for table in TABLES)))
+    return Restore(family, tables) if tables else None
 
 
-def _table_text(table: str, desired: Chains, observed: Chains) -> tuple[list[str], int]:
+def _changes(table: str, desired: Chains, observed: Chains) -> TableChanges:
     new = {name: lines for (t, name), lines in desired.rules.items() if t == table}
     old = {name: lines for (t, name), lines in observed.rules.items() if t == table}
-    gone = [name for name in old if name not in new]
-    changed = [name for name, lines in new.items() if old.get(name) != lines]
-    # Naming a chain makes it, or empties it. A chain that goes must be empty, so that it leads to no other.
-    text = [f":{name} - [0:0]" for name in (*changed, *gone)]
-    text += [f"-A {name} {line}" for name in changed for line in new[name]]
-    count = len(changed) + len(gone)
-    for hook, present, wanted in _hooks(table, desired, observed):
-        if present != wanted:
-            text += [f"-D {hook} {line}" for line in present]
-            text += [f"-I {hook} 1 {line}" for line in reversed(wanted)]
-            count += 1
-    text += [f"-X {name}" for name in gone]
-    return text, count
+    changed = {name: new[name] for name in sorted(new, key=_depth) if old.get(name) != new[name]}
+    hooks: list[str] = []
+    for ref in {**observed.jumps, **desired.jumps}:
+        present, wanted = observed.jumps.get(ref, ()), desired.jumps.get(ref, ())
+        if ref[0] == table and present != wanted:
+            hooks += [f"-D {ref[1]} {line}" for line in present]
+            hooks += [f"-I {ref[1]} 1 {line}" for line in reversed(wanted)]
+    return TableChanges(
+        table,
+        new=tuple(name for name in changed if name not in old),
+        changed=changed,
+        hooks=tuple(hooks),
+        gone=tuple(name for name in old if name not in new),
+    )
 
 
-def _hooks(table: str, desired: Chains, observed: Chains) -> Iterable[tuple[str, Rules, Rules]]:
-    refs = [ref for ref in {**observed.jumps, **desired.jumps} if ref[0] == table]
-    for ref in refs:
-        yield ref[1], observed.jumps.get(ref, ()), desired.jumps.get(ref, ())
+def _depth(name: str) -> int:
+    """Smaller for chains that others lead to."""
+    kind = name.removeprefix(PREFIX).split("-", 1)[0]
+    return {"SEP": 0, "SVC": 1, "EXT": 1, "I": 2, "O": 2, "FI": 2, "FO": 2}.get(kind, 3)
 
 
 def parse_save(text: str) -> Chains:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 
-from podwire.kernel.iptables import Flavour, IptablesClient, choose_programs
+from podwire.kernel.iptables import Flavour, IptablesClient, TooLarge, choose_programs
 from podwire.kernel.netns import off_loop, off_loop_to_the_end
 from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
@@ -15,6 +15,9 @@ from podwire.plan.iptables import Chains, IptablesPlanner, Restore, parse_save, 
 from podwire.plan.iptables_rules import MASQUERADE_BIT
 
 log = logging.getLogger(__name__)
+
+_PART_LINES = 300
+"""With 0.2 MB of buffer and up to 0.6 KB a rule."""
 
 _LOOK_SECONDS = 0.5
 """How often legacy tables are asked for their size: the kernel does not tell when somebody changes them."""
@@ -75,7 +78,7 @@ class IptablesRules:
         texts = [text for text in texts if text.family in client.families]
         try:
             for text in texts:
-                await off_loop_to_the_end(lambda text=text: client.restore(text.family, text.text))  # type: ignore[misc]
+                await off_loop_to_the_end(lambda text=text: carry_out(client, text))  # type: ignore[misc]
         finally:
             self._fingerprint = await off_loop(client.fingerprint)
         return sum(text.chains for text in texts)
@@ -93,12 +96,21 @@ def observe(client: IptablesClient) -> dict[Family, Chains]:
     return {family: parse_save(client.save(family)) for family in client.families}
 
 
+def carry_out(client: IptablesClient, wanted: Restore) -> None:
+    """At once, or in parts where the kernel does not take it at once."""
+    try:
+        client.restore(wanted.family, wanted.text)
+    except TooLarge:
+        for part in wanted.parts(_PART_LINES):
+            client.restore(wanted.family, part)
+
+
 def remove(client: IptablesClient) -> int:
     """Take everything of ours out of the kernel. Returns how many chains that were."""
     count = 0
     for family, held in observe(client).items():
         text = restore(family, Chains(), held)
         if text is not None:
-            client.restore(family, text.text)
+            carry_out(client, text)
             count += text.chains
     return count
