@@ -1,10 +1,12 @@
-"""Services where ordinary sockets do not reach: SCTP, node ports on 127.0.0.1 and those who may not use them."""
+"""Services where ordinary sockets do not reach: SCTP, node ports on 127.0.0.1 and those who may not use them. In each back
+end."""
 
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,11 +14,16 @@ import pytest
 import pytest_asyncio
 from servicerig import FACTS, ServiceRig, address, pick, service_rig
 
+from podwire.agent.proxymodes.iptables import IptablesRules
+from podwire.agent.proxymodes.nft import NftRules, remove_tables
+from podwire.agent.proxymodes.port import ServiceRules
+from podwire.kernel.iptables import Flavour, find_programs
 from podwire.kernel.netns import run_in_netns
 from podwire.model.addr import Family
 from podwire.model.ids import HOST, ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
-from podwire.model.ops import CommitNft, SetSysctl
+from podwire.model.ops import SetSysctl
+from podwire.model.servicetable import NodeFacts
 from podwire.plan.services import TABLE
 from podwire.wire.packet import Frame, Packet, build_frame
 
@@ -32,8 +39,25 @@ PATIENCE_S = 0.5
 
 @pytest_asyncio.fixture
 async def rig() -> AsyncIterator[ServiceRig]:
+    """Without any rules so far."""
     async with service_rig() as made:
+        await remove_tables(made.kernel, TABLE)
         yield made
+
+
+def _iptables(flavour: Flavour, rig: ServiceRig, facts: NodeFacts) -> ServiceRules:
+    if find_programs(flavour) is None:
+        pytest.skip(f"iptables ({flavour}) is not installed")
+    return IptablesRules(rig.fds["node"], facts, flavour=flavour)
+
+
+Make = Callable[[ServiceRig, NodeFacts], ServiceRules]
+BACK_ENDS: dict[str, Make] = {
+    "nftables": lambda rig, facts: NftRules(rig.kernel, facts),
+    "iptables-nft": partial(_iptables, Flavour.NFT),
+    "iptables-legacy": partial(_iptables, Flavour.LEGACY),
+}
+each = pytest.mark.parametrize("make", BACK_ENDS.values(), ids=list(BACK_ENDS))
 
 
 def service(family: Family, protocol: str, **spec: Any) -> Service:
@@ -100,14 +124,16 @@ async def sctp_from(rig: ServiceRig, where: str, to: str, port: int, *, at: str)
     return struct.unpack("!H", segment[2:4])[0], right, source[0]
 
 
+@each
 @both
-async def test_sctp_is_led_to_an_endpoint(rig: ServiceRig, family: Family) -> None:
+async def test_sctp_is_led_to_an_endpoint(rig: ServiceRig, family: Family, make: Make) -> None:
     pod = pick(family, "10.244.1.2", "fd00:10:244:1::2")
     gateway = pick(family, "10.244.1.1", "fd00:10:244:1::1")
     client = pick(family, "10.244.1.4", "fd00:10:244:1::4")
     web = service(family, "SCTP")
-    rig.planner.set_service(web.key, web, listing(family, "SCTP", pod))
-    await rig.program()
+    rules = make(rig, FACTS)
+    rules.set_service(web.key, web, listing(family, "SCTP", pod))
+    await rules.compare()
     cluster_ip, node = web.spec.cluster_ip, pick(family, "198.18.0.11", "2001:db8:1::b")
     assert await sctp_from(rig, "p4", cluster_ip, 80, at="p2") == (8080, True, client)
     assert await sctp_from(rig, "world", node, 30080, at="p2") == (8080, True, gateway)
@@ -119,24 +145,25 @@ async def test_sctp_is_led_to_an_endpoint(rig: ServiceRig, family: Family) -> No
 # --- 127.0.0.1 ----------------------------------------------------------------------------------------------------------
 
 
-async def with_loopback(rig: ServiceRig, *, loopback: bool) -> None:
-    rig.planner.set_facts(replace(FACTS, loopback=loopback))
+async def with_loopback(rig: ServiceRig, make: Make, *, loopback: bool) -> None:
+    rules = make(rig, replace(FACTS, loopback=loopback))
     for protocol, name, cluster_ip in (("TCP", "web", "10.96.0.10"), ("UDP", "udp", "10.96.0.11")):
         made = service(Family.IPV4, protocol, clusterIP=cluster_ip)
-        rig.planner.set_service(ObjectKey("shop", name), made, listing(Family.IPV4, protocol, "10.244.1.2", "10.244.2.2"))
+        rules.set_service(ObjectKey("shop", name), made, listing(Family.IPV4, protocol, "10.244.1.2", "10.244.2.2"))
     document = {
         "metadata": {"name": "edge", "namespace": "shop", "uid": "edge"},
         "spec": {"containers": [{"name": "main", "ports": [{"containerPort": 8080, "hostPort": 8888}]}]},
         "status": {"podIPs": [{"ip": "10.244.1.3"}]},
     }
-    rig.planner.set_host_ports("edge", msgspec.convert(document, Pod))
-    batch = rig.planner.resync(await rig.kernel.observe_nft(TABLE))
-    applied = await rig.kernel.apply((SetSysctl("net/ipv4/conf/all/route_localnet", "1", HOST), CommitNft(batch)))
+    rules.set_host_ports("edge", msgspec.convert(document, Pod))
+    await rules.compare()
+    applied = await rig.kernel.apply((SetSysctl("net/ipv4/conf/all/route_localnet", "1", HOST),))
     assert applied.ok, applied.failures
 
 
-async def test_node_ports_and_host_ports_on_localhost(rig: ServiceRig) -> None:
-    await with_loopback(rig, loopback=True)
+@each
+async def test_node_ports_and_host_ports_on_localhost(rig: ServiceRig, make: Make) -> None:
+    await with_loopback(rig, make, loopback=True)
     for udp in (False, True):
         assert await rig.who("node", "127.0.0.1", 30080, times=20, udp=udp) == {"p2", "far"}
     assert await rig.ask("node", "127.0.0.1", 8888) == ("p3", "10.244.1.1"), "they see no loopback address"
@@ -177,11 +204,12 @@ async def heard(rig: ServiceRig, port: int, listener: socket.socket) -> bool:
     return True
 
 
-async def test_a_neighbour_does_not_reach_what_listens_on_localhost(rig: ServiceRig) -> None:
+@each
+async def test_a_neighbour_does_not_reach_what_listens_on_localhost(rig: ServiceRig, make: Make) -> None:
     """CVE-2020-8558. Without the guard the same frame arrives, which shows that the test can fail."""
     with rig.open("node", socket.SOCK_DGRAM, "127.0.0.1", 7000) as listener:
-        await with_loopback(rig, loopback=False)
+        await with_loopback(rig, make, loopback=False)
         assert await heard(rig, 7000, listener)
         await rig.kernel.forget_flows(lambda flow: True)
-        await with_loopback(rig, loopback=True)
+        await with_loopback(rig, make, loopback=True)
         assert not await heard(rig, 7000, listener)
