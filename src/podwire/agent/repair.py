@@ -31,7 +31,7 @@ MOST_NAMED = 40
 class Rules(Protocol):
     """Whoever keeps nftables: compares its own with the kernel and puts them back when told that somebody changed some."""
 
-    def request_resync(self) -> None: ...
+    def request_resync(self, because: str = "") -> None: ...
 
 
 class Repair:
@@ -72,7 +72,7 @@ class Repair:
     def _heard(self, event: KernelEvent) -> None:
         if event.what in ("nft", "lost"):
             if not event.ours:
-                self._rules.request_resync()
+                self._rules.request_resync(event.subject)
             if event.what == "nft":
                 return
         if not self._plumbing.expects(event):

@@ -35,6 +35,7 @@ WATCH_AGAIN_SECONDS = 0.2
 CleanUp = Callable[[ServiceRules], Awaitable[object]]
 """Removes what back ends other than the one given have left behind."""
 
+_MOST_NAMED = 5
 MIN_INTERVAL = 0.01
 """Seconds between two commits in a burst. The first change after a pause is committed at once."""
 
@@ -64,6 +65,8 @@ class ServiceSync:
         self._dirty_ports: dict[str, Pod | None] = {}
         self._wake = asyncio.Event()
         self._resync = True
+        self._heard: dict[str, None] = {}
+        """What the kernel said that others changed, since the last comparison."""
         self._new_facts: NodeFacts | None = None
         """What the back end in use has still to be told."""
         self._refitted = False
@@ -116,9 +119,11 @@ class ServiceSync:
         self._wake.set()
         return await done
 
-    def request_resync(self) -> None:
-        """Compare with the kernel at the next opportunity: somebody may have changed the rules."""
+    def request_resync(self, because: str = "") -> None:
+        """Compare with the kernel at the next opportunity: somebody may have changed the rules, as `because` says."""
         self._resync = True
+        if because and len(self._heard) < _MOST_NAMED:
+            self._heard[because] = None
         self._wake.set()
 
     def set_facts(self, facts: NodeFacts) -> None:
@@ -314,7 +319,9 @@ class ServiceSync:
                 self._health.repairs += 1
                 self._health.repaired["rules"] += 1
                 repaired = True
-                log.warning("services: rules were not as left; %d commands put them back", commands)
+                heard = f" ({', '.join(self._heard)})" if self._heard else ""
+                log.warning("services: rules were not as left%s; %d commands put them back", heard, commands)
+            self._heard = {}
         else:
             commands = await rules.program()
         if commands:

@@ -12,7 +12,7 @@ from podwire.apiserver.kinds import REGISTRY
 from podwire.apiserver.request import Target
 from podwire.apiserver.selectors import parse_fields
 from podwire.apiserver.storage import key_of
-from podwire.model import resources
+from podwire.model import acknowledgement, resources
 from podwire.model.meta import Json
 
 NODE_PREFIX = "system:node:"
@@ -61,8 +61,8 @@ class NodeRules:
                 return "" if name == node else "a node may change only its own Node"
             case "leases":
                 name = target.name or str(body.get("metadata", {}).get("name", ""))
-                own = target.namespace == LEASE_NAMESPACE and name == node
-                return "" if own else "a node may use only its own Lease"
+                own = (LEASE_NAMESPACE, node), (acknowledgement.NAMESPACE, acknowledgement.lease_name(node))
+                return "" if (target.namespace, name) in own else "a node may use only its own Lease"
             case "pods":
                 return self._pod_problem(node, target, verb, query, body)
             case "events":

@@ -145,12 +145,12 @@ class LinuxKernel:
         space = self._space(HOST)
         return await self._off_loop(lambda: space.nft.lookup(table, of, keys))
 
-    async def count_nft(self, table: TableRef, of: NftSet) -> dict[bytes, tuple[int, int]]:
+    async def count_nft(self, table: TableRef, of: NftSet) -> dict[bytes, tuple[Data, tuple[int, int]]]:
         space = self._space(HOST)
 
-        def count() -> dict[bytes, tuple[int, int]]:
+        def count() -> dict[bytes, tuple[Data, tuple[int, int]]]:
             try:
-                return {key: counts for key, (_, counts) in space.nft.elements(table, of.name).items()}
+                return space.nft.elements(table, of.name)
             except KernelError as error:
                 if error.errno == errno.ENOENT:
                     return {}

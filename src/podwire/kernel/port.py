@@ -72,8 +72,8 @@ class Kernel(Protocol):
         """Those elements that HOST's table has under `keys` in a set or map without intervals; none where there is no table."""
         ...
 
-    async def count_nft(self, table: TableRef, of: NftSet) -> Mapping[bytes, tuple[int, int]]:
-        """(packets, bytes) that HOST's table counted at each element of the set; empty where there is none."""
+    async def count_nft(self, table: TableRef, of: NftSet) -> Mapping[bytes, tuple[Data, tuple[int, int]]]:
+        """HOST's elements of the set: what each leads to, and the (packets, bytes) counted at it. Empty where there is none."""
         ...
 
     async def forget_flows(self, wanted: Callable[[Flow], bool], ns: NetnsName = HOST) -> int:

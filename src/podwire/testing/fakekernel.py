@@ -30,6 +30,7 @@ from podwire.model.ops import (
     SetFdb,
     SetNeighbour,
     SetRoute,
+    SetShaper,
     SetSysctl,
     SetWireguardPeer,
 )
@@ -98,8 +99,8 @@ class FakeKernel:
         elements = self._elements(table, of)
         return {key: elements[key] for key in keys if key in elements}
 
-    async def count_nft(self, table: TableRef, of: NftSet) -> dict[bytes, tuple[int, int]]:
-        return dict.fromkeys(self._elements(table, of), (0, 0))
+    async def count_nft(self, table: TableRef, of: NftSet) -> dict[bytes, tuple[Data, tuple[int, int]]]:
+        return {key: (data, (0, 0)) for key, data in self._elements(table, of).items()}
 
     def _elements(self, table: TableRef, of: NftSet) -> Mapping[bytes, Data]:
         held = self.host.ruleset.tables.get(table)
@@ -276,6 +277,8 @@ def _run(space: FakeNetns, op: Op) -> None:
             space.set_wireguard_peer(peer)
         case DelWireguardPeer(peer=peer):
             space.del_wireguard_peer(peer)
+        case SetShaper(dev=dev, shaper=shaper):
+            space.set_shaper(dev, shaper)
         case SetSysctl(key=key, value=value):
             space.set_sysctl(key, value)
         case CommitNft(batch=batch):

@@ -40,7 +40,7 @@ class MasqueradeRules:
         self._programmed.clear()
         self._wake.set()
 
-    def request_resync(self) -> None:
+    def request_resync(self, because: str = "") -> None:
         self._wake.set()
 
     async def programmed(self) -> None:

@@ -1,0 +1,1 @@
+"""The service part of the agent alone: `podwire proxy`, kube-proxy's job."""

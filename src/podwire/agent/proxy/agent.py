@@ -1,0 +1,245 @@
+"""A proxy: Services into one node's kernel, kube-proxy's job, with no pods and no overlay.
+
+    Node, Services, EndpointSlices → facts → rules; repair, health-check ports, acknowledgements, metrics
+
+One that ends leaves its rules; the next one goes on from there.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from ipaddress import ip_network
+from random import Random
+
+from podwire.agent.acknowledge import Acknowledger
+from podwire.agent.health import Health
+from podwire.agent.healthchecks import HealthCheckPorts, Listen
+from podwire.agent.proxy.metrics import ProxyMetrics, endpoint_connections, service_connections
+from podwire.agent.proxy.status import ProxyHealth
+from podwire.agent.proxymodes.port import MakeRules
+from podwire.agent.services import SERVICE_SELECTOR, SLICE_SELECTOR, CleanUp, ServiceSync
+from podwire.client.api import ApiClient
+from podwire.client.backoff import Backoff
+from podwire.client.errors import ApiError, Forbidden, NotFound
+from podwire.client.informer import Change, Informer
+from podwire.kernel.port import Kernel, KernelError
+from podwire.model.addr import IPNetwork
+from podwire.model.errors import InvalidInput
+from podwire.model.ids import ObjectKey
+from podwire.model.objects import EndpointSlice, Node, Service
+from podwire.model.ops import SetSysctl
+from podwire.model.proxyconfig import ProxyConfig, conntrack_switches
+from podwire.model.proxymode import ProxyMode
+from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES, Resource
+from podwire.model.servicetable import NodeFacts
+from podwire.plan.proxyfacts import proxy_facts
+
+log = logging.getLogger(__name__)
+
+SERVICECIDRS = Resource("networking.k8s.io", "v1", "servicecidrs", "ServiceCIDR", namespaced=False)
+TO_BE_DELETED = "ToBeDeletedByClusterAutoscaler"
+"""A taint: the node is about to go, and balancers shall look elsewhere."""
+
+SETTLE_SECONDS = 0.2
+"""How long changes of the node gather: addresses come in groups."""
+TOLERATED_SECONDS = 60.0
+"""So long rules may be wrong before the proxy calls itself unhealthy: twice kube-proxy's sync period."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyEnvironment:
+    """What a proxy works with; all of it stays the caller's to close. `make_rules` and `clean_up`: see `ServiceSync`.
+
+    service_cidrs: where the API server has no ServiceCIDR objects."""
+
+    node: str
+    config: ProxyConfig
+    kernel: Kernel
+    client: ApiClient
+    make_rules: MakeRules
+    clean_up: CleanUp | None = None
+    listen: Listen | None = None
+    service_cidrs: tuple[IPNetwork, ...] = ()
+    cpus: int = 1
+    clock: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+    rng: Random = field(default_factory=Random)
+
+
+class ProxyAgent:
+    """`run` until cancelled."""
+
+    def __init__(self, env: ProxyEnvironment) -> None:
+        self._env = env
+        self._health = Health()
+        client, rng = env.client, env.rng
+        self._nodes = Informer(client, NODES, Node, field_selector=f"metadata.name={env.node}", rng=rng)
+        self._services = Informer(client, SERVICES, Service, label_selector=SERVICE_SELECTOR, rng=rng)
+        self._slices = Informer(client, ENDPOINTSLICES, EndpointSlice, label_selector=SLICE_SELECTOR, rng=rng)
+        self._sync = ServiceSync(
+            env.kernel, self._services, self._slices, self._health, rng, make_rules=env.make_rules, clean_up=env.clean_up
+        )
+        self.metrics = ProxyMetrics(
+            wall=lambda: env.clock().timestamp(), loop_time=time.monotonic, mode=lambda: self._sync.mode
+        )
+        self._sync.subscribe(self.metrics.round)
+        self._ports = HealthCheckPorts(self._sync, env.listen, lambda: self.health().healthy) if env.listen else None
+        self._acknowledger = Acknowledger(client, env.node, self._sync, env.clock, rng)
+        self._node_seen = asyncio.Event()
+        config = env.config
+        self._own_addresses = (
+            bool(config.node_port_addresses)
+            or config.proxy_mode is not ProxyMode.NFTABLES
+            or config.detect_local_mode == "BridgeInterface"
+        )
+        self._nodes.subscribe(self._node_changed)
+
+    # --- what it says of itself -----------------------------------------------------------------------------------
+
+    async def programmed(self) -> None:
+        """Returns once the rules are right for the first time."""
+        await self._sync.programmed()
+
+    @property
+    def mode(self) -> str:
+        """The mode in use, or the one that is about to be."""
+        return str(self._sync.mode or self._env.config.proxy_mode)
+
+    @property
+    def health_check_ports(self) -> dict[int, ObjectKey]:
+        return self._ports.ports if self._ports else {}
+
+    def health(self) -> ProxyHealth:
+        metrics, now = self.metrics, self._env.clock()
+        updated = datetime.fromtimestamp(metrics.last_success, UTC) if metrics.last_success else None
+        since = metrics.failing_since
+        healthy = updated is not None and (since is None or now.timestamp() - since < TOLERATED_SECONDS)
+        why = "; ".join(f"{subject}: {reason}" for subject, reason in sorted(self._health.degraded.items()))
+        return ProxyHealth(healthy, self._eligible(), updated, why or ("" if updated else "nothing is programmed yet"))
+
+    async def metrics_text(self) -> str:
+        """For /metrics. Raises KernelError."""
+        text = self.metrics.text(self._health.repaired, self._health.degraded, self._acknowledger.last)
+        if self._sync.mode is ProxyMode.NFTABLES:
+            text += await service_connections(self._env.kernel, self.metrics.tables)
+        return text
+
+    async def endpoints_text(self) -> str:
+        """For /metrics/endpoints. Raises KernelError."""
+        if self._sync.mode is not ProxyMode.NFTABLES:
+            return ""
+        return await endpoint_connections(self._env.kernel, self.metrics.tables)
+
+    def _eligible(self) -> bool:
+        node = self._nodes.get(ObjectKey("", self._env.node))
+        if node is None:
+            return True  # not known (yet): as kube-proxy has it
+        return node.metadata.deletion_timestamp is None and not any(taint.key == TO_BE_DELETED for taint in node.spec.taints)
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled. Raises InvalidInput where the configuration does not fit this node."""
+        async with asyncio.TaskGroup() as group:
+            for informer in (self._nodes, self._services, self._slices):
+                group.create_task(informer.run())
+            await self._set_switches()
+            service_cidrs = await self._service_cidrs()
+            facts = await self._facts(service_cidrs)
+            group.create_task(self._listen())
+            if self._ports is not None:
+                group.create_task(self._ports.run())
+            group.create_task(self._acknowledger.run())
+            await self._services.synced()
+            await self._slices.synced()
+            group.create_task(self._sync.run(facts))
+            await self._follow_node(facts, service_cidrs)
+
+    async def _set_switches(self) -> None:
+        """The connection tracker's, as configured. Those that may not be written here are left as they are."""
+        switches = conntrack_switches(self._env.config.conntrack, cpus=self._env.cpus)
+        applied = await self._env.kernel.apply(tuple(SetSysctl(key, value) for key, value in switches.items()))
+        for failure in applied.failures:
+            log.info("left as it is: %s", failure.message)
+
+    async def _service_cidrs(self) -> tuple[IPNetwork, ...]:
+        """The cluster's ServiceCIDRs, where the API server tells (Kubernetes 1.33)."""
+        backoff = Backoff(self._env.rng, initial=0.2, maximum=10.0)
+        while True:
+            try:
+                found = await self._env.client.list(SERVICECIDRS)
+            except (NotFound, Forbidden) as error:
+                log.info("unused addresses of the Service range are not refused, for the range is not known (%s)", error)
+                return self._env.service_cidrs
+            except ApiError as error:
+                log.warning("ServiceCIDRs: %s", error)
+                await asyncio.sleep(backoff.next())
+                continue
+            texts = [text for item in found.items for text in item.get("spec", {}).get("cidrs") or ()]
+            return tuple(ip_network(text) for text in sorted(set(texts))) or self._env.service_cidrs
+
+    async def _facts(self, service_cidrs: tuple[IPNetwork, ...]) -> NodeFacts:
+        """Waits for the Node. Raises InvalidInput."""
+        await self._nodes.synced()
+        while True:
+            node = self._nodes.get(ObjectKey("", self._env.node))
+            if node is not None and node.internal_ips:
+                break
+            reason = "has no InternalIP" if node else "does not exist"
+            log.warning("node %s %s (yet); is it the right name? See --hostname-override", self._env.node, reason)
+            self._health.failed("node", f"node {self._env.node} {reason}")
+            self._node_seen.clear()
+            await self._node_seen.wait()
+        self._health.works("node")
+        facts = proxy_facts(self._env.config, node, await self._env.kernel.observe(), service_cidrs)
+        if not facts.local_sources:
+            log.warning("pods of this node are not known by their addresses: every client of a ClusterIP is masqueraded")
+        return facts
+
+    async def _follow_node(self, facts: NodeFacts, service_cidrs: tuple[IPNetwork, ...]) -> None:
+        """Zone, addresses and pod CIDRs may change."""
+        while True:
+            await self._node_seen.wait()
+            await asyncio.sleep(SETTLE_SECONDS)
+            self._node_seen.clear()
+            try:
+                new = await self._facts(service_cidrs)
+            except (InvalidInput, KernelError) as error:
+                log.warning("node %s changed, and its rules cannot follow: %s", self._env.node, error)
+                self._health.failed("node", error)
+                continue
+            if new != facts:
+                facts = new
+                self._sync.set_facts(facts)
+
+    def _node_changed(self, change: Change[Node]) -> None:
+        if change.old is None or change.new is None or _differ(change.old, change.new):
+            self._node_seen.set()
+
+    async def _listen(self) -> None:
+        """Compare the rules with the kernel whenever somebody else changed some. The node's addresses count too."""
+        while True:
+            events = self._env.kernel.events()
+            try:
+                async for event in events:
+                    if event.what in ("nft", "lost") and not event.ours:
+                        self._sync.request_resync(event.subject)
+                    if event.what in ("address", "lost") and self._own_addresses:
+                        self._node_seen.set()
+            except KernelError as error:
+                log.warning("kernel notifications: %s; comparing everything", error)
+            finally:
+                await events.aclose()
+            self._sync.request_resync()
+            await asyncio.sleep(1.0)
+
+
+def _differ(old: Node, new: Node) -> bool:
+    """Whether anything changed that rules depend on: most changes of Nodes are heartbeats."""
+    return (old.spec.pod_cidrs, old.internal_ips, old.metadata.labels) != (
+        new.spec.pod_cidrs,
+        new.internal_ips,
+        new.metadata.labels,
+    )

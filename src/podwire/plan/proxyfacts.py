@@ -1,0 +1,71 @@
+"""What a proxy on somebody else's node has to know about it: its Node object, its interfaces and the configuration."""
+
+import ipaddress
+from collections.abc import Iterable
+
+from podwire.model.addr import IPAddress, IPNetwork
+from podwire.model.errors import InvalidInput
+from podwire.model.kernelstate import NetState
+from podwire.model.objects import Node
+from podwire.model.proxyconfig import PRIMARY, ProxyConfig
+from podwire.model.proxymode import ProxyMode
+from podwire.model.servicetable import NodeFacts
+
+ZONE_LABEL = "topology.kubernetes.io/zone"
+
+
+def proxy_facts(config: ProxyConfig, node: Node, state: NetState, service_cidrs: Iterable[IPNetwork]) -> NodeFacts:
+    """Pods' own addresses are none of a proxy's business: nothing is masqueraded but what Services ask for.
+
+    Raises InvalidInput where the node is not as the configuration expects it."""
+    return NodeFacts(
+        name=node.metadata.name,
+        node_ips=_node_port_addresses(config, node, state),
+        service_cidrs=tuple(service_cidrs),
+        zone=node.metadata.labels.get(ZONE_LABEL, ""),
+        local_sources=_local_sources(config, node, state),
+        masquerade_all=config.masquerade_all,
+        loopback=_loopback(config),
+    )
+
+
+def _loopback(config: ProxyConfig) -> bool:
+    """kube-proxy's back ends differ: iptables listens on 127.0.0.1 unless told not to, nftables and ipvs do not."""
+    if config.proxy_mode is not ProxyMode.IPTABLES or not config.iptables.localhost_node_ports:
+        return False
+    wanted = config.node_port_networks
+    return not config.node_port_addresses or any(ipaddress.ip_address("127.0.0.1") in network for network in wanted)
+
+
+def _node_port_addresses(config: ProxyConfig, node: Node, state: NetState) -> tuple[IPAddress, ...]:
+    primary = tuple(ipaddress.ip_address(text) for text in node.internal_ips)
+    own = sorted((a.interface.ip for a in state.addresses if not _unfit(a.interface.ip)), key=lambda ip: (ip.version, int(ip)))
+    if not config.node_port_addresses:
+        # kube-proxy's iptables and ipvs listen on all addresses of the node, its nftables on the primary ones.
+        return primary if config.proxy_mode is ProxyMode.NFTABLES else tuple(dict.fromkeys((*primary, *own)))
+    chosen = [ip for ip in own if any(ip in network for network in config.node_port_networks)]
+    if PRIMARY in config.node_port_addresses:
+        chosen = [*primary, *chosen]
+    return tuple(dict.fromkeys(chosen))
+
+
+def _unfit(ip: IPAddress) -> bool:
+    """127/8 has a switch of its own, and link-local addresses are no places that others can name."""
+    return ip.is_loopback or (ip.version == 6 and ip.is_link_local)
+
+
+def _local_sources(config: ProxyConfig, node: Node, state: NetState) -> tuple[IPNetwork, ...]:
+    """Whose traffic counts as that of this node's pods (detectLocalMode). Where neither is said, and no CIDR is given, it is
+    the node's own pod CIDR, which is right wherever nodes have one."""
+    of_node = tuple(ipaddress.ip_network(text) for text in node.spec.pod_cidrs or filter(None, (node.spec.pod_cidr,)))
+    match config.detect_local_mode:
+        case "NodeCIDR":
+            return of_node
+        case "BridgeInterface":
+            bridge = config.detect_local.bridge_interface
+            found = tuple(a.interface.network for a in state.addresses if a.dev == bridge and not _unfit(a.interface.ip))
+            if not found:
+                raise InvalidInput(f"detectLocal.bridgeInterface: the node has no {bridge} with an address")
+            return tuple(sorted(found, key=lambda network: (network.version, int(network.network_address))))
+        case _:
+            return config.cluster_cidrs or of_node

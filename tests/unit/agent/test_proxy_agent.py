@@ -1,0 +1,248 @@
+"""`podwire proxy`'s agent against the real API server and a kernel that executes: rules, word in the API, health, metrics."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from podwire.agent.proxy.agent import ProxyAgent, ProxyEnvironment
+from podwire.agent.proxy.status import health_app, metrics_app
+from podwire.agent.proxymodes.nft import NftRules
+from podwire.client.api import ApiClient
+from podwire.model.acknowledgement import NAMESPACE, Acknowledgement, lease_name, read_lease
+from podwire.model.addr import Family
+from podwire.model.ids import ObjectKey
+from podwire.model.nft import Batch, DelTable, TableRef
+from podwire.model.objects import EndpointSlice, Lease, Service
+from podwire.model.ops import CommitNft
+from podwire.model.proxyconfig import parse_proxy_config
+from podwire.model.resources import ENDPOINTSLICES, LEASES, NODES, SERVICES
+from podwire.plan.services import TABLE
+from podwire.testing import FakeKernel
+from podwire.testing.memorycluster import MemoryCluster, memory_cluster
+
+WEB = ObjectKey("default", "web")
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[MemoryCluster]:
+    async with memory_cluster(tmp_path) as made:
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}, "spec": {"podCIDR": "10.244.1.0/24"}}
+        await made.client.create(NODES, node)
+        addresses = [{"type": "InternalIP", "address": "198.18.0.11"}]
+        await made.client.patch(NODES, "n1", {"status": {"addresses": addresses}}, subresource="status")
+        await service(made)
+        await endpoints(made, 1, 2)
+        yield made
+
+
+async def service(cluster: MemoryCluster, name: str = "web", **spec: Any) -> None:
+    spec = {"ports": [{"port": 80, "name": "http"}], **spec}
+    document = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"}, "spec": spec}
+    await cluster.client.create(SERVICES, document)
+
+
+async def endpoints(cluster: MemoryCluster, *nodes: int, service: str = "web") -> None:
+    piece = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": f"{service}-1", "namespace": "default", "labels": {"kubernetes.io/service-name": service}},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": [f"10.244.{n}.2"], "nodeName": f"n{n}"} for n in nodes],
+        "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+    }
+    if await cluster.exists(ENDPOINTSLICES, f"{service}-1", "default"):
+        await cluster.client.patch(ENDPOINTSLICES, f"{service}-1", piece, "default")
+    else:
+        await cluster.client.create(ENDPOINTSLICES, piece)
+
+
+@asynccontextmanager
+async def proxy(cluster: MemoryCluster, kernel: FakeKernel, config: str = "", **more: Any) -> AsyncIterator[ProxyAgent]:
+    async with ApiClient(cluster.url) as client:
+        agent = ProxyAgent(
+            ProxyEnvironment(
+                node="n1",
+                config=parse_proxy_config(config, "test")[0],
+                kernel=kernel,
+                client=client,
+                make_rules=lambda facts: NftRules(kernel, facts),
+                rng=Random(1),
+                **more,
+            )
+        )
+        task = asyncio.create_task(agent.run())
+        try:
+            async with asyncio.timeout(10):
+                await agent.programmed()
+            yield agent
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def elements(kernel: FakeKernel, name: str) -> int:
+    table = kernel.host.ruleset.tables.get(TableRef(Family.IPV4, TABLE))
+    return len(table.sets[name].elements) if table else 0
+
+
+async def word(cluster: MemoryCluster) -> Acknowledgement | None:
+    lease = await cluster.exists(LEASES, lease_name("n1"), NAMESPACE)
+    return read_lease(msgspec.convert(lease, Lease)) if lease else None
+
+
+async def acknowledged(cluster: MemoryCluster, name: str = "web") -> bool:
+    ack = await word(cluster)
+    subject = msgspec.convert(await cluster.client.get(SERVICES, name, "default"), Service)
+    slices = [msgspec.convert(i, EndpointSlice) for i in (await cluster.client.list(ENDPOINTSLICES, "default")).items]
+    return ack is not None and ack.covers(subject, [piece for piece in slices if piece.service == name])
+
+
+async def test_services_are_programmed_and_acknowledged(cluster: MemoryCluster) -> None:
+    kernel = FakeKernel()
+    async with proxy(cluster, kernel):
+        assert elements(kernel, "endpoints") == 2
+        assert elements(kernel, "hairpin") == 1
+        await cluster.until(lambda: acknowledged(cluster))
+        ack = await word(cluster)
+        assert ack is not None
+        assert (ack.node, ack.mode) == ("n1", "nftables")
+        assert ack.at is not None
+        await endpoints(cluster, 1, 2, 3)
+        assert not await acknowledged(cluster)
+        await cluster.until(lambda: acknowledged(cluster))
+        assert elements(kernel, "endpoints") == 3
+    assert elements(kernel, "endpoints") == 3, "rules stay when the proxy ends"
+
+
+async def test_no_word_is_given_for_what_the_kernel_lost(cluster: MemoryCluster) -> None:
+    kernel = FakeKernel()
+    async with proxy(cluster, kernel) as agent:
+        await cluster.until(lambda: acknowledged(cluster))
+        # Nothing told the proxy of it: only reading back shows it.
+        kernel.host.ruleset = kernel.host.ruleset.apply(Batch((DelTable(TableRef(Family.IPV4, TABLE)),)))
+        await endpoints(cluster, 1)
+        await cluster.until(lambda: acknowledged(cluster))
+        assert elements(kernel, "endpoints") == 1
+        assert "podwire_proxy_repairs_total 1" in await agent.metrics_text()
+
+
+async def test_what_others_remove_is_put_back_and_counted(cluster: MemoryCluster, caplog: pytest.LogCaptureFixture) -> None:
+    kernel = FakeKernel()
+    async with proxy(cluster, kernel) as agent:
+        kernel.drift(CommitNft(Batch((DelTable(TableRef(Family.IPV4, TABLE)),))))
+        await cluster.until(lambda: elements(kernel, "endpoints") == 2)
+        assert 'podwire_proxy_repaired_total{kind="rules"} 1' in await agent.metrics_text()
+        assert "rules were not as left (element in table podwire)" in caplog.text
+
+
+async def test_an_outage_of_the_api_server(cluster: MemoryCluster) -> None:
+    kernel = FakeKernel()
+    async with proxy(cluster, kernel) as agent:
+        async with cluster.outage():
+            assert elements(kernel, "endpoints") == 2
+            assert agent.health().healthy
+        await endpoints(cluster, 1)
+        await cluster.until(lambda: elements(kernel, "endpoints") == 1)
+        await cluster.until(lambda: acknowledged(cluster))
+
+
+async def test_health_and_metrics_over_http(cluster: MemoryCluster) -> None:
+    kernel = FakeKernel()
+    async with proxy(cluster, kernel) as agent:
+        metrics = agent.metrics
+        health = health_app(agent.health, lambda: metrics_now(agent), metrics.healthz, metrics.livez)
+        more = metrics_app(lambda: agent.mode, agent.metrics_text, agent.endpoints_text, lambda: agent.health().healthy)
+        async with TestClient(TestServer(health)) as probes, TestClient(TestServer(more)) as numbers:
+            answer = await probes.get("/healthz")
+            assert (answer.status, (await answer.json())["nodeEligible"]) == (200, True)
+            taint = {"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}
+            await cluster.client.patch(NODES, "n1", {"spec": {"taints": [taint]}})
+            await cluster.until(lambda: not agent.health().eligible)
+            assert (await probes.get("/healthz")).status == 503
+            assert (await probes.get("/livez")).status == 200
+            assert await (await numbers.get("/proxyMode")).text() == "nftables"
+            text = await (await numbers.get("/metrics")).text()
+            assert 'kubeproxy_proxy_healthz_total{code="503"} 1' in text
+            assert 'podwire_proxy_info{mode="nftables"} 1' in text
+            assert 'podwire_service_connections_total{namespace="default",service="web",port_name="http"' in text
+            assert "kubeproxy_sync_proxy_rules_duration_seconds_count" in text
+            assert 'endpoint="10.244.1.2:8080"} 0' in await (await numbers.get("/metrics/endpoints")).text()
+
+
+def metrics_now(agent: ProxyAgent) -> Any:
+    return agent._env.clock()
+
+
+async def test_a_refused_transaction_is_unhealthy_only_after_a_while(cluster: MemoryCluster) -> None:
+    kernel = FakeKernel()
+    async with proxy(cluster, kernel) as agent:
+        kernel.fail_next("CommitNft", times=3)
+        await endpoints(cluster, 1)
+        await cluster.until(lambda: "services" in agent.health().why)
+        assert agent.health().healthy
+        await cluster.until(lambda: elements(kernel, "endpoints") == 1)
+        assert "kubeproxy_sync_proxy_rules_nftables_sync_failures_total 3" in await agent.metrics_text()
+
+
+async def test_health_check_node_ports(cluster: MemoryCluster) -> None:
+    def listen(_: int) -> list[socket.socket]:
+        made = socket.create_server(("127.0.0.1", 0))
+        opened.append(made.getsockname()[1])
+        return [made]
+
+    opened: list[int] = []
+    local = {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 30999}
+    await service(cluster, "shop", **local)
+    await endpoints(cluster, 1, 2, service="shop")
+    async with proxy(cluster, FakeKernel(), listen=listen) as agent, aiohttp.ClientSession() as session:
+        await cluster.until(lambda: agent.health_check_ports)
+        assert agent.health_check_ports == {30999: ObjectKey("default", "shop")}
+
+        async def ask() -> tuple[int, Any]:
+            async with session.get(f"http://127.0.0.1:{opened[0]}/") as response:
+                assert response.headers["X-Load-Balancing-Endpoint-Weight"] in ("0", "1")
+                return response.status, await response.json()
+
+        assert await ask() == (
+            200,
+            {"service": {"namespace": "default", "name": "shop"}, "localEndpoints": 1, "serviceProxyHealthy": True},
+        )
+
+        async def gone() -> bool:
+            return (await ask())[0] == 503
+
+        await endpoints(cluster, 2, service="shop")
+        await cluster.until(gone)
+        await cluster.client.delete(SERVICES, "shop", "default")
+        await cluster.until(lambda: not agent.health_check_ports)
+        with pytest.raises(aiohttp.ClientError):
+            await ask()
+
+
+async def test_a_proxy_waits_for_its_node(cluster: MemoryCluster, caplog: pytest.LogCaptureFixture) -> None:
+    await cluster.client.delete(NODES, "n1")
+    kernel = FakeKernel()
+    starting = asyncio.create_task(_start(cluster, kernel))
+    await cluster.until(lambda: "node n1 does not exist" in caplog.text)
+    assert elements(kernel, "services") == 0
+    await cluster.client.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}})
+    addresses = [{"type": "InternalIP", "address": "198.18.0.11"}]
+    await cluster.client.patch(NODES, "n1", {"status": {"addresses": addresses}}, subresource="status")
+    await starting
+    assert elements(kernel, "services") == 2  # web, and kubernetes
+
+
+async def _start(cluster: MemoryCluster, kernel: FakeKernel) -> None:
+    async with proxy(cluster, kernel):
+        pass
