@@ -3,13 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from etcdrig import answers, free_port, one_member
 
-from podwire.client.etcd import EtcdClient
+from podwire.apiserver.pki import Authority
+from podwire.client.etcd import EtcdClient, etcd_tls
 from podwire.client.etcdmessages import (
     Compare,
     DeleteKeys,
@@ -22,6 +24,7 @@ from podwire.client.etcdmessages import (
     ReadKeys,
     WatchResponse,
 )
+from podwire.model.errors import InvalidInput
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(60)]
 
@@ -182,3 +185,45 @@ async def test_user_and_password(tmp_path: Path) -> None:
         async with EtcdClient([member.client_url]) as nobody:
             with pytest.raises(EtcdDenied):
                 await nobody.get("secret")
+
+
+async def test_tls_with_certificates_on_both_sides(tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    authority, stranger = Authority.create("etcd", now), Authority.create("somebody else", now)
+    files = {"ca": authority.pair.certificate, "stranger": stranger.pair.certificate}
+    for name, pair in (("server", authority.issue("etcd", ["127.0.0.1"], now)), ("node", authority.issue("node", [], now))):
+        files |= {f"{name}.crt": pair.certificate, f"{name}.key": pair.key}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    server = ("--cert-file", f"{tmp_path}/server.crt", "--key-file", f"{tmp_path}/server.key")
+    checks = ("--client-cert-auth", "--trusted-ca-file", f"{tmp_path}/ca")
+    async with one_member(tmp_path, *server, *checks, scheme="https") as member:
+        node = etcd_tls(tmp_path / "ca", tmp_path / "node.crt", tmp_path / "node.key")
+        async with EtcdClient([member.client_url], tls=node) as client:
+            await answers(client)
+            await client.put("key", b"1")
+            async with aclosing(client.watch("key")) as changes:
+                await take(changes, 1)
+        for tls in (etcd_tls(tmp_path / "ca"), etcd_tls(tmp_path / "stranger", tmp_path / "node.crt", tmp_path / "node.key")):
+            async with EtcdClient([member.client_url], tls=tls) as client:
+                with pytest.raises(EtcdUnavailable):
+                    await client.get("key")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (("", "node.crt", ""), "only half of a client's identity"),
+        (("nothing", "", ""), "cannot be read as a file of CA certificates"),
+        (("", "nothing", "nothing"), "cannot be read as certificate and key"),
+    ],
+)
+async def test_files_that_are_no_identity(tmp_path: Path, files: tuple[str, str, str], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        etcd_tls(*(tmp_path / name if name else "" for name in files))
+
+
+@pytest.mark.parametrize("endpoints", [[], ["127.0.0.1:2379"], ["http://a:2379", "ftp://b"]])
+async def test_endpoints_that_are_none(endpoints: list[str]) -> None:
+    with pytest.raises(InvalidInput, match="etcd endpoints"):
+        EtcdClient(endpoints)
