@@ -43,6 +43,7 @@ from podwire.model.ops import (
     SetFdb,
     SetNeighbour,
     SetRoute,
+    SetShaper,
     SetSysctl,
     SetWireguardPeer,
 )
@@ -225,6 +226,9 @@ def _makes(work: _Links, ns: NetnsName) -> list[Op]:
     ops += links.added
     ops += [ChangeLink(link, ns) for link in links.changed]
     ops += [SetSysctl(key, value, ns) for key, value in switches.items() if _DEVICE_SYSCTL.match(key)]
+    for name, link in desired.links.items():
+        if link.shaper and (name not in observed.links or observed.links[name].shaper is None):
+            ops.append(SetShaper(name, link.shaper, ns))
     for address in sorted(desired.addresses - observed.addresses, key=_address_order):
         # The kernel refuses an IPv6 address that the device has with another prefix length: there break comes before make.
         ops += [DelAddress(old, ns) for old in _same_ip(observed.addresses, address)]
@@ -248,10 +252,10 @@ def _breaks(work: _Links, ns: NetnsName) -> list[Op]:
     ops: list[Op] = []
     routes = diff_keyed(desired.routes, observed.routes, _route_key)
     ops += [DelRoute(route, ns) for route in sorted(routes.remove, key=_route_order, reverse=True)]
-    peers = diff_keyed(desired.wireguard, observed.wireguard, _peer_key)
-    ops += [DelWireguardPeer(peer, ns) for peer in sorted(peers.remove, key=_peer_key) if peer.dev in ours]
     # A unit's old value has no devices in it: what it says of them is ours to take back.
     foreign = (whole.links.keys() - ours) | strangers
+    peers = diff_keyed(desired.wireguard, observed.wireguard, _peer_key)
+    ops += [DelWireguardPeer(peer, ns) for peer in sorted(peers.remove, key=_peer_key) if peer.dev not in foreign]
     fdb = diff_keyed(desired.fdb, observed.fdb, _fdb_key)
     ops += [DelFdb(entry, ns) for entry in sorted(fdb.remove, key=_fdb_key) if entry.dev not in foreign]
     neighbours = diff_keyed(desired.neighbours, observed.neighbours, _neighbour_key)
