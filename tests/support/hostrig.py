@@ -37,6 +37,7 @@ class Host:
 
     def __init__(self, name: str, address: str, root: Path, netns: int) -> None:
         self.name, self.address, self.netns = name, address, netns
+        self.address6 = f"2001:db8:7::{address.rpartition('.')[2]}"
         self.state, self.run, self.cni_socket = root / "state", root / "run", root / "cni.sock"
         self.log = root / "log"
         root.mkdir()
@@ -121,9 +122,8 @@ async def _wire(fabric: LinuxKernel, hosts: list[Host]) -> None:
         links[f"h{number}"] = Link(f"h{number}", Veth("eth0", label), master=BRIDGE, alias="machine")
         eth0 = Link("eth0", Veth(f"h{number}", HOST), alias="machine")
         lo = Link("lo", Device())
-        states[label] = NetState(
-            links={"eth0": eth0, "lo": lo}, addresses=frozenset({Address("eth0", ip_interface(f"{host.address}/16"))})
-        )
+        own = {Address("eth0", ip_interface(text)) for text in (f"{host.address}/16", f"{host.address6}/64")}
+        states[label] = NetState(links={"eth0": eth0, "lo": lo}, addresses=frozenset(own))
     states[HOST] = NetState(links=links, addresses=frozenset({Address(BRIDGE, ip_interface("198.18.7.254/16"))}))
     observed = {ns: await fabric.observe(ns) for ns in states}
     applied = await fabric.apply(diff(states, observed))
