@@ -150,6 +150,8 @@ def node_facts(draw: st.DrawFn) -> NodeFacts:
         local_sources=draw(st.sampled_from(((), (), FACTS.cluster_cidrs))),
         masquerade_all=draw(st.integers(0, 4)) == 4,
         loopback=draw(st.booleans()),
+        cluster_cidrs=draw(st.sampled_from((FACTS.cluster_cidrs, FACTS.cluster_cidrs, ()))),
+        service_cidrs=draw(st.sampled_from((FACTS.service_cidrs, FACTS.service_cidrs, ()))),
     )
 
 
