@@ -160,8 +160,29 @@ async def test_gc_over_the_plugin(engine: Engine) -> None:
         assert await engine.links() == {host_veth("cni:c3/eth0")}
 
 
-async def talk(engine: Engine, client: str, server: str, address: str) -> bytes:
-    """A TCP connection from one container to another; what came through it."""
+@pytest.mark.needs("bandwidth limits (sch_tbf)")
+async def test_bandwidth_is_limited_in_both_directions(engine: Engine) -> None:
+    limits = {"ingressRate": 8_000_000, "ingressBurst": 160_000, "egressRate": 4_000_000, "egressBurst": 160_000}
+    async with serving(await engine.node()):
+        slow = await engine.call("ADD", "slow", runtimeConfig={"bandwidth": limits})
+        free = await engine.call("ADD", "free")
+        assert (await engine.inside("slow")).links["eth0"].shaper is not None
+        kilobytes = 200
+        into = await timed(talk(engine, "slow", "free", addresses(free)[0], kilobytes))
+        out_of = await timed(talk(engine, "free", "slow", addresses(slow)[0], kilobytes))
+        assert into > 0.12, "200 kB, of which 20 at once and the rest at 1 MB/s"
+        assert out_of > 0.25
+        assert (await engine.call("CHECK", "slow", prevResult=slow.document)).status == 0
+
+
+async def timed(work: Any) -> float:
+    started = asyncio.get_running_loop().time()
+    await work
+    return asyncio.get_running_loop().time() - started
+
+
+async def talk(engine: Engine, client: str, server: str, address: str, kilobytes: int = 0) -> bytes:
+    """A TCP connection from one container to another, the server sends; the end of what came through it."""
     family = socket.AF_INET if ipaddress.ip_address(address).version == 4 else socket.AF_INET6
 
     def listen() -> socket.socket:
@@ -169,13 +190,17 @@ async def talk(engine: Engine, client: str, server: str, address: str) -> bytes:
 
     def connect() -> bytes:
         with socket.create_connection((address, 7777), timeout=5) as connection:
-            return connection.recv(100)
+            came = b""
+            while block := connection.recv(65536):
+                came = (came + block)[-5:]
+            return came
 
     with await asyncio.to_thread(run_in_netns, engine.fds[server], listen) as listener:
         asking = asyncio.create_task(asyncio.to_thread(run_in_netns, engine.fds[client], connect))
         listener.setblocking(False)
         async with asyncio.timeout(5):
             accepted, _ = await asyncio.get_running_loop().sock_accept(listener)
-        accepted.sendall(b"hello")
-        accepted.close()
+        with accepted:
+            accepted.setblocking(False)
+            await asyncio.get_running_loop().sock_sendall(accepted, b"." * (kilobytes << 10) + b"hello")
         return await asking

@@ -11,6 +11,7 @@ import msgspec
 from podwire.agent.admission import HostPort
 from podwire.model.addr import IPAddress
 from podwire.model.cni import AttachmentKey, CniInterface, CniIp, CniRequest, CniResult, CniRoute
+from podwire.model.kernelstate import Shaper
 from podwire.model.meta import Json, ObjectMeta
 from podwire.model.objects import Container, ContainerPort, Pod, PodIP, PodSpec, PodStatus
 from podwire.plan.naming import BRIDGE, host_veth
@@ -129,6 +130,8 @@ def attachment_of(record: AttachmentRecord, network: NodeNetwork, ips: Iterable[
         wanted_mac=record.mac,
         host_mac=_host_mac(record.uid),
         default_routes=record.default_routes,
+        to_pod=_shaper(record.limits[0], record.limits[1]),
+        from_pod=_shaper(record.limits[2], record.limits[3]),
         routes=tuple((ipaddress.ip_network(dst), ipaddress.ip_address(via) if via else None) for dst, via in record.routes),
     )
 
@@ -170,6 +173,10 @@ def host_port_pod(record: AttachmentRecord, ips: Iterable[IPAddress]) -> Pod:
 def occupied(record: AttachmentRecord) -> Iterator[HostPort]:
     for outside, _, protocol, host_ip in record.ports:
         yield HostPort(protocol, outside, "" if host_ip in ("0.0.0.0", "::") else host_ip)
+
+
+def _shaper(rate: int, burst: int) -> Shaper | None:
+    return Shaper(rate, burst) if rate else None
 
 
 def _host_mac(uid: str) -> str:

@@ -33,6 +33,7 @@ from podwire.model.ops import (
     SetFdb,
     SetNeighbour,
     SetRoute,
+    SetShaper,
     SetSysctl,
     SetWireguardPeer,
 )
@@ -411,7 +412,7 @@ def kind_of(op: Op) -> str:
     match op:
         case AddLink() | DelLink():
             return "device"
-        case ChangeLink():
+        case ChangeLink() | SetShaper():
             return "device-setting"
         case AddAddress() | DelAddress():
             return "address"
@@ -456,6 +457,8 @@ def describe(op: Op) -> str:
             return f"WireGuard peer {peer.public_key} on {peer.dev}"
         case DelWireguardPeer(peer=peer):
             return f"stray WireGuard peer {peer.public_key} on {peer.dev}"
+        case SetShaper(dev=dev):
+            return f"bandwidth limit of {dev}"
         case SetSysctl(key=key, value=value):
             return f"{key}={value}"
         case CommitNft():

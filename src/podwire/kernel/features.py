@@ -10,7 +10,7 @@ from podwire.kernel.netns import create_netns, run_in_netns
 from podwire.kernel.port import KernelError
 from podwire.kernel.rtnlsocket import RtnlSocket, netlink_socket
 from podwire.model.errors import Unsupported
-from podwire.model.kernelstate import Bridge, Link, Veth, Vxlan
+from podwire.model.kernelstate import Bridge, Link, Shaper, Veth, Vxlan
 from podwire.wire import rtnl, rtnlread
 from podwire.wire.netlink import NETLINK_NETFILTER, NLM_F_ACK, NLM_F_REQUEST, Batch, message
 
@@ -30,6 +30,7 @@ class Feature(enum.StrEnum):
     NFTABLES = "nftables"
     CONNTRACK = "conntrack over netlink"
     BRIDGE_NETFILTER = "netfilter on bridges (br_netfilter)"
+    SHAPING = "bandwidth limits (sch_tbf)"
 
 
 _ADVICE = {
@@ -40,6 +41,7 @@ _ADVICE = {
     Feature.VXLAN: "run `sudo modprobe vxlan`",
     Feature.NFTABLES: "run `sudo modprobe nf_tables nft_nat`",
     Feature.CONNTRACK: "run `sudo modprobe nf_conntrack_netlink`",
+    Feature.SHAPING: "run `sudo modprobe sch_tbf`",
     Feature.BRIDGE_NETFILTER: "run `sudo modprobe br_netfilter`",
 }
 
@@ -84,6 +86,10 @@ def _probe_links(fd: int) -> set[Feature]:
             vxlan = Link("x", Vxlan(1, 8472, ipaddress.IPv4Address("192.0.2.1"), "b"))
             if not sock.execute([rtnl.new_link(vxlan, indices={"b": index})]).errors:
                 found.add(Feature.VXLAN)
+        if Feature.VETH in found:
+            index = rtnlread.read_link(sock.execute([rtnl.get_link("v")]).answers[0]).index
+            if not sock.execute([rtnl.set_shaper(Shaper(1_000_000, 100_000), index)]).errors:
+                found.add(Feature.SHAPING)
     finally:
         sock.close()
     return found

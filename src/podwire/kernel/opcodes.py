@@ -17,6 +17,7 @@ from podwire.model.ops import (
     SetFdb,
     SetNeighbour,
     SetRoute,
+    SetShaper,
 )
 from podwire.wire import rtnl
 
@@ -32,6 +33,7 @@ RtnlOp = (
     | DelNeighbour
     | SetFdb
     | DelFdb
+    | SetShaper
 )
 
 _ABSENT = {
@@ -60,6 +62,8 @@ def devices(op: RtnlOp) -> tuple[str, ...]:
             return (neighbour.dev,)
         case SetFdb(entry=entry) | DelFdb(entry=entry):
             return (entry.dev,)
+        case SetShaper(dev=dev):
+            return (dev,)
         case DelLink() | DelRoute():
             return ()
 
@@ -87,6 +91,8 @@ def encode(op: RtnlOp, indices: Mapping[str, int]) -> list[bytes]:
             return [rtnl.set_fdb(entry, indices[entry.dev])]
         case DelFdb(entry=entry):
             return [rtnl.del_fdb(entry, indices[entry.dev])]
+        case SetShaper(dev=dev, shaper=shaper):
+            return [rtnl.set_shaper(shaper, indices[dev])]
         case AddLink():
             raise ValueError("AddLink is made of new_link and settle_link")
 

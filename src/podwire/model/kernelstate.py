@@ -75,6 +75,16 @@ class Wireguard:
     private_key: str = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Shaper:
+    """What leaves a device is held to `rate` (bits per second) after a burst of `burst` bits: a token bucket.
+
+    Observation says that there is one, not how wide: with zeros."""
+
+    rate: int
+    burst: int
+
+
 LinkKind = Device | Dummy | Bridge | Veth | Vxlan | Ipip | Tun | Wireguard
 
 
@@ -90,6 +100,7 @@ class Link:
     master: str | None = None
     hairpin: bool | None = None
     alias: str = ""
+    shaper: Shaper | None = None
 
     @property
     def owned(self) -> bool:

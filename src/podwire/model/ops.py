@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import Address, FdbEntry, Link, Neighbour, Route, WireguardPeer
+from podwire.model.kernelstate import Address, FdbEntry, Link, Neighbour, Route, Shaper, WireguardPeer
 from podwire.model.nft import Batch
 
 
@@ -95,6 +95,15 @@ class DelWireguardPeer:
 
 
 @dataclass(frozen=True, slots=True)
+class SetShaper:
+    """Give a device this token bucket in place of what queue it has."""
+
+    dev: str
+    shaper: Shaper
+    ns: NetnsName = HOST
+
+
+@dataclass(frozen=True, slots=True)
 class SetSysctl:
     key: str
     value: str
@@ -111,7 +120,7 @@ class CommitNft:
 
 Op = (
     AddLink | ChangeLink | DelLink | AddAddress | DelAddress | SetRoute | DelRoute | SetNeighbour | DelNeighbour
-    | SetFdb | DelFdb | SetWireguardPeer | DelWireguardPeer | SetSysctl | CommitNft
+    | SetFdb | DelFdb | SetWireguardPeer | DelWireguardPeer | SetShaper | SetSysctl | CommitNft
 )  # fmt: skip
 
 Plan = tuple[Op, ...]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from podwire.model.addr import IPAddress, IPInterface, IPNetwork, family_of, mac_for
 from podwire.model.ids import HOST, NetnsName, pod_netns
-from podwire.model.kernelstate import Address, Device, Link, Neighbour, NetState, Route, Veth
+from podwire.model.kernelstate import Address, Device, Link, Neighbour, NetState, Route, Shaper, Veth
 from podwire.plan.naming import BRIDGE, POD_DEVICE, host_veth, pod_alias
 
 
@@ -23,7 +23,7 @@ class PodAttachment:
 
     The rest is for pods of container engines: `device` is the name of the pod's end; `wanted_mac` its MAC, where that shall
     not follow from the address; `host_mac` that of the node's end; `default_routes` False: another interface of the pod has
-    them; `routes`: more destinations, through a gateway (None: the bridge)."""
+    them; `routes`: more destinations, through a gateway (None: the bridge); `to_pod`, `from_pod`: limits of bandwidth."""
 
     uid: str
     namespace: str
@@ -37,6 +37,8 @@ class PodAttachment:
     host_mac: str | None = None
     default_routes: bool = True
     routes: tuple[tuple[IPNetwork, IPAddress | None], ...] = ()
+    to_pod: Shaper | None = None
+    from_pod: Shaper | None = None
 
     @property
     def mac(self) -> str:
@@ -63,6 +65,7 @@ def _node_side(pod: PodAttachment) -> NetState:
         master=BRIDGE,
         hairpin=True,
         alias=pod_alias(pod.namespace, pod.name),
+        shaper=pod.to_pod,
     )
     neighbours = frozenset(Neighbour(BRIDGE, ip.ip, pod.mac) for ip in pod.ips)
     return NetState(links={name: link}, neighbours=neighbours)
@@ -75,6 +78,7 @@ def _pod_side(pod: PodAttachment) -> NetState:
         mtu=pod.mtu,
         mac=pod.mac,
         alias=pod_alias(pod.namespace, pod.name),
+        shaper=pod.from_pod,
     )
     routed = all(ip.network.prefixlen == ip.max_prefixlen for ip in pod.ips)
     return NetState(

@@ -22,6 +22,7 @@ from podwire.model.kernelstate import (
     Neighbour,
     NetState,
     Route,
+    Shaper,
     Tun,
     Veth,
     Vxlan,
@@ -57,6 +58,8 @@ class FakeNetns:
     ruleset: Ruleset = field(default_factory=Ruleset)
     fixed_mtu: set[str] = field(default_factory=set)
     """Bridges whose MTU was set; that of the others is the smallest of their ports'."""
+    shapers: dict[str, Shaper] = field(default_factory=dict)
+    """The token buckets that devices have; `links` says only that there is one, as observation does."""
     flows: list[Flow] = field(default_factory=list)
     """Tracked connections: what a test puts there."""
 
@@ -83,7 +86,7 @@ class FakeNetns:
         if link.mtu is not None:
             mtu = min(mtu, link.mtu) if isinstance(link.kind, Vxlan) else link.mtu  # Linux caps a new VXLAN's
         address = "" if isinstance(link.kind, Ipip | Tun | Wireguard) else link.mac or mac
-        self.links[link.name] = _observed(replace(link, mtu=mtu, mac=address, up=False))
+        self.links[link.name] = _observed(replace(link, mtu=mtu, mac=address, up=False, shaper=None))
         if link.mtu is not None:
             self.fixed_mtu.add(link.name)
         self._adjust_mtu(link.master)
@@ -175,6 +178,7 @@ class FakeNetns:
             del self.wireguard[key]
         master = self.links.pop(name).master
         self.fixed_mtu.discard(name)
+        self.shapers.pop(name, None)
         for switch in [switch for switch in self.sysctls if f"/conf/{name}/" in switch or f"/neigh/{name}/" in switch]:
             del self.sysctls[switch]
         self._adjust_mtu(master)
@@ -312,6 +316,11 @@ class FakeNetns:
 
     def del_wireguard_peer(self, peer: WireguardPeer) -> None:
         self.wireguard.pop((peer.dev, peer.public_key), None)
+
+    def set_shaper(self, dev: str, shaper: Shaper) -> None:
+        self._link(dev)
+        self.shapers[dev] = shaper
+        self.links[dev] = replace(self.links[dev], shaper=Shaper(0, 0))
 
     def set_sysctl(self, key: str, value: str) -> None:
         parts = key.split("/")

@@ -22,6 +22,7 @@ from podwire.model.kernelstate import (
     Link,
     Neighbour,
     Route,
+    Shaper,
     Tun,
     Veth,
     Vxlan,
@@ -53,6 +54,8 @@ IFINFOMSG = struct.Struct("=BxHiII")
 IFADDRMSG = struct.Struct("=BBBBi")
 RTMSG = struct.Struct("=BBBBBBBBI")
 NDMSG = struct.Struct("=BxxxiHBB")
+TCMSG = struct.Struct("=BxxxiIII")
+TC_RATESPEC = struct.Struct("=BBHhHI")
 RTNEXTHOP = struct.Struct("=HBBi")
 
 IFF_UP = 1
@@ -61,7 +64,7 @@ BRIDGE_DEFAULT_MTU = 1500
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER = 1, 3, 4, 5, 10
 IFLA_PROTINFO, IFLA_LINKINFO, IFLA_IFALIAS, IFLA_AF_SPEC, IFLA_NET_NS_FD = 12, 18, 20, 26, 28
-IFLA_GROUP = 27
+IFLA_QDISC, IFLA_GROUP = 6, 27
 IFLA_EXT_MASK, IFLA_LINK_NETNSID = 29, 37
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
 IFLA_BRPORT_MODE = 4
@@ -89,6 +92,13 @@ IP6_RT_PRIO_USER = 1024
 NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
 NTF_SELF = 0x02
 NUD_PERMANENT = 0x80
+
+RTM_NEWQDISC = 36
+TC_H_ROOT = 0xFFFFFFFF
+TCA_KIND, TCA_OPTIONS = 1, 2
+TCA_TBF_PARMS, TCA_TBF_RATE64, TCA_TBF_BURST = 1, 4, 6
+TOKEN_BUCKET = "tbf"
+_SHAPER_QUEUE_MS = 25
 
 _DUMP = NLM_F_REQUEST | NLM_F_DUMP
 _CREATE = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_EXCL
@@ -247,6 +257,25 @@ _NO_STATS = attr_u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
 
 def _ifinfo(af: int, *, index: int = 0, flags: int = 0, change: int = 0) -> bytes:
     return IFINFOMSG.pack(af, 0, index, flags, change)
+
+
+# --- queues -------------------------------------------------------------------------------------------------------
+
+
+def set_shaper(shaper: Shaper, index: int) -> bytes:
+    """The device's root queue becomes a token bucket (tbf), in place of what is there.
+
+    A packet waits for at most 25 ms, as behind the reference bandwidth plugin; what comes then is dropped."""
+    rate, burst = shaper.rate // 8, shaper.burst // 8
+    slow = min(rate, 0xFFFFFFFF)
+    limit = min(rate * _SHAPER_QUEUE_MS // 1000 + burst, 0xFFFFFFFF)
+    # linklayer 1 (Ethernet): the kernel computes times itself and needs no table from us.
+    parms = TC_RATESPEC.pack(0, 1, 0, 0, 0, slow) + TC_RATESPEC.pack(0, 0, 0, 0, 0, 0) + struct.pack("=III", limit, 0, 0)
+    options = [attr(TCA_TBF_PARMS, parms), attr_u32(TCA_TBF_BURST, burst)]
+    if rate > slow:
+        options.append(attr(TCA_TBF_RATE64, struct.pack("=Q", rate)))
+    header = TCMSG.pack(AF_UNSPEC, index, 0, TC_H_ROOT, 0)
+    return message(RTM_NEWQDISC, _SET, 0, header, attr_str(TCA_KIND, TOKEN_BUCKET), nested(TCA_OPTIONS, *options))
 
 
 # --- addresses ----------------------------------------------------------------------------------------------------

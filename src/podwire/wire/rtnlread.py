@@ -20,6 +20,7 @@ from podwire.model.kernelstate import (
     Neighbour,
     NextHop,
     Route,
+    Shaper,
     Tun,
     Veth,
     Vxlan,
@@ -48,6 +49,7 @@ class RawLink:
     link_elsewhere: bool
     """Whether `link_index` counts in another namespace."""
     hairpin: bool
+    qdisc: str
 
 
 def read_link(msg: Message) -> RawLink:
@@ -71,6 +73,7 @@ def read_link(msg: Message) -> RawLink:
         link_index=_u32(attrs, rtnl.IFLA_LINK),
         link_elsewhere=rtnl.IFLA_LINK_NETNSID in attrs,
         hairpin=is_port and rtnl.IFLA_BRPORT_MODE in port and bool(as_u8(port[rtnl.IFLA_BRPORT_MODE])),
+        qdisc=as_str(attrs.get(rtnl.IFLA_QDISC, b"")),
     )
 
 
@@ -89,6 +92,7 @@ def links(raws: Iterable[RawLink]) -> dict[str, Link]:
             master=names.get(raw.master_index, ""),
             hairpin=raw.hairpin,
             alias=raw.alias,
+            shaper=Shaper(0, 0) if raw.qdisc == rtnl.TOKEN_BUCKET else None,
         )
         for raw in known
     }
