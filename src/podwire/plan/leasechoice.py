@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from podwire.model.addr import IPNetwork, family_of
 from podwire.model.errors import PodwireError
 from podwire.model.netconf import NetConfig, SubnetRange
-from podwire.plan.leases import Lease, LeaseAttrs
+from podwire.plan.leases import Lease, LeaseAttrs, overlap
 
 
 class SubnetsExhausted(PodwireError):
@@ -106,7 +106,7 @@ def conflict(stored: StoredLease, leases: Iterable[StoredLease]) -> StoredLease 
 
 
 def _free(subnets: Iterable[IPNetwork], taken: Iterable[IPNetwork]) -> bool:
-    return not any(mine.version == other.version and mine.overlaps(other) for mine in subnets for other in taken)
+    return not any(overlap(mine, other) for mine in subnets for other in taken)
 
 
 def _free_subnet(subnets: SubnetRange, taken: frozenset[IPNetwork], pick: Callable[[int], int]) -> IPNetwork:

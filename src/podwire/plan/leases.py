@@ -48,7 +48,7 @@ class LeaseAttrs:
 
     def same_node(self, other: "LeaseAttrs") -> bool:
         """Whether both are of one node, going by its address: the IPv4 one, or where there is none the other."""
-        if self.public_ip or other.public_ip:
+        if self.public_ip is not None or other.public_ip is not None:
             return self.public_ip == other.public_ip
         return self.public_ipv6 is not None and self.public_ipv6 == other.public_ipv6
 
@@ -65,7 +65,15 @@ class Lease:
         return next((subnet for subnet in self.subnets if family_of(subnet) is family), None)
 
     def overlaps(self, subnets: Iterable[IPNetwork]) -> bool:
-        return any(mine.version == other.version and mine.overlaps(other) for mine in self.subnets for other in subnets)
+        return any(overlap(mine, other) for mine in self.subnets for other in subnets)
+
+
+def overlap(one: IPNetwork, other: IPNetwork) -> bool:
+    """As `ipaddress` has it, but ten times as fast: every lease is compared with every other."""
+    if one.version != other.version:
+        return False
+    shift = one.max_prefixlen - min(one.prefixlen, other.prefixlen)
+    return int(one.network_address) >> shift == int(other.network_address) >> shift
 
 
 # --- etcd: keys and values ----------------------------------------------------------------------------------------------
@@ -80,7 +88,6 @@ def subnet_key(subnets: Iterable[IPNetwork]) -> str:
     return f"{key}&{second.network_address}-{second.prefixlen}" if second else key
 
 
-@lru_cache(maxsize=16384)
 def parse_subnet_key(text: str) -> tuple[IPNetwork, ...]:
     """The subnets that a key's last part names; empty where it is none of flannel's."""
     match = _KEY.fullmatch(text)
@@ -110,7 +117,6 @@ def encode_attrs(attrs: LeaseAttrs) -> bytes:
     return ("{" + ",".join(fields) + "}").encode()
 
 
-@lru_cache(maxsize=16384)
 def decode_attrs(value: bytes) -> LeaseAttrs | None:
     """The attributes in a lease's value; None for what is no JSON object with addresses where flannel has them.
 
@@ -138,6 +144,7 @@ def decode_attrs(value: bytes) -> LeaseAttrs | None:
     )
 
 
+@lru_cache(maxsize=16384)
 def decode_lease(key: str, value: bytes) -> Lease | None:
     """The lease in etcd under a key's last part; None for what flannel would skip."""
     subnets, attrs = parse_subnet_key(key), decode_attrs(value)

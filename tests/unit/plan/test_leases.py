@@ -19,6 +19,7 @@ from podwire.plan.leases import (
     encode_annotations,
     encode_attrs,
     lease_of_node,
+    overlap,
     parse_subnet_key,
     subnet_key,
     told_addresses,
@@ -218,3 +219,15 @@ def test_peers_through_vxlan() -> None:
     assert vxlan_peers(Lease("n1", (net("10.5.34.0/24"),), GOLDEN["host-gw"][0]), 1) == ()
     broken = LeaseAttrs(public_ip=V4, backend_type="vxlan", backend_data='{"VNI":1,"VtepMAC":"zz"}')
     assert vxlan_peers(Lease("n1", (net("10.5.34.0/24"),), broken), 1) == ()
+
+
+networks = st.one_of(
+    st.builds(lambda a, n: ipaddress.ip_network((a, n), strict=False), st.integers(0, 2**32 - 1), st.integers(0, 32)),
+    st.builds(lambda a, n: ipaddress.ip_network((a, n), strict=False), st.integers(2**32, 2**128 - 1), st.integers(0, 128)),
+)
+
+
+@given(networks, networks)
+def test_overlap_is_what_ipaddress_says(one: IPNetwork, other: IPNetwork) -> None:
+    assert overlap(one, other) == (one.version == other.version and one.overlaps(other))
+    assert overlap(one, one.supernet() if one.prefixlen else one)
