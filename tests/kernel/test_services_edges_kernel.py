@@ -213,3 +213,23 @@ async def test_a_neighbour_does_not_reach_what_listens_on_localhost(rig: Service
         await rig.kernel.forget_flows(lambda flow: True)
         await with_loopback(rig, make, loopback=True)
         assert not await heard(rig, 7000, listener)
+
+
+# --- session affinity ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("back_end", ["nftables", "iptables-legacy"])
+async def test_each_new_connection_keeps_affinity_alive(rig: ServiceRig, back_end: str) -> None:
+    """With a time-out of 2 s a client that comes back sooner is known for as long as it does."""
+    everyone = ("10.244.1.2", "10.244.1.3", "10.244.1.4", "10.244.2.2")
+    brief = {"clientIP": {"timeoutSeconds": 2}}
+    web = service(Family.IPV4, "TCP", sessionAffinity="ClientIP", sessionAffinityConfig=brief)
+    rules = BACK_ENDS[back_end](rig, FACTS)
+    rules.set_service(web.key, web, listing(Family.IPV4, "TCP", *everyone))
+    await rules.compare()
+    loop = asyncio.get_running_loop()
+    end, seen = loop.time() + 4.2, set()
+    while loop.time() < end:
+        seen |= await rig.who("world", "198.18.0.11", 30080)
+        await asyncio.sleep(0.4)
+    assert len(seen) == 1
