@@ -9,6 +9,7 @@ from podwire.cli.agent import agent
 from podwire.cli.lab import lab
 from podwire.cli.node import join, leave
 from podwire.cli.paths import demo, paths
+from podwire.cli.proxy import proxy
 from podwire.cli.server import server, token
 from podwire.cli.verify import verify
 from podwire.model.errors import PodwireError
@@ -46,6 +47,7 @@ main.add_command(lab)
 main.add_command(demo)
 main.add_command(paths)
 main.add_command(verify)
+main.add_command(proxy)
 main.add_command(server)
 main.add_command(token)
 main.add_command(join)

@@ -44,6 +44,20 @@ class NftablesOptions(View, frozen=True):
     min_sync_period: str = "1s"
 
 
+class IpvsOptions(View, frozen=True):
+    """Fields that nothing here needs: connections' time-outs, strangers' virtual servers (they are never touched)."""
+
+    scheduler: str = ""
+    strict_arp: bool = msgspec.field(name="strictARP", default=False)
+    exclude_cidrs: tuple[str, ...] = msgspec.field(name="excludeCIDRs", default=())
+    masquerade_all: bool = False
+    sync_period: str = "30s"
+    min_sync_period: str = "0s"
+    tcp_timeout: str = "0s"
+    tcp_fin_timeout: str = "0s"
+    udp_timeout: str = "0s"
+
+
 class DetectLocal(View, frozen=True):
     bridge_interface: str = ""
     interface_name_prefix: str = ""
@@ -73,6 +87,7 @@ class ProxyConfig(View, frozen=True):
     mode: str = ""
     iptables: IptablesOptions = IptablesOptions()
     nftables: NftablesOptions = NftablesOptions()
+    ipvs: IpvsOptions = IpvsOptions()
     detect_local_mode: str = ""
     detect_local: DetectLocal = DetectLocal()
     cluster_cidr: str = msgspec.field(name="clusterCIDR", default="")
@@ -101,20 +116,14 @@ class ProxyConfig(View, frozen=True):
 
     @property
     def masquerade_all(self) -> bool:
-        """Each mode has a switch of its own; `--masquerade-all` sets both."""
-        options = self.iptables if self.proxy_mode is ProxyMode.IPTABLES else self.nftables
+        """kube-proxy's ipvs goes by the section `iptables`; `--masquerade-all` sets all."""
+        options = self.nftables if self.proxy_mode is ProxyMode.NFTABLES else self.iptables
         return options.masquerade_all
-
-    @property
-    def min_sync_seconds(self) -> float:
-        """How long two changes of the rules are apart at least: kube-proxy's second is only kept where somebody asks for it."""
-        options = self.iptables if self.proxy_mode is ProxyMode.IPTABLES else self.nftables
-        return duration_seconds(options.min_sync_period, "minSyncPeriod")
 
 
 WITHOUT_EFFECT = frozenset(
     (
-        "apiVersion", "kind", "featureGates", "logging", "enableProfiling", "showHiddenMetricsForVersion", "ipvs", "winkernel",
+        "apiVersion", "kind", "featureGates", "logging", "enableProfiling", "showHiddenMetricsForVersion", "winkernel",
         "oomScoreAdj", "configSyncPeriod", "portRange", "udpIdleTimeout", "windowsRunAsService",
     )
 )  # fmt: skip
@@ -149,7 +158,7 @@ def parse_proxy_config(text: str, source: str, overrides: Mapping[str, Any] | No
 def _check(config: ProxyConfig, source: str) -> None:
     """What would otherwise fail later, or be misunderstood."""
     try:
-        _ = config.proxy_mode, config.cluster_cidrs, config.node_port_networks, config.min_sync_seconds
+        _ = config.proxy_mode, config.cluster_cidrs, config.node_port_networks
         conntrack_switches(config.conntrack, cpus=1)
         for name in ("healthz_bind_address", "metrics_bind_address"):
             host_and_port(getattr(config, name))

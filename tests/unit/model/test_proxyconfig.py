@@ -75,7 +75,6 @@ def test_what_kubeadm_writes_is_understood() -> None:
 def test_an_empty_file_is_kube_proxys_defaults() -> None:
     config, _ = parse_proxy_config("", "flags")
     assert host_and_port(config.healthz_bind_address) == ("0.0.0.0", 10256)
-    assert config.min_sync_seconds == 1.0
 
 
 def test_flags_win_over_the_file() -> None:

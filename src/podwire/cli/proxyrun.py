@@ -1,0 +1,202 @@
+"""Puts a proxy together out of the options of `podwire proxy`, and runs it until a signal."""
+
+import asyncio
+import logging
+import os
+import platform
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from podwire.agent.healthchecks import listen_everywhere
+from podwire.agent.nodelock import AnotherAgent
+from podwire.agent.proxy.agent import ProxyAgent, ProxyEnvironment
+from podwire.agent.proxy.status import health_app, metrics_app
+from podwire.agent.proxymodes.modes import ModeOptions, ProxyModes
+from podwire.client.api import ApiClient
+from podwire.client.kubeconfig import client_from_kubeconfig, in_cluster_client
+from podwire.kernel.linux import LinuxKernel
+from podwire.kernel.netns import current_netns
+from podwire.model.errors import InvalidInput, PodwireError
+from podwire.model.ops import SetSysctl
+from podwire.model.proxyconfig import ProxyConfig, conntrack_switches, host_and_port, networks, parse_proxy_config
+
+log = logging.getLogger(__name__)
+
+USER_AGENT = "podwire/proxy"
+_AGAIN_SECONDS = 5.0
+"""How soon an address is tried again that cannot be listened on; kube-proxy's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invocation:
+    """The options. `overrides`: fields of the configuration that flags set."""
+
+    config_file: Path | None = None
+    kubeconfig: Path | None = None
+    master: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    service_cidrs: tuple[str, ...] = ()
+    cleanup: bool = False
+    init_only: bool = False
+    verbose: bool = False
+
+
+def run_proxy(options: Invocation) -> None:
+    """Until SIGTERM or SIGINT, or until the one thing is done that was asked for. Raises PodwireError."""
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
+    )
+    for name in ("aiohttp", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if os.geteuid() != 0:
+        raise InvalidInput("podwire proxy changes this host's rules: run it as root")
+    config = load(options)
+    with _alone():
+        asyncio.run(_until_signal(options, config))
+
+
+def load(options: Invocation) -> ProxyConfig:
+    """The configuration with the flags on top. Raises InvalidInput."""
+    text, source = "", "flags"
+    if options.config_file is not None:
+        source = str(options.config_file)
+        try:
+            text = options.config_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"{source}: cannot be read ({error}); --config needs a KubeProxyConfiguration") from error
+    config, warnings = parse_proxy_config(text, source, options.overrides)
+    for warning in warnings:
+        log.warning("%s", warning)
+    return config
+
+
+def _alone() -> socket.socket:
+    """One proxy to a network namespace: an abstract socket belongs to it, and goes with the process. Raises AnotherAgent."""
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        lock.bind("\0podwire-proxy")
+    except OSError as error:
+        lock.close()
+        raise AnotherAgent("another podwire proxy serves this host already: stop it first") from error
+    return lock
+
+
+async def _until_signal(options: Invocation, config: ProxyConfig) -> None:
+    loop = asyncio.get_running_loop()
+    work = asyncio.create_task(serve(options, config))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, work.cancel)
+    try:
+        await work
+    except asyncio.CancelledError:
+        log.info("ended by a signal; the rules stay")
+    except ExceptionGroup as group:
+        # The proxy's tasks run in a group: what the user can mend comes out of it as itself.
+        known = group.subgroup(PodwireError)
+        if known is None:
+            raise
+        raise known.exceptions[0] from group
+
+
+async def serve(options: Invocation, config: ProxyConfig) -> None:
+    """Run the proxy until cancelled."""
+    netns = current_netns()
+    kernel = LinuxKernel(netns)
+    modes = ProxyModes(kernel, netns, _mode_options(config))
+    try:
+        if options.cleanup:
+            found = await modes.clean_up()
+            log.info("removed: %s", ", ".join(found) or "nothing, there was nothing of ours")
+            return
+        if options.init_only:
+            switches = conntrack_switches(config.conntrack, cpus=os.cpu_count() or 1)
+            await kernel.apply(tuple(SetSysctl(key, value) for key, value in switches.items()))
+            return
+        async with _client(options, config) as client:
+            agent = ProxyAgent(
+                ProxyEnvironment(
+                    node=config.hostname_override or platform.node().lower(),
+                    config=config,
+                    kernel=kernel,
+                    client=client,
+                    make_rules=modes.make(config.proxy_mode),
+                    clean_up=modes.clean_up,
+                    listen=listen_everywhere(netns),
+                    service_cidrs=networks(options.service_cidrs, "--service-cluster-ip-range"),
+                    cpus=os.cpu_count() or 1,
+                )
+            )
+            async with asyncio.TaskGroup() as group:
+                for address, app in _apps(config, agent):
+                    group.create_task(_keep_serving(address, app, hard=config.bind_address_hard_fail))
+                await agent.run()
+    finally:
+        await kernel.close()
+        os.close(netns)
+
+
+def _mode_options(config: ProxyConfig) -> ModeOptions:
+    return ModeOptions(
+        masquerade_bit=config.iptables.masquerade_bit,
+        scheduler=config.ipvs.scheduler or "rr",
+        strict_arp=config.ipvs.strict_arp,
+    )
+
+
+def _client(options: Invocation, config: ProxyConfig) -> ApiClient:
+    if options.master:
+        return ApiClient(options.master, user_agent=USER_AGENT)
+    path = options.kubeconfig or (Path(config.client_connection.kubeconfig) if config.client_connection.kubeconfig else None)
+    if path is not None:
+        return client_from_kubeconfig(path, user_agent=USER_AGENT)
+    return in_cluster_client(os.environ, user_agent=USER_AGENT)
+
+
+def _apps(config: ProxyConfig, agent: ProxyAgent) -> list[tuple[tuple[str, int], web.Application]]:
+    """What is served where."""
+    metrics = agent.metrics
+    health = health_app(agent.health, lambda: datetime.now(UTC), metrics.healthz, metrics.livez)
+    numbers = metrics_app(lambda: agent.mode, agent.metrics_text, agent.endpoints_text, lambda: agent.health().healthy)
+    wanted = ((config.healthz_bind_address, health), (config.metrics_bind_address, numbers))
+    return [(address, app) for text, app in wanted if (address := host_and_port(text)) is not None]
+
+
+async def _keep_serving(address: tuple[str, int], app: web.Application, *, hard: bool) -> None:
+    """Until cancelled. Where the address is taken: again and again, or (`hard`) InvalidInput."""
+    host, port = address
+    while True:
+        try:
+            async with _serving(host, port, app):
+                await asyncio.get_running_loop().create_future()
+        except OSError as error:
+            message = (
+                f"{host}:{port} cannot be listened on ({error.strerror}); see --healthz-bind-address, --metrics-bind-address"
+            )
+            if hard:
+                raise InvalidInput(message) from error
+            log.warning("%s; again in %d s", message, _AGAIN_SECONDS)
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+
+@asynccontextmanager
+async def _serving(host: str, port: int, app: web.Application) -> AsyncIterator[None]:
+    sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=64)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+    try:
+        await runner.setup()
+        await web.SockSite(runner, sock).start()
+        yield
+    finally:
+        await runner.cleanup()
+        sock.close()
