@@ -15,14 +15,20 @@ from etcdrig import Member, answers, need_etcd
 from labcommand import PODWIRE
 from overlayrig import OverlayHost, carries, config_text, overlay_hosts, until
 
+from podwire.apiserver.app import create_app
+from podwire.apiserver.config import ServerConfig
+from podwire.apiserver.server import ApiServer, Listener
+from podwire.client.api import ApiClient
 from podwire.client.etcd import EtcdClient
 from podwire.kernel.netns import run_in_netns
 from podwire.kernel.syscalls import CLONE_NEWNET, setns
 from podwire.model.addr import Family
+from podwire.model.resources import NODES
+from podwire.store.memory import MemoryStore
 
 pytestmark = [pytest.mark.kernel, pytest.mark.needs("VXLAN devices", "bridge devices", "nftables")]
 
-ETCD, HEALTH = 2379, 9999
+ETCD, API, HEALTH = 2379, 6443, 9999
 URL = f"http://192.0.2.1:{ETCD}"
 
 
@@ -114,14 +120,63 @@ async def test_two_hosts_join_through_etcd(tmp_path: Path) -> None:
         await carries(one, two, Family.IPV4)
 
 
+@asynccontextmanager
+async def api_on(host: OverlayHost) -> AsyncIterator[ApiClient]:
+    """An API server on the host's own address; the client reaches it over the tests' loopback."""
+    store = MemoryStore()
+    server = ApiServer(create_app(store, ServerConfig()))
+    inside = run_in_netns(host.netns, lambda: socket.create_server(("192.0.2.1", API)))
+    outside = socket.create_server(("127.0.0.1", 0))
+    await server.start([Listener(inside), Listener(outside)])
+    try:
+        async with ApiClient(f"http://127.0.0.1:{outside.getsockname()[1]}") as client:
+            yield client
+    finally:
+        await server.stop()
+        await store.close()
+
+
+async def test_two_hosts_join_through_their_nodes(tmp_path: Path) -> None:
+    """The "kube" manager: subnets are podCIDRs, what peers must know stands in flannel's annotations."""
+    families = (Family.IPV4, Family.IPV6)
+    config = tmp_path / "net-conf.json"
+    config.write_text(config_text({"Type": "vxlan"}, families))
+    async with AsyncExitStack() as stack:
+        hosts = await stack.enter_async_context(overlay_hosts(tmp_path, config.read_text()))
+        client = await stack.enter_async_context(api_on(hosts[0]))
+        for host in hosts:
+            cidrs = [f"10.5.{host.index}.0/24", f"fd05:0:0:{host.index}::/64"]
+            unavailable = {"type": "NetworkUnavailable", "status": "True", "reason": "NoRouteCreated"}
+            document = {"metadata": {"name": f"n{host.index}"}, "spec": {"podCIDR": cidrs[0], "podCIDRs": cidrs}}
+            await client.create(
+                NODES, {"apiVersion": "v1", "kind": "Node", **document, "status": {"conditions": [unavailable]}}
+            )
+            where = ("--kube-api-url", f"http://192.0.2.1:{API}", "--net-config-path", str(config))
+            stack.enter_context(agent_on(host, "--kube-subnet-mgr", *where))
+        for host in hosts:
+            await until(partial(ready, host, 1), 20)
+            await host.add_pod()
+        for family in families:
+            await carries(hosts[0], hosts[1], family)
+        node = await client.get(NODES, "n1")
+        told = {key.removeprefix("flannel.alpha.coreos.com/"): text for key, text in node["metadata"]["annotations"].items()}
+        mac = (await hosts[0].kernel.observe()).links["flannel.1"].mac
+        assert told["backend-data"] == f'{{"VNI":1,"VtepMAC":"{mac}"}}'
+        assert (told["kube-subnet-manager"], told["backend-type"], told["public-ip"]) == ("true", "vxlan", "192.0.2.1")
+        await until(partial(_is_available, client, "n1"))
+
+
+async def _is_available(client: ApiClient, name: str) -> bool:
+    node = await client.get(NODES, name)
+    return any(c["type"] == "NetworkUnavailable" and c["status"] == "False" for c in node["status"]["conditions"])
+
+
 @pytest.mark.parametrize(
     ("config", "arguments", "words"),
     [
-        ('{"Network":"10.5.0.0/16","SubnetLen":31,"Backend":{"Type":"vxlan"}}', (), "SubnetLen 31 leaves no room for pods"),
         ('{"Network":"10.5.0.0/16","Backend":{"Type":"ipsec"}}', (), "backend type 'ipsec'"),
         ('{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}', ("--iface", "eth7"), "there are eth0 (192.0.2.1/24"),
-        ('{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}', ("--public-ip", "203.0.113.1"), "is not eth0's own"),
-        ("", ("--subnet-manager", "kube"), "give --kubeconfig-file"),
+        ("", ("--subnet-manager", "kube"), "give a kubeconfig"),
     ],
 )
 async def test_what_cannot_be_is_said_in_one_line(tmp_path: Path, config: str, arguments: tuple[str, ...], words: str) -> None:

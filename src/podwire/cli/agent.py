@@ -73,7 +73,7 @@ _RUN = "/run/flannel"
 @_value(
     "--subnet-lease-renew-margin", "MINUTES", "How long before its end a lease is renewed.", 60, type=click.IntRange(1, 1439)
 )
-@_value("--kubeconfig-file", "FILE", "How to reach the API server (kube).")
+@_value("--kubeconfig-file", "FILE", "How to reach the API server (kube).  [default: the pod's service account]")
 @_value("--kube-api-url", "URL", "The API server, where it asks for no credentials (kube).")
 @_value("--kube-annotation-prefix", "PREFIX", "Of the annotations on Nodes (kube).", "flannel.alpha.coreos.com")
 @_value("--net-config-path", "FILE", "The network configuration (kube).", "/etc/kube-flannel/net-conf.json", type=_FILE)

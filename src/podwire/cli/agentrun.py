@@ -27,7 +27,7 @@ from podwire.client.api import ApiClient, PatchKind
 from podwire.client.errors import ApiError
 from podwire.client.etcd import EtcdClient, etcd_tls
 from podwire.client.informer import Informer
-from podwire.client.kubeconfig import client_from_kubeconfig
+from podwire.client.kubeconfig import client_from_kubeconfig, in_cluster_client
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import current_netns
 from podwire.model.errors import InvalidInput, PodwireError
@@ -169,7 +169,7 @@ def _api_client(settings: Settings) -> ApiClient:
         return client_from_kubeconfig(Path(settings["kubeconfig_file"]), user_agent="podwire/agent")
     if settings["kube_api_url"]:
         return ApiClient(settings["kube_api_url"], user_agent="podwire/agent")
-    raise InvalidInput("--subnet-manager kube needs an API server: give --kubeconfig-file or --kube-api-url")
+    return in_cluster_client(os.environ, user_agent="podwire/agent")
 
 
 def _read(path: Path) -> str:
