@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 import pytest
-from etcdrig import fresh_etcd
+from etcdclusters import fresh_etcd
 
 from podwire.store.etcd import EtcdStore
 from podwire.store.memory import MemoryStore

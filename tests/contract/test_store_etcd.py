@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 import pytest
-from etcdrig import fresh_etcd, three_members
+from etcdclusters import fresh_etcd, three_members
 
 from podwire.client.etcd import EtcdClient
 from podwire.client.etcdmessages import Compare, EtcdUnavailable, Operation, TxnResponse

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from etcdrig import fresh_etcd
+from etcdclusters import fresh_etcd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
