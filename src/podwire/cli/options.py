@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from podwire.lab.spec import MAX_NODES, LabSpec, check_name, parse_port_range
-from podwire.model.errors import InvalidInput
+from podwire.model.errors import InvalidInput, Unsupported
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -57,6 +57,14 @@ def spec_options(default_name: str, *, nodes: int = 3) -> Callable[[F], F]:
                                   "[default: 10.96.0.0/12,fd00:10:96::/112]"),
                 click.option("--service-node-port-range", "node_ports", metavar="LOW-HIGH", default="30000-32767",
                              show_default=True, callback=_checked(parse_port_range), help="Where NodePorts come from."),
+                click.option("--subnet-manager", type=click.Choice(["kube", "etcd"]), default="kube", show_default=True,
+                             help="Where nodes have their subnets from: their Node's podCIDRs, or leases in an etcd "
+                                  "that runs in the lab, as flannel has them."),
+                click.option("--etcd-members", type=click.Choice(["1", "3", "5"]), default="1", show_default=True,
+                             help="How many members that etcd has."),
+                click.option("--backend", default="vxlan", show_default=True, metavar="NAME|JSON",
+                             help="How packets get from node to node: vxlan, host-gw, ipip, wireguard, or flannel's Backend "
+                                  "object, e.g. '{\"Type\":\"vxlan\",\"DirectRouting\":true}'."),
             )
         ):  # fmt: skip
             function = option(function)
@@ -65,12 +73,12 @@ def spec_options(default_name: str, *, nodes: int = 3) -> Callable[[F], F]:
     return decorate
 
 
-def make_spec(name: str, nodes: int, ip_family: str, service_cidrs: str, node_ports: tuple[int, int]) -> LabSpec:
+def make_spec(service_cidrs: str, etcd_members: str, **options: Any) -> LabSpec:
     """The options of `spec_options` as one value; what does not fit together is wrong usage."""
     cidrs = tuple(filter(None, (part.strip() for part in service_cidrs.split(","))))
     try:
-        return LabSpec(name, nodes, ip_family, cidrs, node_ports)
-    except InvalidInput as error:
+        return LabSpec(service_cidrs=cidrs, etcd_members=int(etcd_members), **options)
+    except (InvalidInput, Unsupported) as error:
         raise click.UsageError(str(error)) from error
 
 

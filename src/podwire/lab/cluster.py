@@ -6,18 +6,21 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from podwire import __version__
+from podwire.agent.subnets.registry import DEFAULT_PREFIX, DEFAULT_TTL, LeaseRegistry
 from podwire.apiserver.app import create_app
 from podwire.apiserver.config import ServerConfig
 from podwire.apiserver.server import ApiServer, Listener
 from podwire.client.api import ApiClient
 from podwire.client.errors import NotFound
+from podwire.client.etcd import EtcdClient
 from podwire.controllers.config import ClusterCidr, ControllersConfig
 from podwire.controllers.run import run_controllers
 from podwire.kernel.linux import LinuxKernel
@@ -26,6 +29,7 @@ from podwire.lab.boot import NETNS_DIR, RUNTIME_DIR
 from podwire.lab.control import add_routes
 from podwire.lab.credentials import Credentials
 from podwire.lab.errors import LabError
+from podwire.lab.etcdmember import EtcdMember, client_url, write_config
 from podwire.lab.fabric import Fabric
 from podwire.lab.injector import FaultInjector
 from podwire.lab.machine import LabEnvironment, LabNode
@@ -34,6 +38,7 @@ from podwire.lab.settling import await_settled
 from podwire.lab.spec import MAX_NODES, LabSpec
 from podwire.lab.state import LabDirectory, write_private
 from podwire.lab.topology import API_PORT, Topology, node_index
+from podwire.model.addr import IPAddress
 from podwire.model.kernelstate import NetState
 from podwire.model.objects import Node, Pod
 from podwire.model.resources import NODES
@@ -69,6 +74,7 @@ class LabCluster:
         self._closing = contextlib.AsyncExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
         self._nodes: dict[str, LabNode] = {}
+        self._etcd: dict[str, EtcdMember] = {}
         self._shim: ShimProcess | None = None
         self.client = self._connect("podwire/lab")
 
@@ -82,9 +88,12 @@ class LabCluster:
             self.fabric = Fabric(kernel, self.topology, Path(NETNS_DIR))
             self._closing.callback(self.fabric.close)
             await self.fabric.start()
-            self.faults = FaultInjector(self.fabric, self._nodes)
+            self.faults = FaultInjector(self.fabric, self._nodes, self._etcd)
         with _timed("API server", on_step):
             await self._start_api()
+        if self.spec.subnet_manager == "etcd":
+            with _timed("etcd", on_step):
+                await self._start_etcd()
         with _timed("controllers", on_step):
             self._closing.push_async_callback(self._cancel_tasks)
             self._spawn("controllers", self._controllers())
@@ -108,7 +117,7 @@ class LabCluster:
 
     def is_own_child(self, pid: int) -> bool:
         """Whether somebody here waits for the child `pid`."""
-        return self._shim is not None and pid == self._shim.pid
+        return (self._shim is not None and pid == self._shim.pid) or any(pid == member.pid for member in self._etcd.values())
 
     # --- API server and what speaks to it -------------------------------------------------------------------------
 
@@ -137,6 +146,18 @@ class LabCluster:
         port: int = outside.getsockname()[1]
         write_private(self._directory.kubeconfig, self._credentials.kubeconfig(f"podwire-{self.spec.name}", port))
 
+    async def _start_etcd(self) -> None:
+        places = [self.topology.etcd(index) for index in range(1, self.spec.etcd_members + 1)]
+        for place in places:
+            await self.fabric.add_machine(place)
+        await self.fabric.introduce(places)
+        for place in places:
+            member = EtcdMember(place, self.fabric.descriptor(place.name), Path(RUNTIME_DIR) / "etcd", places)
+            self._etcd[place.name] = member
+            self._closing.push_async_callback(member.stop)
+            member.start()
+        await write_config(list(self._etcd.values()), f"{DEFAULT_PREFIX}/config", self.spec.network_config)
+
     def _listen_inside(self) -> socket.socket:
         """An abstract Unix socket: it exists in the lab's own network namespace only, where no pod is."""
         sock = socket.socket(socket.AF_UNIX)
@@ -148,8 +169,9 @@ class LabCluster:
         return ApiClient("http://lab", unix_socket=_INSIDE, token=self._credentials.inside_token, user_agent=user_agent)
 
     async def _controllers(self) -> None:
+        prefixes = self.spec.pod_prefixes.values() if self.spec.subnet_manager == "kube" else ()
         config = ControllersConfig(
-            cluster_cidrs=tuple(ClusterCidr(net, 24 if net.version == 4 else 64) for net in self.spec.pod_prefixes.values()),
+            cluster_cidrs=tuple(ClusterCidr(net, 24 if net.version == 4 else 64) for net in prefixes),
             load_balancer_pools=tuple(self.spec.balancer_pools.values()),
             ca_certificate=self._credentials.ca_certificate,
         )
@@ -163,7 +185,8 @@ class LabCluster:
         self._shim = shim = start_shim(root / "shim")
         asyncio.get_running_loop().add_reader(shim.pidfd, self._shim_ended, shim)
         self._closing.callback(self._stop_shim, shim)
-        self._environment = LabEnvironment(self.spec, root, shim.socket_path, self._connect, self._credentials)
+        urls = tuple(client_url(member.place) for member in self._etcd.values())
+        self._environment = LabEnvironment(self.spec, root, shim.socket_path, self._connect, self._credentials, urls)
 
     def _stop_shim(self, shim: ShimProcess) -> None:
         asyncio.get_running_loop().remove_reader(shim.pidfd)
@@ -274,9 +297,18 @@ class LabCluster:
 
     async def leases(self) -> dict[str, Lease]:
         """Which node holds which subnets, as the other nodes are told."""
+        if self._etcd:
+            return await self._leases_in_etcd()
         listed = await self.client.list(NODES)
         found = [lease_of_node(msgspec.convert(item, Node)) for item in listed.items]
         return {lease.node: lease for lease in found if lease is not None}
+
+    async def _leases_in_etcd(self) -> dict[str, Lease]:
+        async with EtcdClient(self._environment.etcd_urls) as etcd:
+            snapshot = await LeaseRegistry(etcd, DEFAULT_PREFIX, DEFAULT_TTL, time.monotonic).list()
+        names = {address: node.name for node in self._nodes.values() for address in node.place.addresses.values()}
+        named = [(_owner(stored.lease, names), stored.lease) for stored in snapshot.leases]
+        return {name: replace(lease, node=name) for name, lease in named}
 
     async def settle(self, within: float) -> None:
         """Return when every node and the balancer have programmed what the API says now. Raises LabError."""
@@ -317,6 +349,12 @@ class LabCluster:
 def _listen(address: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family, backlog=512)
+
+
+def _owner(lease: Lease, names: Mapping[IPAddress, str]) -> str:
+    """The node that a lease in etcd is of, by its address; one of nobody here keeps its key's name."""
+    told = (lease.attrs.public_ip, lease.attrs.public_ipv6)
+    return next((names[address] for address in told if address is not None and address in names), lease.node)
 
 
 def _state(node: LabNode) -> str:

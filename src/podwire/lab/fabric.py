@@ -42,6 +42,11 @@ class Fabric:
         await self._apply(self.topology.plan_node(place))
         return place
 
+    async def add_machine(self, place: Place) -> None:
+        """Make a machine that is no node. Raises LabError."""
+        await self._make_namespace(place)
+        await self._apply(self.topology.plan_place(place))
+
     async def introduce(self, fresh: Iterable[Place]) -> None:
         """Let these places and all others know each other's MAC for good; see `Topology.plan_neighbours`. Raises LabError."""
         await self._apply(self.topology.plan_neighbours(tuple(fresh), tuple(self._places.values())))

@@ -1,6 +1,7 @@
 """Faults in a running lab: cutting and slowing cables, stopping machines, removing what agents have programmed; and healing."""
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -31,6 +32,11 @@ class Machine(Protocol):
     @property
     def place(self) -> Place: ...
 
+    @property
+    def loses_cable(self) -> bool:
+        """Whether it is the whole machine that stops; if not, only its process is killed."""
+        ...
+
     async def stop(self) -> None: ...
 
     def start(self) -> None: ...
@@ -39,7 +45,7 @@ class Machine(Protocol):
 class FaultInjector:
     """The faults that are in force. `machines`: by name, as they are at any time; they come and go."""
 
-    def __init__(self, fabric: Fabric, machines: Mapping[str, Machine]) -> None:
+    def __init__(self, fabric: Fabric, *machines: Mapping[str, Machine]) -> None:
         self._fabric, self._machines = fabric, machines
         self._active: list[Fault] = []
         self._busy = asyncio.Lock()
@@ -112,9 +118,11 @@ class FaultInjector:
         before, after = _stopped(self._active), _stopped(wanted)
         for name in sorted(after - before):
             await self._machine(name).stop()
-            await self._cable(everybody[name], up=False)
+            if self._machine(name).loses_cable:
+                await self._cable(everybody[name], up=False)
         for name in sorted(before - after):
-            await self._cable(everybody[name], up=True)
+            if self._machine(name).loses_cable:
+                await self._cable(everybody[name], up=True)
             self._machine(name).start()
 
     def _rules(self, place: Place, faults: list[Fault]) -> Batch:
@@ -134,10 +142,11 @@ class FaultInjector:
             await off_loop(lambda fd=descriptor, name=device: _set_delay(fd, name, after))  # type: ignore[misc]
 
     def _machine(self, name: str) -> Machine:
-        try:
-            return self._machines[name]
-        except KeyError:
-            raise LabError(f"{name} cannot be stopped or damaged: machines are {', '.join(self._machines)}") from None
+        for machines in self._machines:
+            if name in machines:
+                return machines[name]
+        known = ", ".join(itertools.chain.from_iterable(self._machines))
+        raise LabError(f"{name} cannot be stopped or damaged: machines are {known}")
 
 
 def _set_delay(fd: int, device: str, milliseconds: float) -> None:

@@ -13,11 +13,13 @@ from random import Random
 
 from podwire.agent.config import AgentConfig
 from podwire.agent.node import NodeAgent
+from podwire.agent.nodeoverlay import Overlay
 from podwire.client.api import ApiClient
 from podwire.client.backoff import Backoff
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import in_netns, open_netns
 from podwire.lab.credentials import Credentials
+from podwire.lab.nodeoverlay import node_overlay
 from podwire.lab.spec import LabSpec
 from podwire.lab.topology import FABRIC_MTU, Place
 from podwire.runtime.kubelet import PORT, KubeletServer
@@ -38,12 +40,15 @@ class LabEnvironment:
     shim_socket: Path
     connect: Callable[[str], ApiClient]
     credentials: Credentials = field(repr=False)
+    etcd_urls: tuple[str, ...] = ()
 
 
 class LabNode:
     """A machine that can be started, stopped as by `kill -9` of its agent, and removed.
 
     `netns` is its namespace (ours to use, not to close), `netns_path` where the pods' shim finds it."""
+
+    loses_cable = True
 
     def __init__(self, place: Place, netns: int, netns_path: str, env: LabEnvironment) -> None:
         self.place = place
@@ -133,10 +138,16 @@ class LabNode:
             kubelet = KubeletServer(runtime, self._env.credentials.kubelet_token)
             stack.push_async_callback(kubelet.stop)
             await kubelet.start(await in_netns(self._netns, self._listen), self._tls)
-            self._agent, self._runtime = NodeAgent(self._config(), kernel, client, runtime), runtime
+            overlay = self._overlay(client, stack)
+            self._agent, self._runtime = NodeAgent(self._config(), kernel, client, runtime, overlay=overlay), runtime
             stack.callback(self._forget)
             self._started.set()
             await self._agent.run()
+
+    def _overlay(self, client: ApiClient, stack: contextlib.AsyncExitStack) -> Overlay | None:
+        env = self._env
+        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return node_overlay(env.spec, self.place, self._netns, self._root, client, env.etcd_urls, stack)
 
     def _listen(self) -> socket.socket:
         """The kubelet API's socket, on the address by which the API server knows the node."""

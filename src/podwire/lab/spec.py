@@ -1,6 +1,7 @@
 """What a lab should be: the parameters of `podwire lab up` as one value, checked once and passed on as JSON."""
 
 import ipaddress
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -8,6 +9,7 @@ from typing import Any, Self
 
 from podwire.model.addr import Family, IPNetwork, family_of, parse_families
 from podwire.model.errors import InvalidInput
+from podwire.model.netconf import parse_net_config
 
 MAX_NODES = 245
 """So many fit the default ranges: 256 node prefixes in the pods' range, addresses 198.18.0.11 to 198.18.0.255."""
@@ -37,6 +39,11 @@ class LabSpec:
     ip_family: str = "dual"
     service_cidrs: tuple[str, ...] = ()
     node_ports: tuple[int, int] = (30000, 32767)
+    subnet_manager: str = "kube"
+    """Where nodes have their subnets from: "kube" (Node.spec.podCIDRs) or "etcd" (flannel's leases; no podCIDRs then)."""
+    backend: str = "vxlan"
+    """How packets get from node to node: a back end's name, or flannel's `Backend` as JSON."""
+    etcd_members: int = 1
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -47,6 +54,37 @@ class LabSpec:
             raise InvalidInput(f"node port range {low}-{high} cannot be used: write it as 30000-32767")
         parse_families(self.ip_family)
         self.service_prefixes  # noqa: B018  (raises InvalidInput where the prefixes do not fit)
+        if self.subnet_manager not in ("kube", "etcd"):
+            raise InvalidInput(f"subnet manager {self.subnet_manager!r} is not known: take kube or etcd")
+        if self.etcd_members not in (1, 3, 5):
+            raise InvalidInput(f"{self.etcd_members} etcd members cannot be had: take 1, 3 or 5")
+        config = parse_net_config(self.network_config, source="lab network", leased=self.subnet_manager == "etcd")
+        if config.backend.type in ("udp", "alloc"):
+            raise InvalidInput(
+                f"backend {config.backend.type} cannot be used in a lab: take vxlan, host-gw, ipip or wireguard "
+                "(udp runs with `podwire agent`, alloc leaves the routes to somebody else)"
+            )
+
+    @property
+    def own_overlay(self) -> bool:
+        """Whether the nodes need to be told of a subnet manager or a back end that is not an agent's default."""
+        return self.subnet_manager != "kube" or self.backend != "vxlan"
+
+    @property
+    def network_config(self) -> str:
+        """flannel's network configuration. Raises InvalidInput for a backend that is no JSON object and no name."""
+        text = self.backend.strip()
+        try:
+            backend = json.loads(text) if text.startswith("{") else {"Type": text}
+        except ValueError as error:
+            raise InvalidInput(f"backend {text} is neither a name nor a JSON object: {error}") from error
+        document: dict[str, Any] = {"Backend": backend, "EnableIPv4": False, "EnableIPv6": False}
+        for family, prefix in self.pod_prefixes.items():
+            if family is Family.IPV4:
+                document |= {"EnableIPv4": True, "Network": str(prefix), "SubnetLen": 24}
+            else:
+                document |= {"EnableIPv6": True, "IPv6Network": str(prefix), "IPv6SubnetLen": 64}
+        return json.dumps(document)
 
     @property
     def families(self) -> tuple[Family, ...]:
@@ -84,6 +122,9 @@ class LabSpec:
             ip_family=document["ip_family"],
             service_cidrs=tuple(document["service_cidrs"]),
             node_ports=(low, high),
+            subnet_manager=document["subnet_manager"],
+            backend=document["backend"],
+            etcd_members=document["etcd_members"],
         )
 
 

@@ -85,6 +85,11 @@ class Topology:
     def balancer(self) -> Place:
         return Place(BALANCER, {f: ipaddress.ip_address(_BALANCER[f]) for f in self.families})
 
+    def etcd(self, index: int) -> Place:
+        """The machine of an etcd member (from 1)."""
+        texts = {Family.IPV4: f"198.18.3.{index}", Family.IPV6: f"2001:db8:1::3:{index}"}
+        return Place(f"etcd-{index}", {f: ipaddress.ip_address(texts[f]) for f in self.families})
+
     def node(self, index: int) -> Place:
         return Place(node_name(index), {f: _node_address(f, index) for f in self.families})
 

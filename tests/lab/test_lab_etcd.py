@@ -1,0 +1,142 @@
+"""A lab whose nodes lease their subnets from a real etcd of three members: faults, and what must hold under them."""
+
+import base64
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from labcommand import PODWIRE, ROOT, Lab, Podwire, until
+
+from podwire.trace.overlaycheck import AGREED, KEPT, MAPPED, UNIQUE
+
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(shutil.which("etcd") is None, reason="etcd is not installed (Debian package etcd-server)"),
+]
+
+TALK = """
+import select, socket, sys, time
+sock = socket.create_connection((sys.argv[1], 8080), 3)
+sock.settimeout(3)
+sock.sendall(b"not http\\n")
+data = b""
+while data.count(b"\\n") < 2:
+    data += sock.recv(4096)
+print("connected", flush=True)
+rounds = 0
+while not select.select([sys.stdin], [], [], 0.01)[0]:
+    sock.sendall(b"ping\\n")
+    assert sock.recv(4096) == b"ping\\n"
+    rounds += 1
+print(rounds)
+"""
+"""Keep one connection to a pod talking until stdin has something."""
+
+
+@pytest.fixture(scope="module")
+def leased(podwire: Podwire) -> Iterator[Lab]:
+    options = ("--nodes", "2", "--subnet-manager", "etcd", "--etcd-members", "3", "--backend", "host-gw")
+    podwire.ok("lab", "up", "--name", "leased", *options)
+    lab = Lab(podwire, "leased", podwire.ok("lab", "kubeconfig", "leased", "--path").strip())
+    for index in (1, 2):
+        place = json.dumps({"spec": {"nodeName": f"node-{index}"}})
+        lab.kubectl("run", f"pod-{index}", "--image=web", "--port=8080", f"--overrides={place}")
+    lab.kubectl("wait", "--for=condition=Ready", "pod/pod-1", "pod/pod-2", "--timeout=20s")
+    yield lab
+    podwire.ok("lab", "down", "leased")
+
+
+def fault(lab: Lab, verb: str, *arguments: str) -> None:
+    lab.podwire.ok("lab", "fault", verb, "--name", lab.name, *arguments)
+
+
+def broken(lab: Lab) -> set[str]:
+    """The conditions that do not hold."""
+    done = lab.podwire("verify", "overlay", "--name", lab.name, "-o", "json")
+    return {finding["condition"] for finding in json.loads(done.out)["findings"] if not finding["ok"]}
+
+
+def leases(lab: Lab) -> dict[str, dict[str, str]]:
+    """Key → value of every lease in etcd, as etcd's own client says."""
+    arguments = ("--endpoints", "http://198.18.3.2:2379", "get", "--prefix", "/coreos.com/network/subnets", "-w", "json")
+    script = "import os, sys; os.environ['ETCDCTL_API'] = '3'; os.execvp('etcdctl', ['etcdctl', *sys.argv[1:]])"
+    found = json.loads(lab.exec("world", sys.executable, "-c", script, *arguments).out)["kvs"]
+    return {base64.b64decode(kv["key"]).decode(): json.loads(base64.b64decode(kv["value"])) for kv in found}
+
+
+def test_nodes_hold_leases_as_flannel_writes_them(leased: Lab) -> None:
+    until(lambda: broken(leased) == set())
+    held = leases(leased)
+    assert {value["PublicIP"]: value for value in held.values()} == {
+        f"198.18.0.{10 + index}": {
+            "PublicIP": f"198.18.0.{10 + index}",
+            "PublicIPv6": f"2001:db8:1::{10 + index}",
+            "BackendType": "host-gw",
+        }
+        for index in (1, 2)
+    }
+    assert json.loads(leased.kubectl("get", "node", "node-1", "-o", "json"))["spec"].get("podCIDR") is None
+    routes = leased.exec("node-1", "ip", "route").out if shutil.which("ip") else "via 198.18.0.12 dev eth0"
+    assert "via 198.18.0.12 dev eth0" in routes
+
+
+def test_faults_leave_pods_alone_and_nobody_gets_anothers_subnet(leased: Lab) -> None:
+    """A member killed, a node cut off from the others, agents killed, a node that joins: all at once."""
+    before = leases(leased)
+    target = leased.kubectl("get", "pod", "pod-2", "-o", "jsonpath={.status.podIP}")
+    command = ["lab", "exec", "--name", leased.name, "default/pod-1", "--", sys.executable, "-c", TALK, target]
+    talk = subprocess.Popen(
+        [*PODWIRE, *command],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=leased.podwire.environment, cwd=ROOT,
+    )  # fmt: skip
+    assert talk.stdin is not None
+    assert talk.stdout is not None
+    with talk:
+        assert talk.stdout.readline() == "connected\n"
+        try:
+            fault(leased, "stop", "etcd-1")
+            fault(leased, "partition", "node-1", "--from", "etcd-2", "--from", "etcd-3")
+            fault(leased, "kill", "node-2")
+            fault(leased, "remove", "node-1", "routes")
+            assert leased.podwire.ok("lab", "node", "add", "--name", leased.name) == "node-3\n"
+            assert broken(leased) & {UNIQUE, MAPPED, KEPT} == set()
+        finally:
+            fault(leased, "heal")
+        until(lambda: broken(leased) == set(), 20)
+        talk.stdin.write("enough\n")
+        talk.stdin.close()
+        assert int(talk.stdout.read()) > 10
+    assert talk.returncode == 0
+    after = leases(leased)
+    assert before.items() <= after.items()
+    assert len(after) == 3
+
+
+def test_a_node_that_leaves_is_forgotten_when_its_lease_is_gone(leased: Lab) -> None:
+    """The machine is gone for good; somebody removes its lease, as it would end by itself in a day."""
+    if "node-3" not in leased.kubectl("get", "nodes", "-o", "name"):
+        leased.podwire.ok("lab", "node", "add", "--name", leased.name)
+    key = next(key for key, value in leases(leased).items() if value["PublicIP"] == "198.18.0.13")
+    leased.podwire.ok("lab", "node", "rm", "--name", leased.name, "node-3")
+    script = "import os, sys; os.environ['ETCDCTL_API'] = '3'; os.execvp('etcdctl', ['etcdctl', *sys.argv[1:]])"
+    assert leased.exec("world", sys.executable, "-c", script, "--endpoints", "http://198.18.3.2:2379", "del", key).status == 0
+    until(lambda: broken(leased) == set())
+    assert AGREED not in broken(leased)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--backend", "udp", "--ip-family", "ipv4"), "backend udp cannot be used in a lab"),
+        (("--backend", "{nonsense"), "neither a name nor a JSON object"),
+        (("--backend", "carrier-pigeon"), "carrier-pigeon"),
+    ],
+)
+def test_what_a_lab_cannot_have_is_wrong_usage(podwire: Podwire, options: tuple[str, ...], words: str) -> None:
+    done = podwire("lab", "up", "--name", "never", *options)
+    assert done.status == 2
+    assert words in done.err
