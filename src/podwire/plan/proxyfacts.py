@@ -10,6 +10,7 @@ from podwire.model.objects import Node
 from podwire.model.proxyconfig import PRIMARY, ProxyConfig
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts
+from podwire.plan.ipvs import DEVICE
 
 ZONE_LABEL = "topology.kubernetes.io/zone"
 
@@ -39,7 +40,9 @@ def _loopback(config: ProxyConfig) -> bool:
 
 def _node_port_addresses(config: ProxyConfig, node: Node, state: NetState) -> tuple[IPAddress, ...]:
     primary = tuple(ipaddress.ip_address(text) for text in node.internal_ips)
-    own = sorted((a.interface.ip for a in state.addresses if not _unfit(a.interface.ip)), key=lambda ip: (ip.version, int(ip)))
+    # The addresses of virtual servers are Services', and not the node's own.
+    held = (a.interface.ip for a in state.addresses if a.dev != DEVICE)
+    own = sorted((ip for ip in held if not _unfit(ip)), key=lambda ip: (ip.version, int(ip)))
     if not config.node_port_addresses:
         # kube-proxy's iptables and ipvs listen on all addresses of the node, its nftables on the primary ones.
         return primary if config.proxy_mode is ProxyMode.NFTABLES else tuple(dict.fromkeys((*primary, *own)))
