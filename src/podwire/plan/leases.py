@@ -88,6 +88,7 @@ def subnet_key(subnets: Iterable[IPNetwork]) -> str:
     return f"{key}&{second.network_address}-{second.prefixlen}" if second else key
 
 
+@lru_cache(maxsize=16384)
 def parse_subnet_key(text: str) -> tuple[IPNetwork, ...]:
     """The subnets that a key's last part names; empty where it is none of flannel's."""
     match = _KEY.fullmatch(text)
