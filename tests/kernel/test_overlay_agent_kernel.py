@@ -14,8 +14,10 @@ from overlayrig import OverlayHost, carries, config_text, overlay_hosts, subnets
 
 from podwire.agent.overlayd.agent import OverlayAgent
 from podwire.agent.overlayd.rules import CHAIN, commands_in
+from podwire.kernel.features import Feature, probe_features
 from podwire.kernel.linux import LinuxKernel
 from podwire.model.addr import Family
+from podwire.model.errors import Unsupported
 from podwire.model.kernelstate import Link, Route, Tun, Vxlan
 from podwire.model.nft import Batch, DelTable, TableRef
 from podwire.model.ops import AddLink, CommitNft, DelLink, Op, SetRoute
@@ -184,6 +186,19 @@ async def test_a_packet_to_nobody_is_refused_by_the_udp_tunnel(tmp_path: Path) -
         (one, _), _ = await joined(stack, tmp_path, config_text({"Type": "udp"}, DUAL[:1]))
         with pytest.raises(OSError, match="Network is unreachable"):
             await asyncio.to_thread(tcp_call, one.pod, ipaddress.ip_address("10.5.255.9"))
+
+
+@pytest.mark.parametrize(("type_", "feature"), [("wireguard", Feature.WIREGUARD), ("ipip", Feature.IPIP)])
+async def test_what_the_kernel_lacks_is_named(tmp_path: Path, type_: str, feature: Feature) -> None:
+    """Where it does not lack it, the agent begins."""
+    config = config_text({"Type": type_}, DUAL[:1])
+    async with AsyncExitStack() as stack:
+        (host,) = await stack.enter_async_context(overlay_hosts(tmp_path, config, 1))
+        if feature in probe_features().present:
+            await stack.enter_async_context(host.running())
+            return
+        with pytest.raises(Unsupported, match=rf"^{feature} is not available on this machine: run `sudo modprobe {type_}`"):
+            await stack.enter_async_context(host.running())
 
 
 async def test_a_stranger_with_our_tunnels_name_is_replaced(tmp_path: Path) -> None:

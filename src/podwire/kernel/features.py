@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from podwire.kernel.netns import create_netns, run_in_netns
 from podwire.kernel.port import KernelError
 from podwire.kernel.rtnlsocket import RtnlSocket, netlink_socket
+from podwire.kernel.tun import TUN_DEVICE
 from podwire.model.errors import Unsupported
-from podwire.model.kernelstate import Bridge, Link, Shaper, Veth, Vxlan
+from podwire.model.kernelstate import Bridge, Ipip, Link, Shaper, Veth, Vxlan, Wireguard
 from podwire.wire import rtnl, rtnlread
 from podwire.wire.netlink import NETLINK_NETFILTER, NLM_F_ACK, NLM_F_REQUEST, Batch, message
 
@@ -27,6 +28,9 @@ class Feature(enum.StrEnum):
     BRIDGE = "bridge devices"
     VETH = "veth devices"
     VXLAN = "VXLAN devices"
+    IPIP = "IPIP devices"
+    WIREGUARD = "WireGuard devices"
+    TUN = "TUN devices"
     NFTABLES = "nftables"
     CONNTRACK = "conntrack over netlink"
     BRIDGE_NETFILTER = "netfilter on bridges (br_netfilter)"
@@ -39,6 +43,9 @@ _ADVICE = {
     Feature.BRIDGE: "run `sudo modprobe bridge`",
     Feature.VETH: "run `sudo modprobe veth`",
     Feature.VXLAN: "run `sudo modprobe vxlan`",
+    Feature.IPIP: "run `sudo modprobe ipip`",
+    Feature.WIREGUARD: "run `sudo modprobe wireguard`",
+    Feature.TUN: "run `sudo modprobe tun` and allow access to /dev/net/tun",
     Feature.NFTABLES: "run `sudo modprobe nf_tables nft_nat`",
     Feature.CONNTRACK: "run `sudo modprobe nf_conntrack_netlink`",
     Feature.SHAPING: "run `sudo modprobe sch_tbf`",
@@ -78,7 +85,12 @@ def _probe_links(fd: int) -> set[Feature]:
     found: set[Feature] = set()
     sock = RtnlSocket(fd)
     try:
-        for feature, link in ((Feature.BRIDGE, Link("b", Bridge())), (Feature.VETH, Link("v", Veth(peer="w")))):
+        for feature, link in (
+            (Feature.BRIDGE, Link("b", Bridge())),
+            (Feature.VETH, Link("v", Veth(peer="w"))),
+            (Feature.IPIP, Link("i", Ipip(ipaddress.IPv4Address("192.0.2.1")))),
+            (Feature.WIREGUARD, Link("g", Wireguard(1, ""))),
+        ):
             if not sock.execute([rtnl.new_link(link, indices={})]).errors:
                 found.add(feature)
         if Feature.BRIDGE in found:
@@ -99,6 +111,8 @@ def _probe_inside() -> set[Feature]:
     found: set[Feature] = set()
     if os.path.exists("/proc/sys/net/ipv6/conf/all"):
         found.add(Feature.IPV6)
+    if _tun_is_there():
+        found.add(Feature.TUN)
     if os.path.exists("/proc/sys/net/bridge/bridge-nf-call-iptables"):
         found.add(Feature.BRIDGE_NETFILTER)
     if _answers(_GET_GENERATION):
@@ -106,6 +120,15 @@ def _probe_inside() -> set[Feature]:
     if _answers(_GET_CONNTRACK_STATS):
         found.add(Feature.CONNTRACK)
     return found
+
+
+def _tun_is_there() -> bool:
+    """Opening it makes no device yet."""
+    try:
+        os.close(os.open(TUN_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _answers(type_: int) -> bool:

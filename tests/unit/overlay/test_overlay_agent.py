@@ -54,6 +54,9 @@ class MemoryHost:
         self.ended: Callable[[], None] = lambda: None
         self.refuse = 0
 
+    def require(self, backend: str) -> None:
+        """It has everything."""
+
     def default_device(self, family: Family) -> str:
         return "eth0"
 

@@ -105,6 +105,7 @@ class OverlayAgent:
         config = await self._subnets.network_config()
         for warning in config.warnings:
             log.warning("%s", warning)
+        self._host.require(config.backend.type)
         self._underlay = underlay = self._choose(config, await self._kernel.observe())
         log.info("interface %s with %s", underlay.device, ", ".join(str(i) for i in underlay.interfaces))
         self._backend = backend = self._make_backend(config, underlay)

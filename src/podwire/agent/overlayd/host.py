@@ -8,6 +8,7 @@ from typing import Protocol
 
 from podwire.agent.overlayd.udpproxy import UdpProxy
 from podwire.kernel.commands import Outcome, run_command
+from podwire.kernel.features import Feature, probe_features
 from podwire.kernel.netns import run_in_netns
 from podwire.kernel.routes import default_device, source_towards
 from podwire.model.addr import Family, IPAddress
@@ -21,7 +22,19 @@ class Tunnel(Protocol):
     async def close(self) -> None: ...
 
 
+_NEEDS = {
+    "vxlan": Feature.VXLAN,
+    "ipip": Feature.IPIP,
+    "wireguard": Feature.WIREGUARD,
+    "udp": Feature.TUN,
+}
+
+
 class Host(Protocol):
+    def require(self, backend: str) -> None:
+        """Raise Unsupported, with advice, where the kernel lacks what the back end of that type needs. May block a little."""
+        ...
+
     def default_device(self, family: Family) -> str: ...
 
     def source_towards(self, destination: IPAddress) -> IPAddress | None: ...
@@ -42,6 +55,10 @@ class LinuxHost:
 
     def __init__(self, netns_fd: int) -> None:
         self._netns_fd = netns_fd
+
+    def require(self, backend: str) -> None:
+        if backend in _NEEDS:
+            probe_features().require(_NEEDS[backend])
 
     def default_device(self, family: Family) -> str:
         return default_device(self._netns_fd, family)
