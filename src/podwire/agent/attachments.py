@@ -51,7 +51,6 @@ from podwire.model.cni import (
 )
 from podwire.model.errors import PodwireError
 from podwire.model.kernelstate import NetState
-from podwire.model.meta import Json
 from podwire.model.objects import Pod
 from podwire.plan.ipam import AddressesExhausted
 from podwire.plan.node import NodeNetwork
@@ -226,20 +225,6 @@ class Attachments:
         for uid in tuple(self._unwritten):
             await self._release(uid)
         return gone
-
-    def report(self) -> list[Json]:
-        """All reservations of the node, the oldest first, and attachments without addresses, for people."""
-        held = sorted(self._env.reservations.all(), key=lambda r: (r.since, r.address.version, int(r.address)))
-        return [
-            {
-                "address": str(r.address),
-                "holder": f"{r.namespace}/{r.name}",
-                "since": r.since,
-                "uid": r.uid,
-                **_container(self._records.get(r.uid)),
-            }
-            for r in held
-        ]
 
     async def run(self) -> None:
         """Look for forgotten DELs and dead containers, now and from time to time, until cancelled."""
@@ -433,13 +418,6 @@ class Attachments:
         if lock is None:
             lock = self._locks[uid] = asyncio.Lock()
         return lock
-
-
-def _container(record: AttachmentRecord | None) -> Json:
-    if record is None:
-        return {}
-    ports = [f"{outside}->{inside}/{protocol}" for outside, inside, protocol, _ in record.ports]
-    return {"container": record.container, "interface": record.ifname, "network": record.network, "ports": ports}
 
 
 def _refused(error: Exception) -> CniError:

@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_SOCKET = Path("/run/podwire/cni.sock")
 
-LIST, COLLECT = "PODWIRE-LIST", "PODWIRE-COLLECT"
-"""Our own verbs, of `podwire ipam`: what is reserved; free what belongs to containers that are no more."""
+COLLECT = "PODWIRE-COLLECT"
+"""A verb of our own, for `podwire ipam gc`: free what belongs to containers that are no more."""
 
 SPOOL_IT = 9
 """The exit status that tells the plugin to keep its DEL: the node's network is not up yet."""
@@ -149,8 +149,6 @@ class CniServer:
         return None
 
     async def _own_verb(self, verb: str) -> Json | None:
-        if verb == LIST:
-            return {"reservations": self._attachments.report()}
         if verb == COLLECT:
             await self._attachments.work_off()
             return {"freed": await self._attachments.sweep()}

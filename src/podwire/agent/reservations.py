@@ -164,6 +164,20 @@ class Reservations:
         mine = self.of(uid)
         return tuple(ip for prefix in prefixes for ip in mine if ip in prefix)
 
+    async def take_over(self, owner: Owner, addresses: Collection[IPAddress], now: datetime, record: bytes) -> None:
+        """Write down what another plugin has given to the owner. Raises AddressTaken where someone else has it here."""
+        for address in addresses:
+            holder = self._by_address.get(address)
+            if holder is not None and holder.uid != owner.uid:
+                raise AddressTaken(f"address {address} is held by {holder.namespace}/{holder.name} since {holder.since}")
+        fresh = [Reservation(address, *owner, now.isoformat()) for address in addresses if address not in self._by_address]
+        statements: list[_Statement] = [("INSERT OR REPLACE INTO attachment VALUES (?, ?)", (owner.uid, record))]
+        insert = "INSERT INTO reservation VALUES (?, ?, ?, ?, ?)"
+        statements += [(insert, (str(r.address), r.uid, r.namespace, r.name, r.since)) for r in fresh]
+        await self._write(statements)
+        self._by_address |= {r.address: r for r in fresh}
+        self._records[owner.uid] = record
+
     async def release(self, uid: str) -> None:
         """Give up the pod's addresses. Call it when no link has them any more. Unknown uid: nothing."""
         held = self.of(uid)

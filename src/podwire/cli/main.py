@@ -6,6 +6,8 @@ import click
 
 from podwire import __version__
 from podwire.cli.agent import agent
+from podwire.cli.cni import cni
+from podwire.cli.ipam import ipam
 from podwire.cli.lab import lab
 from podwire.cli.node import join, leave
 from podwire.cli.paths import demo, paths
@@ -52,6 +54,8 @@ main.add_command(server)
 main.add_command(token)
 main.add_command(join)
 main.add_command(leave)
+main.add_command(cni)
+main.add_command(ipam)
 
 if __name__ == "__main__":
     main()
