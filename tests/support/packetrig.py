@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 from service_cases import LOOPBACK, SOURCES, Expectation, to_ipv6
 
@@ -125,6 +126,7 @@ class PacketRig:
 
     def __init__(self, kernel: LinuxKernel, fds: dict[str, int], patience_s: float) -> None:
         self.kernel, self.fds, self._patience_s = kernel, fds, patience_s
+        self._ports = count(20_000)
         self._captures = [run_in_netns(fds[place], _packet_socket) for place in PLACES]
 
     @property
@@ -143,8 +145,9 @@ class PacketRig:
             listeners = [self._listen(stack, kind, a, p) for a, p in expected.reaches if a in mine]
             sock = stack.enter_context(run_in_netns(self.fds[place], lambda: socket.socket(_domain(family), kind)))
             sock.setblocking(False)
-            if place != "node" or packet.src.is_loopback:
-                sock.bind((str(packet.src), 0))
+            # Never a port that was used before: its connection may still be tracked, and would go where it went then.
+            bound = place != "node" or packet.src.is_loopback
+            sock.bind((str(packet.src) if bound else "", next(self._ports)))
             for capture in self._captures:
                 _drain(capture)
             error = sock.connect_ex((str(packet.dst), packet.dport))

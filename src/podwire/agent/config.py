@@ -6,6 +6,7 @@ from pathlib import Path
 
 from podwire import __version__
 from podwire.model.addr import IPAddress, IPNetwork
+from podwire.model.proxymode import ProxyMode
 from podwire.plan.overlay import DEFAULT_PORT, DEFAULT_VNI
 
 
@@ -19,6 +20,7 @@ class AgentConfig:
     routed_pods: route between the node's pods even where the kernel could bridge (see `plan.node.bridge_switches`).
     cni_socket: where container engines are served, through the CNI plugin (cniserver.DEFAULT_SOCKET); None: they are not.
     mirror: show engines' containers as Pods in the API; not where a kubelet runs them, whose Pods they are.
+    proxy_mode: what serves Services; another than nftables needs `NodeAgent`'s `modes`.
     service_route: see `plan.node.NodeNetwork`; wanted where the node has no default route.
     """
 
@@ -33,6 +35,7 @@ class AgentConfig:
     vxlan_port: int = DEFAULT_PORT
     service_route: bool = False
     routed_pods: bool = False
+    proxy_mode: ProxyMode = ProxyMode.NFTABLES
     cni_socket: Path | None = None
     mirror: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)

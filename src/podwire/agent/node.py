@@ -28,6 +28,7 @@ from podwire.agent.pods import Pods
 from podwire.agent.podworker import PodEnvironment
 from podwire.agent.ports import PodRuntime
 from podwire.agent.presence import Presence
+from podwire.agent.proxymodes.modes import ProxyModes
 from podwire.agent.registration import NodeState, read_machine
 from podwire.agent.repair import Repair
 from podwire.agent.reservations import Reservations
@@ -39,10 +40,11 @@ from podwire.client.backoff import Backoff
 from podwire.client.events import EventRecorder
 from podwire.client.informer import Change, Informer
 from podwire.kernel.port import Kernel
-from podwire.model.errors import PodwireError
+from podwire.model.errors import PodwireError, Unsupported
 from podwire.model.ids import ObjectKey
 from podwire.model.netconf import NetConfig, VxlanBackend
 from podwire.model.objects import EndpointSlice, Node, Pod, Service
+from podwire.model.proxymode import ProxyMode
 from podwire.model.resources import ENDPOINTSLICES, NODES, PODS, SERVICES, Resource
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.node import NodeNetwork, bridge_switches, plan_base
@@ -72,8 +74,10 @@ class NodeAgent:
         *,
         rng: Random | None = None,
         overlay: Overlay | None = None,
+        modes: ProxyModes | None = None,
     ) -> None:
         self.config = config
+        self._modes, self._mode = modes, config.proxy_mode
         self._overlay = overlay
         self._kernel, self._client, self._runtime = kernel, client, runtime
         self._clock, self._rng = clock, rng or Random()
@@ -81,6 +85,19 @@ class NodeAgent:
         self._ready = asyncio.Event()
         self._presence = Presence(config, client, read_machine(), clock, self._rng, annotate=overlay is None)
         self._begin()
+
+    async def set_proxy_mode(self, mode: ProxyMode) -> None:
+        """Have Services served by another back end; see `ServiceSync.switch`. Raises KernelError or Unsupported."""
+        if self._modes is None or self._sync is None:
+            raise Unsupported(f"the proxy mode {mode}", "wait until the node is ready")
+        await self._sync.switch(self._modes.make(mode))
+        self._mode = mode
+
+    def _new_sync(self) -> ServiceSync:
+        sources = (self._services, self._slices, self._health, self._rng)
+        if self._modes is None:
+            return ServiceSync(self._kernel, *sources)
+        return ServiceSync(self._kernel, *sources, self._modes.make(self._mode), self._modes.clean_up)
 
     def _begin(self) -> None:
         """All that depends on the node's subnets, or on being told everything from the start."""
@@ -144,7 +161,7 @@ class NodeAgent:
 
     async def _run(self, reservations: Reservations) -> None:
         events = EventRecorder(self._client, "podwire", host=self.config.node_name, now=self._clock)
-        sync = ServiceSync(self._kernel, self._services, self._slices, self._health, self._rng)
+        sync = self._new_sync()
         network: asyncio.Future[NodeNetwork] = asyncio.get_running_loop().create_future()
         overlay = self._make_overlay()
         reservations.withheld = overlay.withheld

@@ -104,12 +104,13 @@ class IpvsRules:
             async with self._lock:
                 await self._drain()
 
-    async def remove(self) -> None:
-        """Returns once the last connection through IPVS has ended: until then its virtual servers must stay."""
+    async def remove(self, *, at_once: bool = False) -> None:
+        """Returns once the last connection through IPVS has ended: until then its virtual servers must stay. `at_once` cuts
+        them."""
         await remove_tables(self._kernel, TABLE)
         async with self._lock:
             self._planner = IpvsPlanner(NodeFacts("", ()))  # from now on nothing is wanted
-            await self._execute(plan.retire({}, self._held))
+            await self._execute(plan.retire({}, self._held, {} if at_once else None))
         while True:
             async with self._lock:
                 await self._drain()
@@ -145,8 +146,15 @@ class IpvsRules:
     async def _prepare(self) -> int:
         """The module, its switches and the device. Returns how much of that was missing."""
         await self._opened()
-        ops: list[Op] = [SetSysctl(key, value) for key, value in self._switches.items()]
+        switched = await self._kernel.apply(tuple(SetSysctl(key, value) for key, value in self._switches.items()))
+        if switched.failures:
+            # The kernel shows them to nobody in a user namespace, and without them IPVS cannot masquerade.
+            raise Unsupported(
+                f"IPVS with its switches ({switched.failures[0].message})",
+                "run as the machine's own root, or use --proxy-mode nftables",
+            )
         state = await self._kernel.observe()
+        ops: list[Op] = []
         if DEVICE not in state.links:
             ops.append(AddLink(Link(DEVICE, Dummy(), alias=f"{OWNER_ALIAS}:ipvs")))
         await self._apply(ops)

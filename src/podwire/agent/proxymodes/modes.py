@@ -58,13 +58,14 @@ class ProxyModes:
         return make
 
     async def clean_up(self, used: ServiceRules | None = None) -> tuple[str, ...]:
-        """Take what other back ends than `used` have left out of the kernel; None: everything of all. Tracked connections go
-        on. Returns what was found, in words. Raises KernelError where something stays."""
+        """Take what other back ends than `used` have left out of the kernel; None: everything of all, at once. Tracked
+        connections go on; those of IPVS are waited for with `used`, and else cut. Returns what was found, in words. Raises
+        KernelError where something stays."""
         found = []
         if not isinstance(used, nft.NftRules) and await nft.remove_tables(self.kernel, TABLE):
             found.append("nftables")
         if not isinstance(used, ipvs.IpvsRules) and (left := await ipvs.left_behind(self.kernel, self.netns_fd)):
-            await left.remove()
+            await left.remove(at_once=used is None)
             found.append("ipvs")
         keep = used.flavour if isinstance(used, iptables.IptablesRules) else None
         for flavour in Flavour:
