@@ -5,6 +5,7 @@ import ipaddress
 import json
 import shutil
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from podwire.kernel.features import Feature, probe_features
 from podwire.kernel.linux import LinuxKernel
 from podwire.model.addr import Family
 from podwire.model.errors import Unsupported
-from podwire.model.kernelstate import Link, Route, Tun, Vxlan
+from podwire.model.kernelstate import Address, Device, Link, Route, Tun, Vxlan
 from podwire.model.nft import Batch, DelTable, TableRef
-from podwire.model.ops import AddLink, CommitNft, DelLink, Op, SetRoute
+from podwire.model.ops import AddAddress, AddLink, ChangeLink, CommitNft, DelLink, Op, SetRoute
 from podwire.plan.ipmasq import TABLE
 from podwire.testing.fakeetcd import FakeEtcdClient
 
@@ -211,3 +212,23 @@ async def test_a_stranger_with_our_tunnels_name_is_replaced(tmp_path: Path) -> N
         assert not (await stranger.apply(made)).ok  # EEXIST, and not attached to the one that is there
         async with host.running():
             assert isinstance((await stranger.observe()).links["flannel.1"].kind, Vxlan)
+
+
+async def test_the_underlay_goes_and_comes_back(tmp_path: Path) -> None:
+    """A restart of the host's network service: the interface is down for a while, and with it what hung on it is gone."""
+    async with AsyncExitStack() as stack:
+        (one, two), (agent, _) = await joined(stack, tmp_path, config_text({"Type": "host-gw"}, DUAL))
+        stranger = await stranger_on(stack, one)
+        uplink = Link("eth0", Device())
+        assert (await stranger.apply((ChangeLink(replace(uplink, up=False)),))).ok
+        await until(partial(_ways, stranger, 0))
+        address = Address("eth0", ipaddress.ip_interface("2001:db8::1/64"))  # the kernel dropped it
+        assert (await stranger.apply((ChangeLink(uplink), AddAddress(address)))).ok
+        await until(partial(_ways, stranger, 2))
+        await until(lambda: not agent.status().degraded)
+        for family in DUAL:
+            await carries(one, two, family)
+
+
+async def _ways(kernel: LinuxKernel, count: int) -> bool:
+    return len((await kernel.observe()).routes) == count
