@@ -70,7 +70,12 @@ class CniServer:
         loop = asyncio.get_running_loop()
         try:
             while self._listener is not None:
-                connection, _ = await loop.sock_accept(self._listener)
+                # Not loop.sock_accept: cancelled at the wrong moment, it loses a connection.
+                await _readable(self._listener)
+                try:
+                    connection, _ = self._listener.accept()
+                except (BlockingIOError, ConnectionAbortedError):
+                    continue
                 task = loop.create_task(self._serve(connection))
                 self._serving.add(task)
                 task.add_done_callback(self._serving.discard)
