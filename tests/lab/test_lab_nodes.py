@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from labcommand import PODWIRE, ROOT, SHOP, Done, Lab, Podwire, until
+
+from podwire.kernel.iptables import Flavour, find_programs
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
 
@@ -72,32 +75,62 @@ def devices(lab: Lab, node: str) -> str:
     return python(lab, node, "import socket; print(socket.if_nameindex())").out
 
 
-def test_agents_are_killed_and_started_again_under_traffic(own_lab: Lab) -> None:
-    """No connection is lost, no device is re-made, no pod notices."""
-    pods_before, devices_before = pods(own_lab), devices(own_lab, "node-1")
-    addresses = ["198.18.0.11:30080", "2001:db8:1::11:30080", "198.18.0.12:30080", "203.0.113.1:80", "2001:db8:2::1:80"]
-    command = ["lab", "exec", "--name", own_lab.name, "world", "--", sys.executable, "-c", CONNECTIONS, *addresses]
+ADDRESSES = ["198.18.0.11:30080", "2001:db8:1::11:30080", "198.18.0.12:30080", "203.0.113.1:80", "2001:db8:2::1:80"]
+
+
+@contextmanager
+def talking(lab: Lab) -> Iterator[None]:
+    """Connections from outside to `ADDRESSES`, of which none may break or stall while the block runs."""
+    command = ["lab", "exec", "--name", lab.name, "world", "--", sys.executable, "-c", CONNECTIONS, *ADDRESSES]
     traffic = subprocess.Popen(
         [*PODWIRE, *command],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own_lab.podwire.environment, cwd=ROOT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=lab.podwire.environment, cwd=ROOT,
     )  # fmt: skip
     assert traffic.stdin is not None
     assert traffic.stdout is not None
     with traffic:
         assert traffic.stdout.readline() == "connected\n"
-        for node in ("node-1", "node-2"):
-            out = own_lab.podwire.ok("lab", "node", "restart", "--name", own_lab.name, node)
-            assert out == f"the agent of {node} runs again\n"
-            answered = python(own_lab, "world", HTTP, "198.18.0.11:30080", "198.18.0.12:30080", "203.0.113.1:80")
-            assert len(answered.out.split()) == 3, "new connections work as well"
+        yield
         traffic.stdin.write("enough\n")
         traffic.stdin.close()
         result = json.loads(traffic.stdout.read())
     assert traffic.returncode == 0
     assert result["rounds"] > 10
     assert result["longest"] < 1.0
+
+
+def new_connections_work(lab: Lab) -> None:
+    answered = python(lab, "world", HTTP, "198.18.0.11:30080", "198.18.0.12:30080", "203.0.113.1:80")
+    assert len(answered.out.split()) == 3, answered.err
+
+
+def test_agents_are_killed_and_started_again_under_traffic(own_lab: Lab) -> None:
+    """No connection is lost, no device is re-made, no pod notices."""
+    pods_before, devices_before = pods(own_lab), devices(own_lab, "node-1")
+    with talking(own_lab):
+        for node in ("node-1", "node-2"):
+            out = own_lab.podwire.ok("lab", "node", "restart", "--name", own_lab.name, node)
+            assert out == f"the agent of {node} runs again\n"
+            new_connections_work(own_lab)
     assert pods(own_lab) == pods_before
     assert devices(own_lab, "node-1") == devices_before
+
+
+@pytest.mark.skipif(find_programs(Flavour.NFT) is None, reason="the package iptables is not installed")
+def test_the_proxy_mode_changes_under_traffic(own_lab: Lab) -> None:
+    """No connection is lost, new ones work all the time, and a restarted agent stays with the mode."""
+
+    def rules(node: str) -> str:
+        return own_lab.podwire.ok("lab", "exec", "--name", own_lab.name, node, "--", "nft", "list", "ruleset")
+
+    with talking(own_lab):
+        for mode, ours, other in (("iptables", "PODWIRE-SVC", "table ip podwire"), ("nftables", "table ip podwire", "PODWIRE")):
+            own_lab.podwire.ok("lab", "node", "proxy-mode", "--name", own_lab.name, mode)
+            new_connections_work(own_lab)
+            until(lambda gone=other: gone not in rules("node-1"), 20)  # type: ignore[misc]
+            own_lab.podwire.ok("lab", "node", "restart", "--name", own_lab.name, "node-1")
+            assert ours in rules("node-1")
+            new_connections_work(own_lab)
 
 
 def test_a_restarted_agent_still_does_its_work(own_lab: Lab) -> None:

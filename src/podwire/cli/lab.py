@@ -12,7 +12,7 @@ from podwire.cli.connect import ask_lab, lab_directory, with_client
 from podwire.cli.fault import fault
 from podwire.cli.options import files_option, lab_option, make_spec, name_argument, spec_options
 from podwire.cli.progress import Progress
-from podwire.lab.spec import MAX_NODES
+from podwire.lab.spec import LAB_MODES, MAX_NODES
 
 if TYPE_CHECKING:
     from podwire.client.api import ApiClient
@@ -250,6 +250,20 @@ def restart_node(lab_name: str, node: str) -> None:
     """Kill a node's agent and start it again; its pods and their traffic go on."""
     _control(lab_name, "POST", f"/lab/v1/nodes/{node}/restart")
     click.echo(f"the agent of {node} runs again")
+
+
+@node.command("proxy-mode")
+@lab_option
+@click.argument("mode", type=click.Choice(LAB_MODES))
+@click.argument("nodes", nargs=-1, metavar="[NODE…]")
+def proxy_mode(lab_name: str, mode: str, nodes: tuple[str, ...]) -> None:
+    """Change what serves Services, on the nodes named or on all. Connections go on; nothing of the old mode stays.
+
+    Example: podwire lab node proxy-mode iptables node-1
+    """
+    for name in nodes or [n["name"] for n in _control(lab_name, "GET", "/lab/v1/status")["nodes"]]:
+        _control(lab_name, "POST", f"/lab/v1/nodes/{name}/proxy-mode?mode={mode}")
+        click.echo(f"{name} serves Services by {mode}")
 
 
 def _control(lab_name: str, method: str, path: str) -> Any:

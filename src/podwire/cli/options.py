@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from podwire.lab.spec import MAX_NODES, LabSpec, check_name, parse_port_range
+from podwire.lab.spec import LAB_MODES, MAX_NODES, LabSpec, check_name, parse_port_range
 from podwire.model.errors import InvalidInput, Unsupported
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,6 +57,8 @@ def spec_options(default_name: str, *, nodes: int = 3) -> Callable[[F], F]:
                                   "[default: 10.96.0.0/12,fd00:10:96::/112]"),
                 click.option("--service-node-port-range", "node_ports", metavar="LOW-HIGH", default="30000-32767",
                              show_default=True, callback=_checked(parse_port_range), help="Where NodePorts come from."),
+                click.option("--proxy-mode", type=click.Choice(LAB_MODES), default="nftables", show_default=True,
+                             help="What serves Services on the nodes; see also `podwire lab node proxy-mode`."),
                 click.option("--subnet-manager", type=click.Choice(["kube", "etcd"]), default="kube", show_default=True,
                              help="Where nodes have their subnets from: their Node's podCIDRs, or leases in an etcd "
                                   "that runs in the lab, as flannel has them."),

@@ -24,6 +24,7 @@ from podwire.client.etcd import EtcdClient
 from podwire.controllers.config import ClusterCidr, ControllersConfig
 from podwire.controllers.run import run_controllers
 from podwire.kernel.linux import LinuxKernel
+from podwire.kernel.port import KernelError
 from podwire.lab.balancer import Balancer
 from podwire.lab.boot import NETNS_DIR, RUNTIME_DIR
 from podwire.lab.control import add_routes
@@ -39,8 +40,10 @@ from podwire.lab.spec import MAX_NODES, LabSpec
 from podwire.lab.state import LabDirectory, write_private
 from podwire.lab.topology import API_PORT, Topology, node_index
 from podwire.model.addr import IPAddress
+from podwire.model.errors import Unsupported
 from podwire.model.kernelstate import NetState
 from podwire.model.objects import Node, Pod
+from podwire.model.proxymode import ProxyMode
 from podwire.model.resources import NODES
 from podwire.plan.leases import Lease, lease_of_node
 from podwire.runtime.shimclient import ShimProcess, start_shim
@@ -259,6 +262,14 @@ class LabCluster:
                     await node.ready()
             except TimeoutError:
                 raise LabError(f"the agent of {name} is not ready after {_NODES_TIMEOUT:g} s; see `podwire lab logs`") from None
+
+    async def set_proxy_mode(self, name: str, mode: ProxyMode) -> None:
+        """Have a node's Services served by another back end; connections stay. Raises LabError."""
+        async with self._changing:
+            try:
+                await self._node(name).set_proxy_mode(mode)
+            except (KernelError, Unsupported) as error:
+                raise LabError(f"{name} keeps its proxy mode: {error}") from error
 
     def _node(self, name: str) -> LabNode:
         try:

@@ -4,6 +4,7 @@
 * POST   /lab/v1/nodes                 add a node → {"name"}, when it is ready
 * DELETE /lab/v1/nodes/{node}          remove one
 * POST   /lab/v1/nodes/{node}/restart  kill its agent and start another
+* POST   /lab/v1/nodes/{node}/proxy-mode?mode=  serve its Services by another back end
 * GET    /lab/v1/faults               those in force (`podwire.lab.faults.Fault`, as "text" in words)
 * POST   /lab/v1/faults               put one in force
 * DELETE /lab/v1/faults?place=        heal those that concern these places, or all → {"healed"}
@@ -26,7 +27,9 @@ from podwire.lab.errors import LabError
 from podwire.lab.faults import Fault
 from podwire.lab.paths import probe_paths
 from podwire.lab.report import document
+from podwire.lab.spec import LAB_MODES
 from podwire.model.errors import InvalidInput, Unsupported
+from podwire.model.proxymode import ProxyMode
 
 if TYPE_CHECKING:
     from podwire.lab.cluster import LabCluster
@@ -39,6 +42,7 @@ def add_routes(app: web.Application, cluster: "LabCluster") -> None:
     app.router.add_post("/lab/v1/nodes", control.add_node)
     app.router.add_delete("/lab/v1/nodes/{node}", control.remove_node)
     app.router.add_post("/lab/v1/nodes/{node}/restart", control.restart_node)
+    app.router.add_post("/lab/v1/nodes/{node}/proxy-mode", control.proxy_mode)
     app.router.add_delete("/lab/v1/nodes/{node}/{what}", control.damage)
     app.router.add_get("/lab/v1/faults", control.faults)
     app.router.add_post("/lab/v1/faults", control.add_fault)
@@ -71,6 +75,13 @@ class _Control:
 
     async def restart_node(self, request: web.Request) -> web.Response:
         await self._to_the_end(self._cluster.restart_node(request.match_info["node"]))
+        return _json({})
+
+    async def proxy_mode(self, request: web.Request) -> web.Response:
+        wanted = request.query.get("mode", "")
+        if wanted not in LAB_MODES:
+            raise InvalidInput(f"proxy mode {wanted!r} cannot be used in a lab: take {' or '.join(LAB_MODES)}")
+        await self._to_the_end(self._cluster.set_proxy_mode(request.match_info["node"], ProxyMode(wanted)))
         return _json({})
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:

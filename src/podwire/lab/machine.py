@@ -14,6 +14,7 @@ from random import Random
 from podwire.agent.config import AgentConfig
 from podwire.agent.node import NodeAgent
 from podwire.agent.nodeoverlay import Overlay
+from podwire.agent.proxymodes.modes import ProxyModes
 from podwire.client.api import ApiClient
 from podwire.client.backoff import Backoff
 from podwire.kernel.linux import LinuxKernel
@@ -22,6 +23,7 @@ from podwire.lab.credentials import Credentials
 from podwire.lab.nodeoverlay import node_overlay
 from podwire.lab.spec import LabSpec
 from podwire.lab.topology import FABRIC_MTU, Place
+from podwire.model.proxymode import ProxyMode
 from podwire.runtime.kubelet import PORT, KubeletServer
 from podwire.runtime.pods import NodeRuntime
 
@@ -57,6 +59,7 @@ class LabNode:
         self._tls = env.credentials.node_context(place)
         self._agent: NodeAgent | None = None
         self._runtime: NodeRuntime | None = None
+        self._mode = ProxyMode(env.spec.proxy_mode)
         self._task: asyncio.Task[None] | None = None
         self._started = asyncio.Event()
 
@@ -91,6 +94,12 @@ class LabNode:
                 continue
             await agent.ready()
             return
+
+    async def set_proxy_mode(self, mode: ProxyMode) -> None:
+        """Serve Services by another back end, from now on and in later lives of the agent. Raises KernelError, Unsupported."""
+        if self._agent is not None:
+            await self._agent.set_proxy_mode(mode)
+        self._mode = mode
 
     async def remove_pods(self) -> None:
         """End every pod's processes and delete the node's files, once the node is stopped."""
@@ -139,7 +148,9 @@ class LabNode:
             stack.push_async_callback(kubelet.stop)
             await kubelet.start(await in_netns(self._netns, self._listen), self._tls)
             overlay = self._overlay(client, stack)
-            self._agent, self._runtime = NodeAgent(self._config(), kernel, client, runtime, overlay=overlay), runtime
+            modes = ProxyModes(kernel, self._netns)
+            self._runtime = runtime
+            self._agent = NodeAgent(self._config(), kernel, client, runtime, overlay=overlay, modes=modes)
             stack.callback(self._forget)
             self._started.set()
             await self._agent.run()
@@ -171,4 +182,5 @@ class LabNode:
             service_cidrs=tuple(spec.service_prefixes.values()),
             state_dir=self._root / "agent",
             underlay_mtu=FABRIC_MTU,
+            proxy_mode=self._mode,
         )

@@ -14,6 +14,8 @@ from podwire.model.netconf import parse_net_config
 MAX_NODES = 245
 """So many fit the default ranges: 256 node prefixes in the pods' range, addresses 198.18.0.11 to 198.18.0.255."""
 
+LAB_MODES = ("nftables", "iptables")
+
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?")
 _SERVICE_CIDRS = {Family.IPV4: "10.96.0.0/12", Family.IPV6: "fd00:10:96::/112"}
 _POD_CIDRS = {Family.IPV4: "10.244.0.0/16", Family.IPV6: "fd00:10:244::/56"}
@@ -44,6 +46,8 @@ class LabSpec:
     backend: str = "vxlan"
     """How packets get from node to node: a back end's name, or flannel's `Backend` as JSON."""
     etcd_members: int = 1
+    proxy_mode: str = "nftables"
+    """What serves Services at the start: nftables or iptables."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -56,6 +60,11 @@ class LabSpec:
         self.service_prefixes  # noqa: B018  (raises InvalidInput where the prefixes do not fit)
         if self.subnet_manager not in ("kube", "etcd"):
             raise InvalidInput(f"subnet manager {self.subnet_manager!r} is not known: take kube or etcd")
+        if self.proxy_mode not in LAB_MODES:
+            raise InvalidInput(
+                f"proxy mode {self.proxy_mode} cannot be used in a lab: take nftables or iptables (the switches "
+                "that IPVS needs are there for the machine's own root only)"
+            )
         if self.etcd_members not in (1, 3, 5):
             raise InvalidInput(f"{self.etcd_members} etcd members cannot be had: take 1, 3 or 5")
         config = parse_net_config(self.network_config, source="lab network", leased=self.subnet_manager == "etcd")
@@ -125,6 +134,7 @@ class LabSpec:
             subnet_manager=document["subnet_manager"],
             backend=document["backend"],
             etcd_members=document["etcd_members"],
+            proxy_mode=document["proxy_mode"],
         )
 
 
