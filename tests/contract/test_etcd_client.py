@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -148,6 +148,29 @@ async def test_nobody_there(tmp_path: Path) -> None:
         assert not caught.value.sent
         with pytest.raises(EtcdUnavailable):
             await anext(client.watch("key"))
+
+
+async def test_a_member_that_hangs_is_left_for_the_next(etcd: EtcdClient) -> None:
+    """It accepts connections and says nothing."""
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(hang, "127.0.0.1", 0) as hanging:
+        port = hanging.sockets[0].getsockname()[1]
+        async with EtcdClient([f"http://127.0.0.1:{port}", etcd.endpoint], timeout=0.2) as client:
+            with pytest.raises(EtcdUnavailable):
+                await anext(client.watch("key"))
+            async with aclosing(client.watch("key")) as changes:
+                await take(changes, 1)
+        async with EtcdClient([f"http://127.0.0.1:{port}", etcd.endpoint], timeout=0.2) as client:
+            assert await client.get("nothing") is None
+        async with EtcdClient([f"http://127.0.0.1:{port}", etcd.endpoint], timeout=0.2) as client:
+            with pytest.raises(EtcdUnavailable) as caught:
+                await client.put("key", b"")
+            assert caught.value.sent, "it may have been done: the caller must look"
 
 
 async def test_a_member_that_dies_ends_its_watches_and_comes_back_with_its_data(tmp_path: Path) -> None:

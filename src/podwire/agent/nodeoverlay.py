@@ -53,6 +53,8 @@ class NodeOverlay:
         """Get the node its subnets; returns them when it holds them. None: the back end is VXLAN, and what the peers must know
         is told by somebody else. Raises InvalidInput or Unsupported for a network configuration that cannot be used."""
         config = await self.manager.network_config()
+        for warning in config.warnings:
+            log.warning("%s", warning)
         self.backend = make_backend(config) if make_backend else None
         self.manager.subscribe(self)
         lease = await self.manager.acquire(self.backend.attrs() if self.backend else LeaseAttrs())

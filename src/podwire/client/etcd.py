@@ -229,9 +229,11 @@ class EtcdClient:
         headers = self._headers() | {"Grpc-Metadata-hasleader": "true"}
         rest = b""
         try:
-            async with self._open().post(
-                f"{endpoint}/v3/watch", data=msgspec.json.encode(request), headers=headers, timeout=timeout
-            ) as response:
+            async with asyncio.timeout(self._timeout):  # who accepts a connection and says nothing is not there either
+                response = await self._open().post(
+                    f"{endpoint}/v3/watch", data=msgspec.json.encode(request), headers=headers, timeout=timeout
+                )
+            async with response:
                 if response.status >= 400:
                     raise _refusal(await response.read(), response.status, endpoint)
                 _ask_for_signs_of_life(response)

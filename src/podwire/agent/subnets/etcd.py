@@ -32,6 +32,9 @@ DEFAULT_MARGIN = 3600.0
 LONGEST_SLEEP = 60.0
 """The event loop's clock stands while the machine sleeps: so often the real one is looked at."""
 
+QUIET = 300.0
+"""Seconds of silence after which a watch is opened anew: a member that hangs keeps its connections."""
+
 
 def boot_time() -> float:
     """Seconds since boot, those asleep included; nobody can set it."""
@@ -287,7 +290,12 @@ class EtcdSubnets:
 
     async def _watch(self, backoff: Backoff) -> None:
         async with aclosing(self._registry.watch(self._revision)) as changes:
-            async for change in changes:
+            while True:
+                try:
+                    async with asyncio.timeout(QUIET):
+                        change = await anext(changes)
+                except (TimeoutError, StopAsyncIteration):
+                    return
                 backoff.reset()
                 for event in change.events:
                     self._event(event)
