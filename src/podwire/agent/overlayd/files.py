@@ -5,8 +5,6 @@ import ipaddress
 import os
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-
 from podwire.model.addr import Family, IPNetwork, family_of
 from podwire.model.errors import InvalidInput
 from podwire.plan.backends.wireguard import WireguardKeys, is_key
@@ -81,6 +79,8 @@ def wireguard_keys(path: Path) -> WireguardKeys:
     """The node's keys: those in the file at `path`, or new ones that are put there, for the owner's eyes alone (0600).
 
     Raises InvalidInput for a file that holds no key, OSError for one that cannot be read or made."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey  # 6 MB that other back ends need not hold
+
     try:
         text = path.read_text(encoding="ascii").strip()
     except FileNotFoundError:

@@ -1,0 +1,331 @@
+"""The overlay at scale: `podwire agent` with 5,000 leases in a real etcd, and a start-up storm of 500 nodes at one etcd."""
+
+import asyncio
+import ipaddress
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+
+from bench.report import Figures, main, percentiles, say, table
+from podwire.agent.subnets.etcd import EtcdSubnets
+from podwire.agent.subnets.registry import DEFAULT_PREFIX
+from podwire.client.etcd import EtcdClient
+from podwire.client.etcdmessages import (
+    Compare,
+    EtcdKeyValue,
+    LeaseResponse,
+    Operation,
+    PutKey,
+    RangeResponse,
+    ReadKeys,
+    TxnResponse,
+    WatchResponse,
+)
+from podwire.kernel import netns
+from podwire.kernel.linux import LinuxKernel
+from podwire.lab.etcdmember import EtcdMember, client_url, write_config
+from podwire.lab.topology import Place
+from podwire.model.addr import Family
+from podwire.model.kernelstate import Address, Device, Link, Veth
+from podwire.model.ops import AddAddress, AddLink, ChangeLink
+from podwire.plan.leases import LeaseAttrs, encode_attrs, subnet_key
+
+LEASES = 5000
+MORE = 50
+STORM = 500
+SAMPLE = 100
+_UNDERLAY = "underlay"
+_CONFIG = {"Network": "10.0.0.0/8", "SubnetLen": 24, "Backend": {"Type": "vxlan"}}
+_DEADLINE = 180.0
+_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+"""Where etcd has its data: a disk's flushes are not what is measured here."""
+
+
+def run() -> Figures:
+    """In namespaces of its own; nothing leaves them. Seconds unless named otherwise."""
+    if shutil.which("etcd") is None:
+        say("  etcd is not installed (Debian package etcd-server): not measured")
+        return {}
+    netns.enter_user_namespace()
+    return asyncio.run(_run())
+
+
+async def _run() -> Figures:
+    with tempfile.TemporaryDirectory(prefix="podwire-bench-", dir=_MEMORY) as folder:
+        figures = await _leases(Path(folder))
+        storm = await _storm(Path(folder))
+    return figures | storm
+
+
+# --- one agent, many leases ---------------------------------------------------------------------------------------------
+
+
+async def _leases(folder: Path) -> Figures:
+    fd = netns.current_netns()
+    kernel = LinuxKernel(fd)
+    try:
+        await _machine(kernel)
+        async with _etcd(folder / "leases", fd) as etcd:
+            await _fill(etcd, range(LEASES))
+            figures = await _one_agent(etcd, kernel, folder)
+        figures["ip_calls_s"] = await asyncio.to_thread(_ip_calls)
+    finally:
+        await kernel.close()
+        os.close(fd)
+    say(f"  `podwire agent` with {LEASES} leases in etcd, VXLAN (a neighbour, a forwarding entry and a route each):")
+    table(
+        [
+            ["", ""],
+            ["all programmed after the process began", f"{figures['all_s']:.2f} s"],
+            ["CPU of the agent until then", f"{figures['cpu_s']:.2f} s"],
+            ["one lease more: from etcd's answer to the route, p50", f"{figures['one_ms']['p50']:.1f} ms"],
+            ["  … p99", f"{figures['one_ms']['p99']:.1f} ms"],
+            ["  … CPU of the agent, mean", f"{figures['one_cpu_ms']:.1f} ms"],
+            ["memory of the agent at rest (resident)", f"{figures['rss_mb']:.0f} MB"],
+            [f"the same by one `ip` or `bridge` call an entry (measured with {SAMPLE})", f"{figures['ip_calls_s']:.0f} s"],
+        ]
+    )
+    return figures
+
+
+async def _machine(kernel: LinuxKernel) -> None:
+    """One end of a cable stands for the network card."""
+    plan = (
+        ChangeLink(Link("lo", Device())),
+        AddLink(Link(_UNDERLAY, Veth("cable")), Link("cable", Veth(_UNDERLAY))),
+        AddAddress(Address(_UNDERLAY, ipaddress.ip_interface("198.18.0.10/15"))),
+    )
+    applied = await kernel.apply(plan)
+    assert applied.ok, applied.failures
+
+
+@asynccontextmanager
+async def _etcd(folder: Path, fd: int) -> AsyncIterator[EtcdClient]:
+    place = Place("etcd-1", {Family.IPV4: ipaddress.ip_address("127.0.0.1")})
+    member = EtcdMember(place, fd, folder, [place])
+    member.start()
+    try:
+        await write_config([member], f"{DEFAULT_PREFIX}/config", json.dumps(_CONFIG))
+        async with EtcdClient([client_url(place)], timeout=30.0) as etcd:
+            yield etcd
+    finally:
+        await member.stop()
+
+
+def _lease(number: int) -> PutKey:
+    """Lease `number` (from 0): its subnet is the one with this number from 10.16.0.0 on."""
+    subnet = ipaddress.IPv4Network((int(ipaddress.IPv4Address("10.16.0.0")) + (number << 8), 24))
+    mac = (b"\x0a\x58" + subnet.network_address.packed).hex(":")
+    attrs = LeaseAttrs(
+        public_ip=ipaddress.IPv4Address("198.18.0.20") + number,
+        backend_type="vxlan",
+        backend_data=json.dumps({"VNI": 1, "VtepMAC": mac}, separators=(",", ":")),
+    )
+    return PutKey(f"{DEFAULT_PREFIX}/subnets/{subnet_key([subnet])}", encode_attrs(attrs))
+
+
+async def _fill(etcd: EtcdClient, numbers: Sequence[int]) -> None:
+    """Reservations, as flannel calls leases that do not end."""
+    for start in range(0, len(numbers), 100):
+        await etcd.txn([], [_lease(number) for number in numbers[start : start + 100]])
+
+
+async def _one_agent(etcd: EtcdClient, kernel: LinuxKernel, folder: Path) -> Figures:
+    command = [
+        sys.executable, "-P", "-m", "podwire.cli.main", "agent", "--etcd-endpoints", "http://127.0.0.1:2379",
+        "--iface", _UNDERLAY, "--subnet-file", str(folder / "subnet.env"),
+        "--iptables-forward-rules=false",
+    ]  # fmt: skip
+    with (folder / "agent.log").open("wb") as log:
+        started = time.perf_counter()
+        agent = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # noqa: ASYNC220
+    try:
+        await _until_routes(kernel, LEASES, agent, folder)
+        everything = time.perf_counter() - started
+        cpu = _cpu_seconds(agent.pid)
+        await asyncio.sleep(3)  # at rest: what was made on the way has been let go
+        rss = _rss_mb(agent.pid)
+        before = _cpu_seconds(agent.pid)
+        one = [await _one_more(etcd, kernel, number) for number in range(LEASES, LEASES + MORE)]
+        one_cpu = (_cpu_seconds(agent.pid) - before) * 1000 / MORE
+    finally:
+        agent.terminate()
+        await asyncio.to_thread(agent.wait)
+    return {
+        "leases": LEASES, "all_s": everything, "cpu_s": cpu, "rss_mb": rss, "one_ms": percentiles(one),
+        "one_cpu_ms": one_cpu,
+    }  # fmt: skip
+
+
+async def _until_routes(kernel: LinuxKernel, number: int, agent: subprocess.Popen[bytes], folder: Path) -> None:
+    async with asyncio.timeout(_DEADLINE):
+        while len((await kernel.observe()).routes) < number:
+            if agent.poll() is not None:
+                raise RuntimeError(f"the agent ended: {(folder / 'agent.log').read_text()[-2000:]}")
+            await asyncio.sleep(0.1)
+
+
+async def _one_more(etcd: EtcdClient, kernel: LinuxKernel, number: int) -> float:
+    """Milliseconds from etcd's answer to the kernel's notice of the new route."""
+    put = _lease(number)
+    subnet = put.key.rpartition("/")[2].replace("-", "/")
+    events = kernel.events()
+    try:
+        await etcd.put(put.key, put.value)
+        started = time.perf_counter()
+        async with asyncio.timeout(10):
+            async for event in events:
+                if event.what == "route" and event.subject.startswith(subnet):
+                    break
+        return max(0.0, (time.perf_counter() - started) * 1000)
+    finally:
+        await events.aclose()
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _rss_mb(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith("VmRSS"))) / 1024
+
+
+def _ip_calls() -> float:
+    """Seconds that LEASES peers would take: three programs for each, measured with SAMPLE of them."""
+    started = time.perf_counter()
+    for number in range(SAMPLE):
+        net, mac = f"10.200.{number}.0", f"0a:59:0a:c8:{number:02x}:00"
+        for call in (
+            ["ip", "neigh", "replace", net, "lladdr", mac, "dev", "flannel.1", "nud", "permanent"],
+            ["bridge", "fdb", "replace", mac, "dev", "flannel.1", "dst", "198.18.0.99", "self", "permanent"],
+            ["ip", "route", "replace", f"{net}/24", "via", net, "dev", "flannel.1", "onlink"],
+        ):
+            subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
+    return (time.perf_counter() - started) / SAMPLE * LEASES
+
+
+# --- many nodes at once -------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """An etcd client that counts its requests."""
+
+    def __init__(self, etcd: EtcdClient) -> None:
+        self._etcd = etcd
+        self.requests: Counter[str] = Counter()
+
+    async def get(self, key: str) -> EtcdKeyValue | None:
+        self.requests["get"] += 1
+        return await self._etcd.get(key)
+
+    async def range(self, request: ReadKeys) -> RangeResponse:
+        self.requests["range"] += 1
+        return await self._etcd.range(request)
+
+    async def txn(
+        self, compare: Sequence[Compare], success: Sequence[Operation], failure: Sequence[Operation] = ()
+    ) -> TxnResponse:
+        self.requests["txn"] += 1
+        return await self._etcd.txn(compare, success, failure)
+
+    async def grant(self, ttl: int) -> LeaseResponse:
+        self.requests["grant"] += 1
+        return await self._etcd.grant(ttl)
+
+    async def keep_alive(self, lease: int) -> int:
+        self.requests["keep_alive"] += 1
+        return await self._etcd.keep_alive(lease)
+
+    async def revoke(self, lease: int) -> None:
+        self.requests["revoke"] += 1
+        await self._etcd.revoke(lease)
+
+    def watch(
+        self, key: str, *, prefix: bool = False, start_revision: int = 0, prev_kv: bool = False
+    ) -> AsyncGenerator[WatchResponse, None]:
+        self.requests["watch"] += 1
+        return self._etcd.watch(key, prefix=prefix, start_revision=start_revision, prev_kv=prev_kv)
+
+
+async def _storm(folder: Path) -> Figures:
+    fd = netns.create_netns()
+    try:
+        await _loopback(fd)
+        return await _many_nodes(folder, fd)
+    finally:
+        os.close(fd)
+
+
+async def _loopback(fd: int) -> None:
+    kernel = LinuxKernel(fd)
+    try:
+        await kernel.apply((ChangeLink(Link("lo", Device())),))
+    finally:
+        await kernel.close()
+
+
+async def _many_nodes(folder: Path, fd: int) -> Figures:
+    """All in this process, each with a connection of its own: the time is that of etcd and of 500 managers on these cores."""
+    own = netns.current_netns()
+    async with _etcd(folder / "storm", own):
+        clients = [EtcdClient(["http://127.0.0.1:2379"], timeout=60.0) for _ in range(STORM)]
+        counted = [Counted(client) for client in clients]
+        managers = [EtcdSubnets(etcd, rng=Random(at)) for at, etcd in enumerate(counted)]
+        try:
+            started, cpu = time.perf_counter(), time.process_time()
+            async with asyncio.timeout(_DEADLINE), asyncio.TaskGroup() as group:
+                tasks = [group.create_task(_node(manager, at)) for at, manager in enumerate(managers)]
+                while any(len(manager.peers) < STORM - 1 for manager in managers):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+                elapsed = time.perf_counter() - started
+                spent = time.process_time() - cpu
+                for task in tasks:
+                    task.cancel()
+        finally:
+            for client in clients:
+                await client.close()
+            os.close(own)
+    subnets = {manager.own.lease.subnets for manager in managers if manager.own.lease is not None}
+    assert len(subnets) == STORM, "a subnet has two owners"
+    requests = [sum(etcd.requests.values()) for etcd in counted]
+    races = sum(manager.counters.races for manager in managers)
+    figures: Figures = {
+        "storm_nodes": STORM, "storm_s": elapsed, "storm_cpu_s": spent, "storm_races": races,
+        "storm_requests": percentiles([float(number) for number in requests]),
+    }  # fmt: skip
+    say(f"  {STORM} nodes start at once, one etcd member; all in one process:")
+    table(
+        [
+            ["", ""],
+            ["until each knows all others", f"{elapsed:.1f} s"],
+            ["CPU of all nodes together", f"{spent:.1f} s"],
+            ["requests a node, p50", f"{figures['storm_requests']['p50']:.0f}"],
+            ["  … p99", f"{figures['storm_requests']['p99']:.0f}"],
+            ["races lost and tried again", str(races)],
+        ]
+    )
+    return figures
+
+
+async def _node(manager: EtcdSubnets, number: int) -> None:
+    await manager.network_config()
+    mac = f"0a:60:00:00:{number >> 8:02x}:{number & 255:02x}"
+    data = json.dumps({"VNI": 1, "VtepMAC": mac}, separators=(",", ":"))
+    address = ipaddress.IPv4Address("198.19.0.0") + number
+    await manager.acquire(LeaseAttrs(public_ip=address, backend_type="vxlan", backend_data=data))
+    await manager.run()
+
+
+if __name__ == "__main__":
+    main(run)
