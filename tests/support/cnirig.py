@@ -119,7 +119,7 @@ def config(version: str = "1.1.0", **more: Any) -> dict[str, Any]:
 def environment(
     socket: Path, command: str, container: str = "", netns: str = "", ifname: str = "eth0", **more: str
 ) -> dict[str, str]:
-    variables = {"CNI_COMMAND": command, "CNI_PATH": "/opt/cni/bin", "PODWIRE_CNI_SOCKET": str(socket), **more}
+    variables = {"CNI_COMMAND": command, "CNI_PATH": "/opt/cni/bin", "PODWIRE_CNI_SOCKET": str(socket)} | more
     if container:
         variables |= {"CNI_CONTAINERID": container, "CNI_IFNAME": ifname}
     return variables | ({"CNI_NETNS": netns} if netns else {})
