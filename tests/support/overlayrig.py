@@ -238,6 +238,8 @@ def udp_fits(sender: int, receiver: int, source: IPAddress, target: IPAddress, p
         sink.settimeout(1.0)
         level, option = (socket.IPPROTO_IP, 10) if target.version == 4 else (socket.IPPROTO_IPV6, 23)
         out.setsockopt(level, option, 2)  # IP_MTU_DISCOVER, IPV6_MTU_DISCOVER: IP_PMTUDISC_DO
+        if target.version == 6:
+            out.setsockopt(level, 62, 1)  # IPV6_DONTFRAG: say so at once
         out.bind((str(source), 0))
         try:
             out.sendto(payload, (str(target), 9999))

@@ -69,7 +69,7 @@ class Tun:
 
 @dataclass(frozen=True, slots=True)
 class Wireguard:
-    """A WireGuard device. `private_key`: base64, as `wg` writes it."""
+    """A WireGuard device. `private_key`: base64, as `wg genkey` makes it (the kernel would set the same three bits)."""
 
     port: int
     private_key: str = field(repr=False)

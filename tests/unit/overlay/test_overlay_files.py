@@ -85,6 +85,12 @@ def test_wireguard_keys_are_made_once_and_kept_private(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_key_is_kept_as_the_kernel_shows_it(tmp_path: Path) -> None:
+    path = tmp_path / "wgkey"
+    path.write_text(base64.b64encode(b"\xff" * 32).decode())
+    assert base64.b64decode(wireguard_keys(path).private) == b"\xf8" + b"\xff" * 30 + b"\x7f"
+
+
 def test_the_public_key_is_curve25519s(tmp_path: Path) -> None:
     """RFC 7748, section 5.2: one iteration from the scalar 9 and the base point 9."""
     path = tmp_path / "wgkey"

@@ -93,5 +93,11 @@ def wireguard_keys(path: Path) -> WireguardKeys:
         raise InvalidInput(f"{path} holds no WireGuard key; remove it to get a new one")
     if path.stat().st_mode & 0o077:
         path.chmod(0o600)
-    public = X25519PrivateKey.from_private_bytes(base64.b64decode(text)).public_key().public_bytes_raw()
-    return WireguardKeys(text, base64.b64encode(public).decode())
+    private = _clamped(base64.b64decode(text))
+    public = X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+    return WireguardKeys(base64.b64encode(private).decode(), base64.b64encode(public).decode())
+
+
+def _clamped(key: bytes) -> bytes:
+    """As the kernel keeps it, and shows it (RFC 7748, section 5): otherwise the device would never be as it shall be."""
+    return bytes([key[0] & 0xF8, *key[1:31], key[31] & 0x7F | 0x40])
