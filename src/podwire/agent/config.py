@@ -19,6 +19,9 @@ class AgentConfig:
     nameservers: what pods get as resolvers (the cluster DNS Service's addresses); empty: the node's own.
     routed_pods: route between the node's pods even where the kernel could bridge (see `plan.node.bridge_switches`).
     cni_socket: where container engines are served, through the CNI plugin (cniserver.DEFAULT_SOCKET); None: they are not.
+    guest: the node is a kubelet's, which has registered it and runs its pods; the agent is its network only.
+    services: False: another proxy serves the Services, but for those that ask for "podwire" by the label
+      service.kubernetes.io/service-proxy-name.
     mirror: show engines' containers as Pods in the API; not where a kubelet runs them, whose Pods they are.
     proxy_mode: what serves Services; another than nftables needs `NodeAgent`'s `modes`.
     service_route: see `plan.node.NodeNetwork`; wanted where the node has no default route.
@@ -37,6 +40,8 @@ class AgentConfig:
     routed_pods: bool = False
     proxy_mode: ProxyMode = ProxyMode.NFTABLES
     cni_socket: Path | None = None
+    guest: bool = False
+    services: bool = True
     mirror: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
     nameservers: tuple[IPAddress, ...] = ()

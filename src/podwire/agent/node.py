@@ -18,6 +18,7 @@ from podwire.agent.attachments import AttachmentEnvironment, Attachments
 from podwire.agent.cniserver import CniServer
 from podwire.agent.cnispool import Spool
 from podwire.agent.config import AgentConfig
+from podwire.agent.guest import GuestPresence
 from podwire.agent.health import AgentStatus, Health
 from podwire.agent.mirror import Mirror
 from podwire.agent.nodelock import NodeLock
@@ -32,7 +33,7 @@ from podwire.agent.proxymodes.modes import ProxyModes
 from podwire.agent.registration import NodeState, read_machine
 from podwire.agent.repair import Repair
 from podwire.agent.reservations import Reservations
-from podwire.agent.services import SERVICE_SELECTOR, SLICE_SELECTOR, ServiceSync
+from podwire.agent.services import BY_NAME_SELECTOR, SERVICE_SELECTOR, SLICE_SELECTOR, ServiceSync
 from podwire.agent.source import ApiConfigSource
 from podwire.agent.subnets.kube import KubeSubnets
 from podwire.client.api import ApiClient
@@ -83,7 +84,11 @@ class NodeAgent:
         self._clock, self._rng = clock, rng or Random()
         self._health = Health()
         self._ready = asyncio.Event()
-        self._presence = Presence(config, client, read_machine(), clock, self._rng, annotate=overlay is None)
+        self._presence: Presence | GuestPresence
+        if config.guest:
+            self._presence = GuestPresence(config, client, clock, self._rng)
+        else:
+            self._presence = Presence(config, client, read_machine(), clock, self._rng, annotate=overlay is None)
         self._begin()
 
     async def set_proxy_mode(self, mode: ProxyMode) -> None:
@@ -112,8 +117,9 @@ class NodeAgent:
         mine = f"spec.nodeName={self.config.node_name}"
         self._nodes = Informer(client, NODES, Node, rng=self._rng)
         self._pod_informer = Informer(client, PODS, Pod, field_selector=mine, rng=self._rng)
-        self._services = Informer(client, SERVICES, Service, label_selector=SERVICE_SELECTOR, rng=self._rng)
-        self._slices = Informer(client, ENDPOINTSLICES, EndpointSlice, label_selector=SLICE_SELECTOR, rng=self._rng)
+        services, slices = (SERVICE_SELECTOR, SLICE_SELECTOR) if self.config.services else (BY_NAME_SELECTOR, BY_NAME_SELECTOR)
+        self._services = Informer(client, SERVICES, Service, label_selector=services, rng=self._rng)
+        self._slices = Informer(client, ENDPOINTSLICES, EndpointSlice, label_selector=slices, rng=self._rng)
 
     async def ready(self) -> None:
         """Returns once the node's network and Services are programmed for the first time."""
@@ -187,8 +193,10 @@ class NodeAgent:
                 server.listen()
                 group.create_task(server.run())
             pods = Pods(env, self._pod_informer, group)
-            for informer in (self._nodes, self._pod_informer, self._services, self._slices):
+            for informer in (self._nodes, self._services, self._slices):
                 group.create_task(informer.run())
+            if not self.config.guest:
+                group.create_task(self._pod_informer.run())
             group.create_task(events.run())
             group.create_task(pods.follow_reports())
             group.create_task(self._serve(env, pods, engines, sync, overlay))
@@ -283,7 +291,8 @@ class NodeAgent:
     async def _adopt(self, network: NodeNetwork, pods: Pods, engines: Attachments) -> NodeNetwork:
         """Take the node over; tries until the kernel agrees. Returns the network as it could be had."""
         backoff = Backoff(self._rng, initial=0.1, maximum=10.0)
-        await self._pod_informer.synced()
+        if not self.config.guest:
+            await self._pod_informer.synced()
         while True:
             try:
                 network = await self._bridged_or_routed(network)

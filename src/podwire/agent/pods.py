@@ -30,7 +30,8 @@ class Pods:
         self._env, self._informer, self._group = env, informer, group
         self._workers: dict[str, PodWorker] = {}
         self._reports: dict[str, PodReport] = {}
-        informer.subscribe(self._changed)
+        if not env.config.guest:
+            informer.subscribe(self._changed)
 
     def _changed(self, change: Change[Pod]) -> None:
         if mirror_uid(change.object):

@@ -29,6 +29,9 @@ SERVICE_SELECTOR = "!service.kubernetes.io/service-proxy-name"
 SLICE_SELECTOR = "!service.kubernetes.io/headless"
 """What a proxy has to leave alone, as kube-proxy asks for it."""
 
+BY_NAME_SELECTOR = "service.kubernetes.io/service-proxy-name=podwire"
+"""Beside another proxy: only what asks for this one. EndpointSlices have their Service's labels."""
+
 WATCH_AGAIN_SECONDS = 0.2
 """Between hearing of a change of unannounced rules and listening again: the comparison it asked for takes its time."""
 

@@ -6,6 +6,7 @@ import click
 
 from podwire import __version__
 from podwire.cli.agent import agent
+from podwire.cli.cluster import cluster_agent
 from podwire.cli.cni import cni
 from podwire.cli.ipam import ipam
 from podwire.cli.lab import lab
@@ -54,6 +55,7 @@ main.add_command(server)
 main.add_command(token)
 main.add_command(join)
 main.add_command(leave)
+main.add_command(cluster_agent)
 main.add_command(cni)
 main.add_command(ipam)
 

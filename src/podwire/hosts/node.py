@@ -141,7 +141,7 @@ def pod_runtime(membership: Membership, options: NodeOptions, shim_socket: Path)
 async def _config(membership: Membership, options: NodeOptions, kernel: Kernel) -> AgentConfig:
     record = membership.record
     addresses = tuple(ipaddress.ip_address(text) for text in record.addresses)
-    uplink, mtu = await _uplink(kernel, addresses[0])
+    uplink, mtu = await uplink_of(kernel, addresses[0])
     return AgentConfig(
         node_name=record.name,
         node_ips=addresses,
@@ -160,7 +160,7 @@ async def _config(membership: Membership, options: NodeOptions, kernel: Kernel) 
     )
 
 
-async def _uplink(kernel: Kernel, address: IPAddress) -> tuple[str, int]:
+async def uplink_of(kernel: Kernel, address: IPAddress) -> tuple[str, int]:
     """The interface with `address`, and its MTU. Raises HostError."""
     state = await kernel.observe()
     device = next((a.dev for a in state.addresses if a.interface.ip == address), None)

@@ -187,6 +187,8 @@ async def test_what_a_node_may_do(cluster: Cluster) -> None:
     lease = {"metadata": {"name": "node-a", "namespace": "kube-node-lease"}, "spec": {"holderIdentity": "node-a"}}
     await node.create(LEASES, lease)
     await node.patch(LEASES, "node-a", {"spec": {"leaseDurationSeconds": 40}}, "kube-node-lease")
+    said = {"metadata": {"name": "podwire-services-node-a", "namespace": "kube-system"}, "spec": {}}
+    await node.create(LEASES, said)
     for resource in (SERVICES, ENDPOINTSLICES, NODES):
         await node.list(resource)
     await admin.create(CONFIGMAPS, {"metadata": {"name": "mine", "namespace": "default"}, "data": {}})

@@ -1,0 +1,272 @@
+"""`podwire cluster-agent` beside a kubelet: Nodes and pods are somebody else's, and its rights are those of its manifest."""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import yaml
+from aiohttp import web
+from hostrig import Host, http_get, machines, until
+
+from podwire.apiserver.app import create_app
+from podwire.apiserver.auth import ADMIN, User
+from podwire.apiserver.config import ServerConfig
+from podwire.apiserver.pki import Authority, kubeconfig
+from podwire.apiserver.request import parse_path
+from podwire.apiserver.server import ApiServer, Listener
+from podwire.client.api import ApiClient
+from podwire.controllers.config import ControllersConfig, default_cluster_cidr
+from podwire.controllers.nodeipam import NodeIpam
+from podwire.controllers.run import NAMES, run_controllers
+from podwire.kernel.netns import create_netns, run_in_netns
+from podwire.model.meta import Json
+from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES
+from podwire.model.timestamps import format_time
+from podwire.store.memory import MemoryStore
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.needs("VXLAN devices", "bridge devices", "nftables"),
+    pytest.mark.timeout(90),
+    pytest.mark.asyncio(loop_scope="module"),
+]
+
+MANIFESTS = Path(__file__).parents[2] / "deploy/kubernetes"
+PLUGIN = Path(__file__).parents[2] / "src/podwire/cni/plugin.py"
+ADDRESS = "198.18.7.254"
+Request = tuple[str, str, str]
+"""(verb, API group, resource[/subresource]) as RBAC has them."""
+
+
+class Site:
+    def __init__(self, hosts: list[Host], client: ApiClient, config: Path) -> None:
+        self.hosts, self.client, self.config = hosts, client, config
+        self.requests: set[Request] = set()
+
+    def note(self, request: web.Request) -> None:
+        if not request.headers.get("User-Agent", "").startswith("podwire/host-"):
+            return
+        target = parse_path(request.path)
+        assert target is not None, request.path
+        verb = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}.get(request.method, "get")
+        if verb == "get" and not target.name:
+            verb = "watch" if request.query.get("watch") == "true" else "list"
+        plural = target.kind.resource.plural + (f"/{target.subresource}" if target.subresource else "")
+        self.requests.add((verb, target.kind.resource.group, plural))
+
+    async def start(self, host: Host, *arguments: str) -> None:
+        await host.start(
+            "cluster-agent", "--node-name", host.name, "--kubeconfig", str(self.config), "--cluster-cidr", "10.244.0.0/16",
+            "--service-cidr", "10.96.0.0/12", "--state-dir", str(host.state), "--cni-socket", str(host.cni_socket), *arguments,
+        )  # fmt: skip
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    root = tmp_path_factory.mktemp("cluster")
+    async with AsyncExitStack() as stack:
+        hosts = await stack.enter_async_context(machines(root, 2))
+        authority = Authority.create("kubernetes", datetime.now(UTC))
+        path = root / "kubeconfig"
+        path.write_text(kubeconfig("test", f"https://{ADDRESS}:6443", authority.pair.certificate, "agent"))
+        client = await stack.enter_async_context(
+            ApiClient(f"https://{ADDRESS}:6443", token="admin", ssl=authority.client_context())
+        )
+        site = Site(hosts, client, path)
+        await _serve(site, authority, stack)
+        for host in hosts:
+            await client.create(NODES, _node(host.name))
+            addresses = [{"type": "InternalIP", "address": host.address}, {"type": "Hostname", "address": host.name}]
+            conditions = [_condition("Ready", "True"), _condition("NetworkUnavailable", "True")]
+            status = {"status": {"addresses": addresses, "conditions": conditions}}
+            await client.patch(NODES, host.name, status, subresource="status")
+            await site.start(host)
+        yield site
+
+
+async def _serve(site: Site, authority: Authority, stack: AsyncExitStack) -> None:
+    """An API server and, of the controllers, what gives the nodes their subnets."""
+    store = MemoryStore()
+    stack.push_async_callback(store.close)
+    users = {"admin": ADMIN, "agent": User("system:serviceaccount:kube-system:podwire")}
+    app = create_app(store, ServerConfig(tokens=users, service_cidrs=(ip_network("10.96.0.0/12"),)))
+
+    @web.middleware
+    async def record(request: web.Request, handler: Any) -> web.StreamResponse:
+        site.note(request)
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    app.middlewares.append(record)
+    server = ApiServer(app)
+    stack.push_async_callback(server.stop)
+    tls = authority.server_context(authority.issue("kube-apiserver", [ADDRESS], datetime.now(UTC)))
+    await server.start([Listener(socket.create_server((ADDRESS, 6443)), tls)])
+    config = ControllersConfig((default_cluster_cidr("10.244.0.0/16"),), disabled=NAMES - {NodeIpam.name})
+    controllers = asyncio.create_task(run_controllers(site.client, config))
+    stack.push_async_callback(_end, controllers)
+
+
+async def _end(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _node(name: str) -> Json:
+    taints = [{"key": "podwire.io/agent-not-ready", "effect": "NoSchedule"}, {"key": "mine", "effect": "NoExecute"}]
+    return {"metadata": {"name": name}, "spec": {"taints": taints}}
+
+
+def _condition(kind: str, status: str) -> Json:
+    return {"type": kind, "status": status, "reason": "Test", "lastTransitionTime": format_time(datetime.now(UTC))}
+
+
+def _state(node: Json) -> tuple[dict[str, str], set[str]]:
+    conditions = {c["type"]: c["status"] for c in node["status"]["conditions"]}
+    return conditions, {taint["key"] for taint in node["spec"].get("taints", ())}
+
+
+def _up(nodes: list[Json]) -> bool:
+    return all(_state(n) == ({"Ready": "True", "NetworkUnavailable": "False"}, {"mine"}) for n in nodes)
+
+
+class Container:
+    """A pod's sandbox as the kubelet's runtime makes it."""
+
+    def __init__(self, host: Host, name: str) -> None:
+        self.host, self.name, self.netns = host, name, create_netns()
+
+    def cni(self, command: str) -> Json:
+        """Execute the plugin. Raises nothing: an error is its document."""
+        environment = {
+            "PATH": os.environ["PATH"], "CNI_COMMAND": command, "CNI_CONTAINERID": self.name, "CNI_IFNAME": "eth0",
+            "CNI_NETNS": f"/proc/{os.getpid()}/fd/{self.netns}", "PODWIRE_CNI_SOCKET": str(self.host.cni_socket),
+            "CNI_ARGS": f"IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={self.name};K8S_POD_UID=u-{self.name}",
+        }  # fmt: skip
+        config = json.dumps({"cniVersion": "1.0.0", "name": "podwire", "type": "podwire"})
+        done = subprocess.run(
+            ["python3", "-IS", str(PLUGIN)],
+            input=config,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        document: Json = json.loads(done.stdout or "{}")
+        assert done.returncode == 0, document
+        return document
+
+    def add(self) -> str:
+        self.ip = str(self.cni("ADD")["ips"][0]["address"]).partition("/")[0]
+        return self.ip
+
+    def fetch(self, address: str, port: int) -> str:
+        return str(run_in_netns(self.netns, lambda: http_get(address, port)))
+
+    def serve(self, word: str) -> socket.socket:
+        """Listen, and answer every connection with `word` from a thread that ends with the socket."""
+        listener = run_in_netns(self.netns, lambda: socket.create_server(("", 80)))
+
+        def answer() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(f"HTTP/1.0 200 OK\r\n\r\n{word}".encode())
+
+        threading.Thread(target=answer, daemon=True).start()
+        return listener
+
+
+async def test_nodes_and_pods_of_a_kubelet_have_a_network(site: Site) -> None:
+    nodes = await until(site.client, NODES, _up)
+    assert all(n["metadata"]["annotations"]["flannel.alpha.coreos.com/backend-type"] == "vxlan" for n in nodes)
+    one, two = (Container(host, f"c{n}") for n, host in enumerate(site.hosts))
+    for container in (one, two):
+        await asyncio.to_thread(container.add)
+    listener = two.serve("two")
+    assert "two" in await asyncio.to_thread(one.fetch, two.ip, 80)
+    await _service(site, "web", two.ip)
+    assert await _reaches(one, "10.96.0.80") == "two"
+    # The agent goes, and what runs keeps its network; the next one finds all of it.
+    host = site.hosts[0]
+    assert await host.end() == 0
+    assert "two" in await asyncio.to_thread(one.fetch, two.ip, 80)
+    await site.start(host)
+    await _node_again(site, host)
+    three = Container(host, "c3")
+    assert await asyncio.to_thread(three.add) != one.ip
+    assert "two" in await asyncio.to_thread(three.fetch, "10.96.0.80", 80)
+    for container in (one, two, three):
+        await asyncio.to_thread(container.cni, "DEL")
+        os.close(container.netns)
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+async def _service(site: Site, name: str, endpoint: str) -> None:
+    meta = {"name": name, "namespace": "default"}
+    spec = {"clusterIP": "10.96.0.80", "ports": [{"port": 80}]}
+    await site.client.create(SERVICES, {"metadata": meta, "spec": spec})
+    labels = {"kubernetes.io/service-name": name}
+    endpoints = [{"addresses": [endpoint], "conditions": {"ready": True}}]
+    document = {"metadata": meta | {"labels": labels}, "addressType": "IPv4", "endpoints": endpoints, "ports": [{"port": 80}]}
+    await site.client.create(ENDPOINTSLICES, document)
+
+
+async def _reaches(container: Container, address: str) -> str:
+    """The word of what is behind a Service that was made just now."""
+    async with asyncio.timeout(10):
+        while True:
+            word = (await asyncio.to_thread(container.fetch, address, 80)).rpartition("\r\n\r\n")[2]
+            if word:
+                return word
+
+
+async def _node_again(site: Site, host: Host) -> None:
+    """What a cloud's controller says of a node is set right by the agent, once it is up."""
+    wrong = {"status": {"conditions": [_condition("Ready", "True"), _condition("NetworkUnavailable", "True")]}}
+    await site.client.patch(NODES, host.name, wrong, subresource="status")
+    await until(site.client, NODES, _up)
+    async with asyncio.timeout(10):
+        while not host.cni_socket.exists():  # noqa: ASYNC110 - another process makes it
+            await asyncio.sleep(0.02)
+
+
+async def test_the_agent_asked_for_nothing_that_its_manifest_does_not_allow(site: Site) -> None:
+    documents = yaml.safe_load_all((MANIFESTS / "agent/account.yaml").read_text())
+    rules = [rule for d in documents if d["kind"] in ("ClusterRole", "Role") for rule in d["rules"]]
+    allowed = {(v, g, r) for rule in rules for v in rule["verbs"] for g in rule["apiGroups"] for r in rule["resources"]}
+    allowed.add(("patch", "", "nodes"))  # components/startup-taint, for the taint of these nodes
+    assert site.requests <= allowed
+    assert allowed - site.requests <= {("create", "", "events"), ("patch", "", "events"), ("watch", "", "nodes")}
+
+
+async def test_beside_another_proxy_only_what_asks_for_this_one(site: Site) -> None:
+    host = site.hosts[1]
+    await host.end()
+    await site.start(host, "--no-services")
+    other = Container(host, "c9")
+    async with asyncio.timeout(10):
+        while not host.cni_socket.exists():  # noqa: ASYNC110 - another process makes it
+            await asyncio.sleep(0.02)
+    await asyncio.to_thread(other.add)
+    rules = await host.call("nft", "list", "ruleset")
+    assert "10.96.0.80" not in rules
+    await asyncio.to_thread(other.cni, "DEL")
+    os.close(other.netns)

@@ -1,0 +1,49 @@
+"""The manifests for a real Kubernetes: whole, consistent with each other, with the commands, and with the plugin."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from podwire.cli.main import main
+from podwire.cni.install import configuration
+
+MANIFESTS = Path(__file__).parents[3] / "deploy/kubernetes"
+KUBECTL = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shutil.which("kubectl") or ""
+
+pytestmark = pytest.mark.skipif(not KUBECTL, reason="kubectl is not installed")
+
+
+@pytest.mark.parametrize("overlay", ["flannel", "both", "kube-proxy"])
+def test_manifests_are_whole(overlay: str) -> None:
+    done = subprocess.run(
+        [KUBECTL, "kustomize", str(MANIFESTS / "overlays" / overlay)], capture_output=True, text=True, timeout=20, check=True
+    )
+    documents = [d for d in yaml.safe_load_all(done.stdout) if d]
+    (daemon,) = [d for d in documents if d["kind"] == "DaemonSet"]
+    template = daemon["spec"]["template"]
+    assert template["metadata"]["labels"] == daemon["spec"]["selector"]["matchLabels"]
+    names = {(d["kind"], d["metadata"]["name"]) for d in documents}
+    assert ("ServiceAccount", template["spec"]["serviceAccountName"]) in names
+    for container in template["spec"]["containers"]:
+        command = [argument.partition("=")[0] for argument in container["args"]]
+        helped = CliRunner().invoke(main, [command[0], "--help"]).output
+        assert all(option in helped for option in command[1:])
+    maps = {d["metadata"]["name"]: d["data"] for d in documents if d["kind"] == "ConfigMap"}
+    if "podwire" in maps:
+        assert json.loads(maps["podwire"]["10-podwire.conflist"]) == configuration("podwire")
+
+
+def test_the_startup_taint_takes_one_right_more(tmp_path: Path) -> None:
+    shutil.copytree(MANIFESTS, tmp_path / "kubernetes")
+    chosen = tmp_path / "kubernetes/mine"
+    chosen.mkdir()
+    (chosen / "kustomization.yaml").write_text("resources: [../overlays/both]\ncomponents: [../components/startup-taint]\n")
+    done = subprocess.run([KUBECTL, "kustomize", str(chosen)], capture_output=True, text=True, timeout=20, check=True)
+    (role,) = [d for d in yaml.safe_load_all(done.stdout) if d["kind"] == "ClusterRole"]
+    assert {"apiGroups": [""], "resources": ["nodes"], "verbs": ["patch"]} in role["rules"]
