@@ -26,7 +26,7 @@ from podwire.kernel.netns import create_netns, run_in_netns
 from podwire.model.addr import Family, IPAddress, IPNetwork, family_of
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import Address, Bridge, Device, Link, NetState, Route, Veth
-from podwire.model.ops import AddAddress, AddLink, ChangeLink, Op, SetRoute
+from podwire.model.ops import AddAddress, AddLink, ChangeLink, Op, SetRoute, SetSysctl
 from podwire.plan.diff import diff
 from podwire.plan.underlay import Wish
 from podwire.testing.fakeetcd import FakeEtcd, FakeEtcdClient
@@ -108,6 +108,7 @@ class OverlayHost:
         env = self.subnet_env
         gateways = [ipaddress.ip_interface(env[name]) for name in names.values() if name in env]
         ops: list[Op] = [
+            *(SetSysctl("net/ipv6/conf/default/accept_dad", "0", ns) for ns in (HOST, label)),  # it costs two seconds
             AddLink(
                 Link("pod0", Veth("eth0", label), mtu=self.mtu),
                 Link("eth0", Veth("pod0", HOST), mtu=self.mtu),
