@@ -128,6 +128,27 @@ def test_a_node_that_leaves_is_forgotten_when_its_lease_is_gone(leased: Lab) -> 
     assert AGREED not in broken(leased)
 
 
+def test_a_node_whose_subnet_somebody_takes_moves_its_pods_to_another(leased: Lab) -> None:
+    """As a flannel node does that comes back after its lease expired: it writes over the key without a look."""
+    key = next(key for key, value in leases(leased).items() if value["PublicIP"] == "198.18.0.11")
+    before = json.loads(leased.kubectl("get", "pod", "pod-1", "-o", "json"))["status"]
+    stranger = '{"PublicIP":"198.18.0.99","PublicIPv6":"2001:db8:1::99","BackendType":"vxlan"}'
+    script = "import os, sys; os.environ['ETCDCTL_API'] = '3'; os.execvp('etcdctl', ['etcdctl', *sys.argv[1:]])"
+    etcdctl = (sys.executable, "-c", script, "--endpoints", "http://198.18.3.2:2379")
+    assert leased.exec("world", *etcdctl, "put", key, stranger).status == 0
+
+    def moved() -> bool:
+        status = json.loads(leased.kubectl("get", "pod", "pod-1", "-o", "json"))["status"]
+        ready = {c["type"]: c["status"] for c in status["conditions"]}["Ready"] == "True"
+        return bool(ready and status["podIP"] != before["podIP"])
+
+    until(moved, 20)
+    after = json.loads(leased.kubectl("get", "pod", "pod-1", "-o", "json"))["status"]
+    assert after["containerStatuses"][0]["restartCount"] == 0
+    assert leased.exec("world", *etcdctl, "del", key).status == 0
+    until(lambda: broken(leased) == set(), 20)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
