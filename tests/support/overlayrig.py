@@ -108,7 +108,7 @@ class OverlayHost:
         env = self.subnet_env
         gateways = [ipaddress.ip_interface(env[name]) for name in names.values() if name in env]
         ops: list[Op] = [
-            *(SetSysctl("net/ipv6/conf/default/accept_dad", "0", ns) for ns in (HOST, label)),  # it costs two seconds
+            *(SetSysctl("net/ipv6/conf/default/accept_dad", "0", ns) for ns in (HOST, label)),
             AddLink(
                 Link("pod0", Veth("eth0", label), mtu=self.mtu),
                 Link("eth0", Veth("pod0", HOST), mtu=self.mtu),
@@ -151,7 +151,9 @@ async def overlay_hosts(
             links[f"port{index}"] = Link(f"port{index}", Veth("eth0", label), master="fabric", alias="podwire")
             addresses = (Address("eth0", ipaddress.ip_interface(host_address(index, family))) for family in families)
             uplink = Link("eth0", Veth(f"port{index}", HOST))
-            states[label] = NetState(links={"eth0": uplink, "lo": Link("lo", Device())}, addresses=frozenset(addresses))
+            undoubted = {"net/ipv6/conf/default/accept_dad": "0"}  # it costs two seconds
+            links_of = {"eth0": uplink, "lo": Link("lo", Device())}
+            states[label] = NetState(links=links_of, addresses=frozenset(addresses), sysctls=undoubted)
         applied = await fabric.apply(diff({HOST: NetState(links=links), **states}, {}))
         assert applied.ok, applied.failures
         hosts = []
