@@ -2,6 +2,7 @@
 etcd's has to cope with."""
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from podwire.agent.subnets.kube import KubeSubnets
 from podwire.agent.subnets.port import Holding, OwnLease, SubnetManager
 from podwire.client.api import ApiClient
 from podwire.client.etcd import EtcdClient
-from podwire.client.etcdmessages import Compare, PutKey
+from podwire.client.etcdmessages import Compare, EtcdDenied, PutKey
 from podwire.client.informer import Informer
 from podwire.model.errors import InvalidInput
 from podwire.model.netconf import parse_net_config
@@ -393,6 +394,42 @@ async def test_the_configuration_is_waited_for_and_checked(etcd: EtcdWorld) -> N
     await etcd.configure(b'{"Network":"10.5.0.0/22","SubnetLen":23}')
     with pytest.raises(InvalidInput, match=r"etcd key .*/config: SubnetLen 23"):
         await reading
+
+
+async def test_a_user_who_may_touch_the_prefix_alone(tmp_path: Path) -> None:
+    """etcd's authentication, with a role that has flannel's keys and no others."""
+    prefix = "/coreos.com/network"
+    async with one_member(tmp_path) as member, Running() as running:
+        async with EtcdClient([member.client_url]) as root:
+            await answers(root)
+            await root.put(f"{prefix}/config", CONFIG)
+            calls: list[tuple[str, dict[str, Any]]] = [
+                ("auth/role/add", {"name": "nodes"}),
+                ("auth/role/grant", {"name": "nodes", "perm": {"permType": "READWRITE"} | _range(prefix)}),
+                ("auth/user/add", {"name": "node", "password": "secret"}),
+                ("auth/user/grant", {"user": "node", "role": "nodes"}),
+                ("auth/user/add", {"name": "root", "password": "other"}),
+                ("auth/user/grant", {"user": "root", "role": "root"}),
+                ("auth/enable", {}),
+            ]
+            for path, document in calls:
+                await root.call(path, document)
+        async with EtcdClient([member.client_url], user=("node", "secret")) as client:
+            manager, peer = (EtcdSubnets(client, prefix=prefix, ttl=TTL, margin=1) for _ in range(2))
+            await running.start(manager, attrs(1))
+            listener = await running.start(peer, attrs(2))
+            await until(lambda: manager.counters.renewed > 1)
+            assert list(listener.peers.values()) == [manager.own.lease]
+            with pytest.raises(EtcdDenied):
+                await client.put("elsewhere", b"")
+            await running.stop()
+            await running.stop()
+
+
+def _range(prefix: str) -> dict[str, str]:
+    """All keys below the prefix, as etcd's JSON has a range."""
+    ends = {"key": f"{prefix}/", "range_end": f"{prefix}0"}
+    return {name: base64.b64encode(text.encode()).decode() for name, text in ends.items()}
 
 
 async def test_a_watch_that_fell_behind_a_compaction_starts_again_from_a_list(etcd: EtcdWorld) -> None:
