@@ -26,7 +26,7 @@ from podwire.plan.services import TABLE, ServicePlanner
 WORLD, FAR = NetnsName("world"), NetnsName("far")
 PODS = ("p2", "p3", "p4")
 PATIENCE_S = 0.4
-"""How long silence is silence. Everything here is one machine: answers come within a millisecond."""
+"""Everything here is one machine: answers come within a millisecond."""
 
 FACTS = NodeFacts(
     name="n1",
@@ -98,11 +98,12 @@ def _pod(name: str, number: int) -> list[Op]:
 
 @dataclass
 class ServiceRig:
-    """The node's kernel and planner, and the sockets of the servers."""
+    """The node's kernel and planner, and the sockets of the servers. `patience_s`: how long silence is silence."""
 
     kernel: LinuxKernel
     planner: ServicePlanner
     fds: dict[str, int]
+    patience_s: float = PATIENCE_S
     _closing: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
 
     async def program(self) -> None:
@@ -158,7 +159,7 @@ class ServiceRig:
         """(who answered, the source address they saw). TimeoutError: silence; ConnectionRefusedError: refused."""
         loop = asyncio.get_running_loop()
         with self.open(where, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM, address) as sock:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(self.patience_s):
                 await loop.sock_connect(sock, (address, port))
                 try:
                     await loop.sock_sendall(sock, b"who?\n")
@@ -178,13 +179,13 @@ class ServiceRig:
 
 
 @contextlib.asynccontextmanager
-async def service_rig(port: int = 8080) -> AsyncIterator[ServiceRig]:
+async def service_rig(port: int = 8080, *, patience_s: float = PATIENCE_S) -> AsyncIterator[ServiceRig]:
     """Everything up, with servers on `port` everywhere but on the node."""
     fds = {name: create_netns() for name in ("node", WORLD, FAR, *PODS)}
     kernel = LinuxKernel(fds["node"])
     for name in (WORLD, FAR, *PODS):
         kernel.attach(NetnsName(name), fds[name])
-    rig = ServiceRig(kernel, ServicePlanner(FACTS), fds)
+    rig = ServiceRig(kernel, ServicePlanner(FACTS), fds, patience_s)
     try:
         applied = await kernel.apply(tuple(_network()))
         assert applied.ok, applied.failures
