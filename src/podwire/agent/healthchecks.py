@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import errno
 import logging
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,37 +10,13 @@ from aiohttp import web
 
 from podwire.agent.rounds import Round
 from podwire.agent.services import ServiceSync
-from podwire.kernel.netns import run_in_netns
+from podwire.kernel.port import Kernel
 from podwire.model.ids import ObjectKey
 
 log = logging.getLogger(__name__)
 
 _AGAIN_SECONDS = 5.0
 """How soon a port is tried again that somebody else listens on."""
-
-Listen = Callable[[int], list[socket.socket]]
-"""A port → sockets that listen on it on the node's addresses. Raises OSError."""
-
-
-def listen_everywhere(netns_fd: int) -> Listen:
-    """On all addresses of both families, in the namespace behind the descriptor, which stays the caller's to keep open."""
-
-    def open_all(port: int) -> list[socket.socket]:
-        opened: list[socket.socket] = []
-        try:
-            for family, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
-                try:
-                    opened.append(socket.create_server((address, port), family=family, backlog=64))
-                except OSError as error:
-                    if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # a host without IPv6
-                        raise
-        except OSError:
-            for sock in opened:
-                sock.close()
-            raise
-        return opened
-
-    return lambda port: run_in_netns(netns_fd, lambda: open_all(port))
 
 
 @dataclass(slots=True)
@@ -60,8 +34,8 @@ class HealthCheckPorts:
     The answer is kube-proxy's: 200 while the node has ready endpoints and `healthy`, else 503; how many as JSON, and as the
     weight that balancers may use."""
 
-    def __init__(self, sync: ServiceSync, listen: Listen, healthy: Callable[[], bool]) -> None:
-        self._listen, self._healthy = listen, healthy
+    def __init__(self, sync: ServiceSync, kernel: Kernel, healthy: Callable[[], bool]) -> None:
+        self._kernel, self._healthy = kernel, healthy
         self._wanted: dict[ObjectKey, tuple[int, int]] = {}
         self._served: dict[int, _Port] = {}
         self._changed = asyncio.Event()
@@ -125,7 +99,7 @@ class HealthCheckPorts:
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", answer)
         port.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)
-        sockets = self._listen(number)
+        sockets = await self._kernel.listen(number)
         try:
             await port.runner.setup()
             for sock in sockets:

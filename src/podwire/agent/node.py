@@ -14,12 +14,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from random import Random
 
+from podwire.agent.acknowledge import Acknowledger
 from podwire.agent.attachments import AttachmentEnvironment, Attachments
 from podwire.agent.cniserver import CniServer
 from podwire.agent.cnispool import Spool
 from podwire.agent.config import AgentConfig
 from podwire.agent.guest import GuestPresence
 from podwire.agent.health import AgentStatus, Health
+from podwire.agent.healthchecks import HealthCheckPorts
 from podwire.agent.mirror import Mirror
 from podwire.agent.nodelock import NodeLock
 from podwire.agent.nodeoverlay import NodeOverlay, Overlay, SubnetsChanged
@@ -30,7 +32,7 @@ from podwire.agent.podworker import PodEnvironment
 from podwire.agent.ports import PodRuntime
 from podwire.agent.presence import Presence
 from podwire.agent.proxymodes.modes import ProxyModes
-from podwire.agent.registration import NodeState, read_machine
+from podwire.agent.registration import NodeState, own_attrs, read_machine
 from podwire.agent.repair import Repair
 from podwire.agent.reservations import Reservations
 from podwire.agent.services import BY_NAME_SELECTOR, SERVICE_SELECTOR, SLICE_SELECTOR, ServiceSync
@@ -187,10 +189,11 @@ class NodeAgent:
         self._sync = sync
         engines = self._engines(env, sync)
         self._nodes.subscribe(self._node_changed)
+        server = CniServer(self.config.cni_socket, engines) if self.config.cni_socket else None
+        if server is not None:
+            server.listen()
         async with asyncio.TaskGroup() as group:
-            if self.config.cni_socket is not None:
-                server = CniServer(self.config.cni_socket, engines)
-                server.listen()
+            if server is not None:
                 group.create_task(server.run())
             pods = Pods(env, self._pod_informer, group)
             for informer in (self._nodes, self._services, self._slices):
@@ -206,7 +209,7 @@ class NodeAgent:
         if self._overlay is not None:
             return NodeOverlay(self._overlay.subnets(self._nodes), self._peers, config.vni, self._hold_changed)
         vxlan = NetConfig(networks=(), ranges={}, backend=VxlanBackend(vni=config.vni, port=config.vxlan_port))
-        manager = KubeSubnets(self._nodes, config.node_name, vxlan, rng=self._rng)
+        manager = KubeSubnets(self._nodes, config.node_name, vxlan, client=self._client, rng=self._rng)
         return NodeOverlay(manager, self._peers, config.vni, self._hold_changed)
 
     def _hold_changed(self, why: str) -> None:
@@ -264,6 +267,8 @@ class NodeAgent:
             await self._services.synced()
             await self._slices.synced()
             self._served = network
+            group.create_task(Acknowledger(self._client, self.config.node_name, sync, self._clock, self._rng).run())
+            group.create_task(HealthCheckPorts(sync, self._kernel, self._services_right).run())
             group.create_task(sync.run(self._facts(network)))
             await sync.programmed()
             self._presence.set_state(NodeState(network=True, ready=True))
@@ -273,7 +278,7 @@ class NodeAgent:
 
     async def _own_network(self, overlay: NodeOverlay) -> NodeNetwork:
         """Wait until the node holds its subnets, those of all families at once."""
-        cidrs = await overlay.join(self._overlay.backend if self._overlay else None)
+        cidrs = await overlay.join(self._overlay.backend if self._overlay else own_attrs(self.config))
         config = self.config
         return NodeNetwork(
             name=config.node_name,
@@ -321,6 +326,9 @@ class NodeAgent:
             log.warning("pods are routed, since the bridge's traffic does not meet netfilter: %s", next(iter(refused.values())))
         self._health.routed_pods = bool(refused) or self.config.routed_pods
         return replace(network, routed_pods=self._health.routed_pods)
+
+    def _services_right(self) -> bool:
+        return "services" not in self._health.degraded
 
     def _facts(self, network: NodeNetwork) -> NodeFacts:
         node = self._nodes.get(ObjectKey("", self.config.node_name))

@@ -94,7 +94,13 @@ def _kube_proxy_flags(function: F) -> F:
     for flag in reversed(_FLAGS):
         more: dict[str, Any] = {"is_flag": False, "flag_value": True} if flag.kind is bool else {}
         function = click.option(
-            flag.name, metavar=flag.metavar, type=flag.kind, default=None, help=flag.text, hidden=not flag.text, **more
+            flag.name,
+            metavar=flag.metavar,
+            type=flag.kind,
+            default=None,
+            help=flag.text or "Taken; without effect.",
+            hidden=not flag.text,
+            **more,
         )(function)
     return function
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from aiohttp import web
 
-from podwire.agent.healthchecks import listen_everywhere
 from podwire.agent.nodelock import AnotherAgent
 from podwire.agent.proxy.agent import ProxyAgent, ProxyEnvironment
 from podwire.agent.proxy.status import health_app, metrics_app
@@ -132,7 +131,6 @@ async def serve(options: Invocation, config: ProxyConfig) -> None:
                     client=client,
                     make_rules=modes.make(config.proxy_mode),
                     clean_up=modes.clean_up,
-                    listen=listen_everywhere(netns),
                     service_cidrs=networks(options.service_cidrs, "--service-cluster-ip-range"),
                     cpus=os.cpu_count() or 1,
                 )

@@ -13,7 +13,7 @@ from typing import TypeVar
 from podwire.kernel import opcodes
 from podwire.kernel.conntrack import ConntrackClient, forget_flows
 from podwire.kernel.events import EventStream
-from podwire.kernel.netns import current_netns
+from podwire.kernel.netns import current_netns, in_netns
 from podwire.kernel.nftclient import NftClient
 from podwire.kernel.port import KernelError
 from podwire.kernel.rtnlsocket import RtnlSocket, open_netlink
@@ -173,6 +173,9 @@ class LinuxKernel:
         spaces = dict(self._spaces)
         return await self._off_loop(lambda: _Run(spaces).run(plan))
 
+    async def listen(self, port: int) -> list[socket.socket]:
+        return await in_netns(self._space(HOST).fd, lambda: _listen(port))
+
     def events(self) -> EventStream:
         host = self._space(HOST)
         stream = EventStream(HOST, host.fd, self._own_ports, host.switches)
@@ -205,6 +208,22 @@ class LinuxKernel:
                     space.release()
 
         return await asyncio.wrap_future(self._worker.submit(work))
+
+
+def _listen(port: int) -> list[socket.socket]:
+    opened: list[socket.socket] = []
+    try:
+        for family, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+            try:
+                opened.append(socket.create_server((address, port), family=family, backlog=64))
+            except OSError as error:
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # a host without IPv6
+                    raise
+    except OSError:
+        for sock in opened:
+            sock.close()
+        raise
+    return opened
 
 
 def _carries(space: _Space, name: str) -> bool:

@@ -1,6 +1,7 @@
 """The kernel as the rest of podwire sees it: observe, apply, listen. Two implementations: `linux.LinuxKernel`,
 and `podwire.testing.FakeKernel`, which really executes the operations in memory."""
 
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -90,6 +91,11 @@ class Kernel(Protocol):
         """Execute in order; see `Applied`. Adding an address, route, neighbour or entry again, and removing what is not there
         (also with its device), is done, not failed. AddLink of a name in use fails (EEXIST) and leaves that link as it is;
         one that fails leaves nothing."""
+        ...
+
+    async def listen(self, port: int) -> Sequence[socket.socket]:
+        """TCP sockets that listen on all addresses of HOST, one of each family that it has; the caller's to close.
+        Raises OSError where the port is taken."""
         ...
 
     def events(self) -> KernelEvents:

@@ -3,6 +3,7 @@ through it (`testing.fakefabric`). Failures are ordered by name: `fail_next`. Wh
 
 import asyncio
 import errno
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self
@@ -57,6 +58,8 @@ class FakeKernel:
         """Every operation that succeeded, in order."""
         self.commits = Counter[NetnsName]()
         """nftables transactions by namespace."""
+        self.listening: dict[int, int] = {}
+        """Ports that were asked for, and the real ones behind them."""
         if uplink is not None:
             self.host.links[uplink.name] = Link(
                 uplink.name, uplink.kind, uplink.mtu or 1500, uplink.mac or self._new_mac(), uplink.up, "", False, uplink.alias
@@ -130,6 +133,12 @@ class FakeKernel:
             else:
                 self.applied.append(op)
         return Applied(done=len(plan) - len(failures), failures=tuple(failures))
+
+    async def listen(self, port: int) -> list[socket.socket]:
+        """On a free port of 127.0.0.1, which `listening` tells."""
+        sock = socket.create_server(("127.0.0.1", 0))
+        self.listening[port] = sock.getsockname()[1]
+        return [sock]
 
     def events(self) -> "FakeEvents":
         stream = FakeEvents()

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -196,21 +195,16 @@ async def test_a_refused_transaction_is_unhealthy_only_after_a_while(cluster: Me
 
 
 async def test_health_check_node_ports(cluster: MemoryCluster) -> None:
-    def listen(_: int) -> list[socket.socket]:
-        made = socket.create_server(("127.0.0.1", 0))
-        opened.append(made.getsockname()[1])
-        return [made]
-
-    opened: list[int] = []
+    kernel = FakeKernel()
     local = {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 30999}
     await service(cluster, "shop", **local)
     await endpoints(cluster, 1, 2, service="shop")
-    async with proxy(cluster, FakeKernel(), listen=listen) as agent, aiohttp.ClientSession() as session:
+    async with proxy(cluster, kernel) as agent, aiohttp.ClientSession() as session:
         await cluster.until(lambda: agent.health_check_ports)
         assert agent.health_check_ports == {30999: ObjectKey("default", "shop")}
 
         async def ask() -> tuple[int, Any]:
-            async with session.get(f"http://127.0.0.1:{opened[0]}/") as response:
+            async with session.get(f"http://127.0.0.1:{kernel.listening[30999]}/") as response:
                 assert response.headers["X-Load-Balancing-Endpoint-Weight"] in ("0", "1")
                 return response.status, await response.json()
 

@@ -16,7 +16,7 @@ from random import Random
 
 from podwire.agent.acknowledge import Acknowledger
 from podwire.agent.health import Health
-from podwire.agent.healthchecks import HealthCheckPorts, Listen
+from podwire.agent.healthchecks import HealthCheckPorts
 from podwire.agent.proxy.metrics import ProxyMetrics, endpoint_connections, service_connections
 from podwire.agent.proxy.status import ProxyHealth
 from podwire.agent.proxymodes.port import MakeRules
@@ -61,7 +61,6 @@ class ProxyEnvironment:
     client: ApiClient
     make_rules: MakeRules
     clean_up: CleanUp | None = None
-    listen: Listen | None = None
     service_cidrs: tuple[IPNetwork, ...] = ()
     cpus: int = 1
     clock: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
@@ -85,7 +84,7 @@ class ProxyAgent:
             wall=lambda: env.clock().timestamp(), loop_time=time.monotonic, mode=lambda: self._sync.mode
         )
         self._sync.subscribe(self.metrics.round)
-        self._ports = HealthCheckPorts(self._sync, env.listen, lambda: self.health().healthy) if env.listen else None
+        self._ports = HealthCheckPorts(self._sync, env.kernel, lambda: self.health().healthy)
         self._acknowledger = Acknowledger(client, env.node, self._sync, env.clock, rng)
         self._node_seen = asyncio.Event()
         config = env.config
@@ -109,7 +108,7 @@ class ProxyAgent:
 
     @property
     def health_check_ports(self) -> dict[int, ObjectKey]:
-        return self._ports.ports if self._ports else {}
+        return self._ports.ports
 
     def health(self) -> ProxyHealth:
         metrics, now = self.metrics, self._env.clock()
@@ -149,8 +148,7 @@ class ProxyAgent:
             service_cidrs = await self._service_cidrs()
             facts = await self._facts(service_cidrs)
             group.create_task(self._listen())
-            if self._ports is not None:
-                group.create_task(self._ports.run())
+            group.create_task(self._ports.run())
             group.create_task(self._acknowledger.run())
             await self._services.synced()
             await self._slices.synced()
