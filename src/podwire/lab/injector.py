@@ -139,7 +139,7 @@ class FaultInjector:
             return
         node = self._fabric.descriptor(place.name)
         for descriptor, device in ((node, UPLINK), (self._fabric.own_descriptor, place.name)):
-            await off_loop(lambda fd=descriptor, name=device: _set_delay(fd, name, after))  # type: ignore[misc]
+            await off_loop(lambda fd=descriptor, name=device: set_delay(fd, name, after))  # type: ignore[misc]
 
     def _machine(self, name: str) -> Machine:
         for machines in self._machines:
@@ -149,8 +149,8 @@ class FaultInjector:
         raise LabError(f"{name} cannot be stopped or damaged: machines are {known}")
 
 
-def _set_delay(fd: int, device: str, milliseconds: float) -> None:
-    """Raises Unsupported where the kernel has no netem."""
+def set_delay(fd: int, device: str, milliseconds: float) -> None:
+    """Hold back what leaves a device of the namespace behind `fd`; 0: no longer. Blocks. Raises Unsupported without netem."""
     sock = RtnlSocket(fd)
     try:
         index = rtnlread.read_link(sock.execute([rtnl.get_link(device)]).answers[0]).index
