@@ -49,15 +49,21 @@ class NodeOverlay:
         self._subnets: tuple[IPNetwork, ...] = ()
         self._moved: asyncio.Future[tuple[IPNetwork, ...]] = asyncio.get_running_loop().create_future()
 
-    async def join(self, make_backend: Callable[[NetConfig], Backend] | None) -> tuple[IPNetwork, ...]:
-        """Get the node its subnets; returns them when it holds them. None: the back end is VXLAN, and what the peers must know
-        is told by somebody else. Raises InvalidInput or Unsupported for a network configuration that cannot be used."""
+    async def join(self, own: Callable[[NetConfig], Backend] | LeaseAttrs) -> tuple[IPNetwork, ...]:
+        """Get the node its subnets; returns them when it holds them. `own`: what makes the back end; or what the peers must
+        know of the node, and the back end is VXLAN.
+
+        Raises InvalidInput or Unsupported for a network configuration that cannot be used."""
         config = await self.manager.network_config()
         for warning in config.warnings:
             log.warning("%s", warning)
-        self.backend = make_backend(config) if make_backend else None
+        if isinstance(own, LeaseAttrs):
+            attrs = own
+        else:
+            self.backend = own(config)
+            attrs = self.backend.attrs()
         self.manager.subscribe(self)
-        lease = await self.manager.acquire(self.backend.attrs() if self.backend else LeaseAttrs())
+        lease = await self.manager.acquire(attrs)
         self._subnets = lease.subnets
         return lease.subnets
 

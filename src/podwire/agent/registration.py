@@ -4,16 +4,17 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from podwire import __version__
 from podwire.agent.config import AgentConfig
-from podwire.model.addr import family_of
+from podwire.model.addr import Family, family_of
 from podwire.model.meta import Json
 from podwire.model.objects import Condition
 from podwire.model.timestamps import format_micro_time, format_time
+from podwire.plan.leases import LeaseAttrs, encode_annotations, vxlan_data
 from podwire.plan.naming import vtep_mac
-from podwire.plan.overlay import annotations
 
 LEASE_NAMESPACE = "kube-node-lease"
 
@@ -69,9 +70,22 @@ def node_document(config: AgentConfig, machine: Machine) -> Json:
     }
 
 
+def own_attrs(config: AgentConfig) -> LeaseAttrs:
+    """What the peers must know of the node, with VXLAN."""
+    ips = {family_of(ip): ip for ip in config.node_ips}
+    data = {family: vxlan_data(config.vni, vtep_mac(config.node_name, family)) for family in ips}
+    four, six = ips.get(Family.IPV4), ips.get(Family.IPV6)
+    return LeaseAttrs(
+        public_ip=four if isinstance(four, IPv4Address) else None,
+        public_ipv6=six if isinstance(six, IPv6Address) else None,
+        backend_type="vxlan",
+        backend_data=data.get(Family.IPV4, ""),
+        backend_v6_data=data.get(Family.IPV6, ""),
+    )
+
+
 def node_annotations(config: AgentConfig) -> dict[str, str]:
-    ends = [(ip, vtep_mac(config.node_name, family_of(ip))) for ip in config.node_ips]
-    return annotations(ends, config.vni)
+    return encode_annotations(own_attrs(config), [family_of(ip) for ip in config.node_ips])
 
 
 def node_status(config: AgentConfig, machine: Machine, state: NodeState, before: Collection[Condition], now: datetime) -> Json:

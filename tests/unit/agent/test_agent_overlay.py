@@ -194,3 +194,32 @@ async def test_annotations_of_another_back_end_are_written_for_the_peers(cluster
             "flannel.alpha.coreos.com/backend-data": "null",
             "flannel.alpha.coreos.com/public-ip": "198.18.0.12",
         }
+
+
+async def test_a_node_that_was_deleted_and_is_back_with_another_subnet(cluster: MemoryCluster) -> None:
+    """Its old one is somebody else's by then. While its Node is not there, it gives out no address."""
+    one, two = cluster.machine(1, ONLY_V4), cluster.machine(2, ONLY_V4)
+    async with cluster.agent(one) as agent:
+        await cluster.create_pod("web", "n1")
+        await cluster.until_running("web")
+        await cluster.client.delete(NODES, "n1")
+        await cluster.until(lambda: "deleted" in agent.status().degraded.get("subnets", ""))
+        await cluster.create_pod("new", "n1")
+        await cluster.until(lambda: _refused(cluster))
+        async with cluster.agent(two, subnets=False):
+            await cluster.until(lambda: cluster.exists(NODES, "n2"))
+            await cluster.client.patch(NODES, "n2", {"spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24"]}})
+            again = {"podCIDR": "10.244.9.0/24", "podCIDRs": ["10.244.9.0/24"]}
+            await cluster.client.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}, "spec": again})
+
+            async def moved() -> bool:
+                pods = [await cluster.pod(name) for name in ("web", "new")]
+                return all(pod["status"].get("podIP", "").startswith("10.244.9.") for pod in pods)
+
+            await cluster.until(moved)
+
+            async def reached() -> bool:
+                return await routes(two) == {"10.244.9.0/24": "flannel.1 10.244.9.0"}
+
+            await cluster.until(reached)  # the new Node says how it is reached, too
+            assert list(await routes(one)) == ["10.244.1.0/24"]

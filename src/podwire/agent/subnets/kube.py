@@ -137,7 +137,7 @@ class KubeSubnets:
         """Write the annotations until they are there."""
         if self._client is None or self._released:
             return
-        families = [family_of(subnet) for subnet in lease.subnets]
+        families = [f for f in map(family_of, lease.subnets) if lease.attrs.address(f) is not None]
         wanted = encode_annotations(told_addresses(node, lease.attrs, self._prefix), families, self._prefix)
         if wanted.items() <= node.metadata.annotations.items():
             return
