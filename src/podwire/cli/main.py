@@ -14,6 +14,7 @@ from podwire.cli.node import join, leave
 from podwire.cli.paths import demo, paths
 from podwire.cli.proxy import proxy
 from podwire.cli.server import server, token
+from podwire.cli.status import status, wait
 from podwire.cli.verify import verify
 from podwire.model.errors import PodwireError
 
@@ -51,6 +52,8 @@ main.add_command(demo)
 main.add_command(paths)
 main.add_command(verify)
 main.add_command(proxy)
+main.add_command(status)
+main.add_command(wait)
 main.add_command(server)
 main.add_command(token)
 main.add_command(join)

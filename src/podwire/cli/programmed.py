@@ -1,0 +1,120 @@
+"""Reads nodes' acknowledgements of Services out of any API server, once or until they are what one waits for."""
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import msgspec
+
+from podwire.client.api import ApiClient
+from podwire.client.errors import NotFound
+from podwire.client.informer import Informer
+from podwire.model.acknowledgement import LABEL, LABEL_VALUE, NAMESPACE, Acknowledgement, read_lease
+from podwire.model.errors import InvalidInput, PodwireError
+from podwire.model.ids import ObjectKey
+from podwire.model.objects import ApiObject, EndpointSlice, Lease, Node, Service
+from podwire.model.resources import ENDPOINTSLICES, LEASES, NODES, SERVICES, Resource
+from podwire.model.timestamps import format_micro_time
+from podwire.plan.programmed import Programmed, programmed
+
+T = TypeVar("T", bound=ApiObject)
+_SELECTOR = f"{LABEL}={LABEL_VALUE}"
+_SLICES = "!service.kubernetes.io/headless"
+
+
+class NotProgrammed(PodwireError):
+    """The time is over, and some nodes are late."""
+
+
+async def read_all(client: ApiClient, namespace: str) -> list[dict[str, Any]]:
+    """Every Service (of a namespace) as `podwire status services -o json` shows it. Raises ApiError."""
+    services = await _list(client, SERVICES, Service, namespace or None)
+    slices: dict[ObjectKey, list[EndpointSlice]] = {}
+    for piece in await _list(client, ENDPOINTSLICES, EndpointSlice, namespace or None, _SLICES):
+        slices.setdefault(ObjectKey(piece.metadata.namespace, piece.service), []).append(piece)
+    nodes = await _list(client, NODES, Node)
+    acks = _words(await _list(client, LEASES, Lease, NAMESPACE, _SELECTOR))
+    rows = []
+    for service in sorted(services, key=lambda service: service.key):
+        found = programmed(service, slices.get(service.key, ()), nodes, acks)
+        rows.append(
+            {
+                "namespace": service.key.namespace,
+                "name": service.key.name,
+                "programmed": list(found.on),
+                "late": list(found.late),
+                "absent": list(found.absent),
+                "at": format_micro_time(found.at) if found.at else None,
+                "why": found.why,
+            }
+        )
+    return rows
+
+
+async def wait_programmed(client: ApiClient, namespace: str, name: str, seconds: float) -> str:
+    """Returns a sentence once it is so. Raises NotProgrammed, InvalidInput for a Service that nodes do not serve, NotFound."""
+    key = ObjectKey(namespace, name)
+    with suppress(NotFound):
+        await client.get(SERVICES, name, namespace)
+        return await _Wait(client, key).run(seconds)
+    raise InvalidInput(f"there is no Service {key}; `podwire status services` lists them")
+
+
+class _Wait:
+    """Watches what the answer depends on."""
+
+    def __init__(self, client: ApiClient, key: ObjectKey) -> None:
+        self._key = key
+        space = key.namespace
+        of_service = f"kubernetes.io/service-name={key.name},{_SLICES}"
+        self._services = Informer(client, SERVICES, Service, namespace=space, field_selector=f"metadata.name={key.name}")
+        self._slices = Informer(client, ENDPOINTSLICES, EndpointSlice, namespace=space, label_selector=of_service)
+        self._nodes = Informer(client, NODES, Node)
+        self._leases = Informer(client, LEASES, Lease, namespace=NAMESPACE, label_selector=_SELECTOR)
+        self._changed = asyncio.Event()
+        self._found = Programmed()
+
+    async def run(self, seconds: float) -> str:
+        informers: tuple[Informer[Any], ...] = (self._services, self._slices, self._nodes, self._leases)
+        for informer in informers:
+            informer.subscribe(lambda _: self._changed.set())
+        running = [asyncio.create_task(informer.run()) for informer in informers]
+        try:
+            async with asyncio.timeout(seconds):
+                for informer in informers:
+                    await informer.synced()
+                while not self._look():
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            late = ", ".join(self._found.late) or "any node"
+            raise NotProgrammed(f"after {seconds:g} s Service {self._key} is not programmed on {late}") from None
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        found = self._found
+        absent = f"; not ready: {', '.join(found.absent)}" if found.absent else ""
+        return f"Service {self._key} is programmed on {', '.join(found.on)}{absent}"
+
+    def _look(self) -> bool:
+        service = self._services.get(self._key)
+        if service is None:
+            raise InvalidInput(f"Service {self._key} was deleted")
+        acks = _words(self._leases.items().values())
+        self._found = programmed(service, self._slices.items().values(), self._nodes.items().values(), acks)
+        if self._found.why:
+            raise InvalidInput(f"Service {self._key} cannot be waited for: {self._found.why}")
+        return self._found.everywhere
+
+
+def _words(leases: Iterable[Lease]) -> dict[str, Acknowledgement]:
+    return {ack.node: ack for ack in map(read_lease, leases) if ack is not None}
+
+
+async def _list(
+    client: ApiClient, resource: Resource, kind: type[T], namespace: str | None = None, labels: str = ""
+) -> list[T]:
+    raw = await client.list_raw(resource, namespace, label_selector=labels)
+    return [msgspec.json.decode(item, type=kind) for item in raw.items or ()]

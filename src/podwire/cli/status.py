@@ -1,0 +1,103 @@
+"""`podwire status services` and `podwire wait --programmed`: what nodes say they have read back from their kernels."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from podwire.cli.connect import with_client
+from podwire.cli.options import lab_option
+
+if TYPE_CHECKING:
+    from podwire.client.api import ApiClient
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+def _cluster_options(function: F) -> F:
+    function = click.option(
+        "--kubeconfig",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Any cluster whose nodes run podwire, instead of a lab.",
+    )(function)
+    return lab_option(function)
+
+
+@click.group()
+def status() -> None:
+    """Show what is programmed where."""
+
+
+@status.command("services")
+@_cluster_options
+@click.option("-n", "--namespace", metavar="NAMESPACE", default="", help="Only those in this namespace. [default: all]")
+@click.option("-o", "output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="Output format.")
+def status_services(lab_name: str, kubeconfig: Path | None, namespace: str, output: str) -> None:
+    """Show on which nodes each Service is programmed.
+
+    A node says so in the API once it has read the rules of the Service's present version, and of its EndpointSlices', back
+    from its kernel. Exit status 1 while a ready node is late.
+
+    With -o json: a list of objects with namespace, name, programmed, late, absent (names of nodes), at (the latest word) and
+    why (empty, or why no node programs it).
+    """
+    from podwire.cli.programmed import read_all
+
+    rows = _with(lab_name, kubeconfig, lambda client: read_all(client, namespace))
+    if output == "json":
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        _print(rows)
+    sys.exit(1 if any(row["late"] for row in rows) else 0)
+
+
+@click.command()
+@_cluster_options
+@click.option("--programmed", "service", required=True, metavar="SERVICE", help="svc/NAME, service/NAME or NAME.")
+@click.option("-n", "--namespace", metavar="NAMESPACE", default="default", show_default=True, help="The Service's namespace.")
+@click.option(
+    "--timeout", type=click.FloatRange(0), default=30.0, show_default=True, metavar="SECONDS", help="How long at most."
+)
+def wait(lab_name: str, kubeconfig: Path | None, service: str, namespace: str, timeout: float) -> None:
+    """Wait until every ready node has a Service, as it is now, in its kernel.
+
+    Example: podwire wait --programmed svc/web
+
+    Exit status 1, with the names of the nodes that are late, when the time is over.
+    """
+    from podwire.cli.programmed import wait_programmed
+
+    kind, slash, name = service.rpartition("/")
+    if slash and kind not in ("svc", "service", "services"):
+        raise click.UsageError(f"{kind} cannot be waited for: --programmed takes a Service, as svc/NAME")
+    click.echo(_with(lab_name, kubeconfig, lambda client: wait_programmed(client, namespace, name, timeout)))
+
+
+def _with(lab_name: str, kubeconfig: Path | None, work: "Callable[[ApiClient], Any]") -> Any:
+    if kubeconfig is None:
+        return with_client(lab_name, work)
+    import asyncio
+
+    from podwire.client.kubeconfig import client_from_kubeconfig
+
+    async def run() -> Any:
+        async with client_from_kubeconfig(kubeconfig) as client:
+            return await work(client)
+
+    return asyncio.run(run())
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("NAMESPACE", "SERVICE", "PROGRAMMED", "LATE", "NOT READY", box=None, pad_edge=False)
+    for row in rows:
+        done = f"{len(row['programmed'])}/{len(row['programmed']) + len(row['late'])}" if not row["why"] else row["why"]
+        table.add_row(row["namespace"], row["name"], done, ", ".join(row["late"]), ", ".join(row["absent"]))
+    Console().print(table)

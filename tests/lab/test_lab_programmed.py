@@ -1,0 +1,22 @@
+"""What nodes acknowledge, as users see it."""
+
+import json
+
+from labcommand import Lab
+
+
+def test_status_shows_every_node(lab: Lab) -> None:
+    lab.podwire.ok("wait", "--name", lab.name, "--programmed", "svc/kubernetes")
+    rows = json.loads(lab.podwire.ok("status", "services", "--name", lab.name, "-o", "json"))
+    found = {(row["namespace"], row["name"]): row for row in rows}
+    assert found["default", "kubernetes"]["programmed"] == ["node-1", "node-2", "node-3"]
+    assert all(not row["late"] for row in rows)
+    assert "3/3" in lab.podwire.ok("status", "services", "--name", lab.name)
+    assert "3/3" in lab.podwire.ok("status", "services", "--kubeconfig", lab.kubeconfig)
+
+
+def test_what_cannot_be_waited_for_is_said(lab: Lab) -> None:
+    done = lab.podwire("wait", "--name", lab.name, "--programmed", "svc/nobody")
+    assert done.status == 1
+    assert "there is no Service default/nobody" in done.err
+    assert lab.podwire("wait", "--name", lab.name, "--programmed", "deploy/web").status == 2
