@@ -3,16 +3,18 @@
 import asyncio
 import ipaddress
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from typing import TypeVar
 
 from podwire.agent.proxymodes.nft import commit, remove_tables
 from podwire.kernel.ipvs import IpvsClient, IpvsState
-from podwire.kernel.netns import off_loop, off_loop_to_the_end
+from podwire.kernel.netns import off_loop_to_the_end
 from podwire.kernel.port import Kernel, KernelError
 from podwire.model.errors import Unsupported
 from podwire.model.ids import ObjectKey
 from podwire.model.ipvs import STRICT_ARP, SWITCHES, IpvsOp, VirtualKey, VirtualServer
-from podwire.model.kernelstate import OWNER_ALIAS, Address, Dummy, Link
+from podwire.model.kernelstate import OWNER_ALIAS, Address, Dummy, Link, NetState
 from podwire.model.nft import Ruleset
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.ops import AddAddress, AddLink, DelAddress, DelLink, Op, SetSysctl
@@ -22,6 +24,8 @@ from podwire.plan import ipvs as plan
 from podwire.plan.ipvs import DEVICE, TABLE, IpvsPlanner
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DRAIN_SECONDS = 1.0
 """How often real servers that leave are asked whether they have connections left."""
@@ -41,7 +45,6 @@ class IpvsRules:
         self._kernel, self._fd = kernel, netns_fd
         self._switches = {**SWITCHES, **(STRICT_ARP if strict_arp else {})}
         self._planner = IpvsPlanner(facts, scheduler)
-        self._client: IpvsClient | None = None
         self._held: dict[VirtualKey, VirtualServer] = {}
         """What IPVS holds of ours, real servers that are drained included."""
         self._bound: set[bytes] = set()
@@ -90,7 +93,7 @@ class IpvsRules:
         addresses is known by its real servers' weight, 0."""
         async with self._lock:
             network = await self._kernel.observe()
-            self._bound = {a.interface.ip.packed for a in network.addresses if a.dev == DEVICE}
+            self._bound = _addresses_on_device(network)
             state = await self._adopt(await self._kernel.observe_nft(TABLE))
             here = {a.interface.ip.packed for a in network.addresses}
             drained = {k: s for k, s in state.servers.items() if k.address in here and not any(s.servers.values())}
@@ -119,9 +122,6 @@ class IpvsRules:
             await asyncio.sleep(DRAIN_SECONDS)
         await self._apply([DelLink(DEVICE)])
         self._bound.clear()
-        if self._client is not None:
-            self._client.close()
-            self._client = None
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -134,8 +134,7 @@ class IpvsRules:
         }
         if not leaving:
             return
-        client = await self._opened()
-        state = await off_loop(lambda: client.observe(leaving.keys()))
+        state = await self._with_client(lambda client: client.observe(leaving.keys()))
         await self._execute(
             plan.retire(wanted, {k: state.servers[k] for k in leaving if k in state.servers}, state.connections)
         )
@@ -145,7 +144,7 @@ class IpvsRules:
 
     async def _prepare(self) -> int:
         """The module, its switches and the device. Returns how much of that was missing."""
-        await self._opened()
+        await self._with_client(lambda client: None)
         switched = await self._kernel.apply(tuple(SetSysctl(key, value) for key, value in self._switches.items()))
         if switched.failures:
             # The kernel shows them to nobody in a user namespace, and without them IPVS cannot masquerade.
@@ -158,7 +157,7 @@ class IpvsRules:
         if DEVICE not in state.links:
             ops.append(AddLink(Link(DEVICE, Dummy(), alias=f"{OWNER_ALIAS}:ipvs")))
         await self._apply(ops)
-        self._bound = {a.interface.ip.packed for a in state.addresses if a.dev == DEVICE}
+        self._bound = _addresses_on_device(state)
         return int(DEVICE not in state.links)
 
     async def _bind(self) -> int:
@@ -183,22 +182,29 @@ class IpvsRules:
 
     async def _execute(self, ops: list[IpvsOp]) -> list[IpvsOp]:
         if ops:
-            client = await self._opened()
-            await off_loop_to_the_end(lambda: client.execute(ops))
+            await self._with_client(lambda client: client.execute(ops))
             self._held = plan.after(self._held, ops)
         return ops
 
     async def _adopt(self, observed: Ruleset) -> IpvsState:
-        client = await self._opened()
-        state = await off_loop(client.observe)
+        state = await self._with_client(lambda client: client.observe())
         keys = plan.ours(state.servers, self._planner, observed, self._bound)
         self._held = {key: state.servers[key] for key in keys}
         return state
 
-    async def _opened(self) -> IpvsClient:
-        if self._client is None:
-            self._client = await off_loop(lambda: IpvsClient(self._fd))
-        return self._client
+    async def _with_client(self, use: Callable[[IpvsClient], T]) -> T:
+        """A socket for each use: who makes and forgets a back end has nothing to close."""
+
+        def work() -> T:
+            with closing(IpvsClient(self._fd)) as client:
+                return use(client)
+
+        return await off_loop_to_the_end(work)
+
+
+def _addresses_on_device(state: NetState) -> set[bytes]:
+    """Without the link-local address that the kernel gives it."""
+    return {a.interface.ip.packed for a in state.addresses if a.dev == DEVICE and not a.interface.ip.is_link_local}
 
 
 async def left_behind(kernel: Kernel, netns_fd: int) -> IpvsRules | None:

@@ -1,0 +1,190 @@
+"""iptables chains: the text does what it says, incremental equals from scratch, one change touches few chains."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+from service_cases import FACTS, key, load_cases, service_of, slice_of
+
+from podwire.model.addr import Family
+from podwire.model.objects import EndpointSlice, Service
+from podwire.plan.iptables import ChainRef, Chains, IptablesPlanner, Restore, parse_save, restore
+from podwire.plan.iptables_rules import HOOKS, PREFIX
+
+Tables = dict[ChainRef, list[str]]
+
+
+class Refused(Exception):
+    """What iptables-restore would not do."""
+
+
+def empty() -> Tables:
+    return {(table, hook): [] for table, hooks in HOOKS.items() for hook, *_ in hooks}
+
+
+def execute(tables: Tables, text: str) -> Tables:
+    """What `iptables-restore --noflush` makes of a text."""
+    state = {ref: list(lines) for ref, lines in tables.items()}
+    table = ""
+    for line in filter(None, text.splitlines()):
+        word, _, rest = line.partition(" ")
+        chain, _, rule = rest.partition(" ")
+        match word:
+            case "COMMIT":
+                for lines in state.values():
+                    _check(state, lines)
+            case "-A":
+                state[table, chain].append(rule)
+            case "-D":
+                state[table, chain].remove(rule)
+            case "-I":
+                position, _, rule = rule.partition(" ")
+                state[table, chain].insert(int(position) - 1, rule)
+            case "-X":
+                if state[table, chain]:
+                    raise Refused(f"{chain} is not empty")
+                del state[table, chain]
+            case _ if word.startswith(":"):
+                state[table, word[1:]] = []
+            case _ if word.startswith("*"):
+                table = word[1:]
+            case _:
+                raise Refused(line)
+    return state
+
+
+def _check(state: Tables, lines: Iterable[str]) -> None:
+    names = {name for _, name in state}
+    for line in lines:
+        words = line.split()
+        target = next((words[i + 1] for i, w in enumerate(words) if w in ("-j", "-g")), "")
+        if target.startswith(PREFIX) and target not in names:
+            raise Refused(f"{line} leads to a chain that is not there")
+
+
+def saved(tables: Tables) -> str:
+    """The same as `iptables-save` shows it."""
+    text = []
+    for table in HOOKS:
+        chains = {name: lines for (t, name), lines in tables.items() if t == table}
+        text += [f"*{table}", *(f":{name} {'-' if name.startswith(PREFIX) else 'ACCEPT'} [0:0]" for name in chains)]
+        text += [f"-A {name} {line}" for name, lines in chains.items() for line in lines]
+        text.append("COMMIT")
+    return "\n".join(text) + "\n"
+
+
+def held(tables: Tables) -> Chains:
+    return parse_save(saved(tables))
+
+
+def web(endpoints: Iterable[int], name: str = "web", last: int = 10, **spec: Any) -> tuple[Service, tuple[EndpointSlice, ...]]:
+    short = {"name": name, "clusterIP": f"10.96.0.{last}", "ports": [{"port": 80, "targetPort": 8080}], **spec}
+    found = [{"ip": f"10.244.{n}.2", "node": f"n{n}"} for n in endpoints]
+    return service_of(short, Family.IPV4), (slice_of({"service": short, "endpoints": found}, Family.IPV4),)
+
+
+def ipv4(texts: list[Restore]) -> Restore:
+    (text,) = [text for text in texts if text.family is Family.IPV4]
+    return text
+
+
+@pytest.mark.parametrize("case", list(load_cases(special=True)), ids=lambda c: c.name)
+def test_a_case_is_built_at_once_and_in_parts_and_removed(case: Any) -> None:
+    planner = IptablesPlanner(case.facts)
+    case.feed(planner)
+    for text in planner.take():
+        whole = execute(empty(), text.text)
+        wanted = planner.desired()[text.family]
+        assert held(whole) == wanted
+        step = empty()
+        for part in text.parts(7):
+            step = execute(step, part)
+        assert held(step) == wanted
+        gone = restore(text.family, Chains(), wanted)
+        assert gone is not None
+        assert execute(whole, gone.text) == empty()
+    assert not planner.take()
+    assert not planner.resync(planner.desired())
+
+
+def test_one_endpoint_more_touches_one_chain() -> None:
+    planner = IptablesPlanner(FACTS)
+    for number in range(50):
+        planner.set_service(key(f"s{number}"), *web((1, 2), f"s{number}", number))
+    planner.take()
+    planner.set_service(key("s7"), *web((1, 2, 3), "s7", 7))
+    text = ipv4(planner.take())
+    assert text.chains == 1
+    assert text.text.count("-A ") == 4
+    assert "--probability 0.33333333349 -j DNAT --to-destination 10.244.1.2:8080" in text.text
+
+
+def test_a_service_that_goes_leaves_no_chain() -> None:
+    planner = IptablesPlanner(FACTS)
+    planner.take()
+    nothing = planner.desired()
+    sticky: dict[str, Any] = {"sessionAffinity": "ClientIP", "type": "LoadBalancer", "ingress": [{"ip": "203.0.113.1"}]}
+    planner.set_service(key("web"), *web((1, 2), externalTrafficPolicy="Local", **sticky))
+    assert planner.desired() != nothing
+    planner.set_service(key("web"), None)
+    assert planner.desired() == nothing
+
+
+def test_another_masquerade_bit() -> None:
+    planner = IptablesPlanner(FACTS, masquerade_bit=3)
+    planner.set_service(key("web"), *web((1,), type="NodePort"))
+    assert "0x8/0x8" in ipv4(planner.take()).text
+
+
+def test_what_others_have_is_not_seen() -> None:
+    strange = "*nat\n:PREROUTING ACCEPT [0:0]\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -j KUBE-SERVICES\nCOMMIT\n"
+    assert not parse_save(strange)
+
+
+WORLD = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.sets(st.integers(1, 4), max_size=4),
+        st.sampled_from(
+            (
+                {},
+                {"type": "NodePort", "ports": [{"port": 80, "targetPort": 8080, "nodePort": 30080}]},
+                {"type": "NodePort", "externalTrafficPolicy": "Local", "ports": [{"port": 80, "nodePort": 30080}]},
+                {"sessionAffinity": "ClientIP", "externalIPs": ["203.0.113.50"]},
+                {"type": "LoadBalancer", "ingress": [{"ip": "203.0.113.1"}], "loadBalancerSourceRanges": ["192.0.2.0/24"]},
+                None,
+            )
+        ),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(WORLD)
+def test_incremental_equals_from_scratch(changes: list[tuple[int, set[int], dict[str, Any] | None]]) -> None:
+    planner, tables = IptablesPlanner(FACTS), empty()
+    final: dict[str, tuple[Service, tuple[EndpointSlice, ...]]] = {}
+    for number, endpoints, spec in changes:
+        name = f"s{number}"
+        if spec is None:
+            final.pop(name, None)
+            planner.set_service(key(name), None)
+        else:
+            final[name] = web(sorted(endpoints), name, 10 + number, **spec)
+            planner.set_service(key(name), *final[name])
+        for text in planner.take():
+            if text.family is Family.IPV4:
+                tables = execute(tables, text.text)
+    fresh = IptablesPlanner(FACTS)
+    for name, (service, slices) in final.items():
+        fresh.set_service(key(name), service, slices)
+    for text in planner.take():
+        if text.family is Family.IPV4:
+            tables = execute(tables, text.text)
+    wanted = fresh.desired()[Family.IPV4]
+    assert planner.desired()[Family.IPV4] == wanted
+    if changes:
+        assert held(tables) == wanted

@@ -1,0 +1,161 @@
+"""IPVS: which frontends it serves, in which order servers come and go, whose they are."""
+
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import given
+from service_cases import FACTS, key, load_cases, service_of, slice_of
+
+from podwire.model.addr import Family
+from podwire.model.ipvs import DelReal, DelVirtual, IpvsOp, SetReal, SetVirtual, VirtualKey, VirtualServer
+from podwire.model.nft import Ruleset, TableRef
+from podwire.model.nftexpr import ACCEPT
+from podwire.model.objects import EndpointSlice, Service
+from podwire.model.servicetable import backend
+from podwire.plan.ipvs import TABLE, IpvsPlanner, after, introduce, ours, retire
+from podwire.plan.services_maps import frontend_key
+
+A, B, C = (backend(bytes((10, 244, n, 2)), 8080) for n in (1, 2, 3))
+CLUSTER_IP, BALANCER, NODE = bytes((10, 96, 0, 10)), bytes((203, 0, 113, 1)), bytes((198, 18, 0, 11))
+WEB = VirtualKey(CLUSTER_IP, 6, 80)
+
+
+def web(nodes: tuple[int, ...], **spec: Any) -> tuple[Service, tuple[EndpointSlice, ...]]:
+    short = {"name": "web", "clusterIP": "10.96.0.10", "ports": [{"port": 80, "targetPort": 8080, "nodePort": 30080}], **spec}
+    endpoints = [{"ip": f"10.244.{n}.2", "node": f"n{n}"} for n in nodes]
+    return service_of(short, Family.IPV4), (slice_of({"service": short, "endpoints": endpoints}, Family.IPV4),)
+
+
+def planned(*nodes: int, **spec: Any) -> IpvsPlanner:
+    planner = IpvsPlanner(FACTS)
+    planner.set_service(key("web"), *web(nodes, **spec))
+    return planner
+
+
+def verdicts(planner: IpvsPlanner, name: str) -> dict[bytes, object]:
+    state = Ruleset().apply(planner.take().batch)
+    return dict(state.tables[TableRef(Family.IPV4, TABLE)].sets[name].elements)
+
+
+def test_a_pool_for_everyone_is_served_by_ipvs() -> None:
+    planner = planned(1, 2, sessionAffinity="ClientIP")
+    assert planner.servers() == {WEB: VirtualServer("rr", 10800, {A: 1, B: 1})}
+    assert planner.bound() == {CLUSTER_IP}
+    assert set(verdicts(planner, "services").values()) == {ACCEPT}
+
+
+def test_where_pools_differ_ipvs_serves_those_outside() -> None:
+    spec: dict[str, Any] = {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "ingress": [{"ip": "203.0.113.1"}]}
+    planner = planned(1, 2, **spec)
+    servers = planner.servers()
+    assert servers[VirtualKey(BALANCER, 6, 80)].servers.keys() == {A}
+    assert servers[VirtualKey(NODE, 6, 30080)].servers.keys() == {A}
+    assert servers[WEB].servers.keys() == {A, B}
+    assert planner.bound() == {CLUSTER_IP, BALANCER}, "the node's own address needs no device"
+    table = Ruleset().apply(planner.take().batch).tables[TableRef(Family.IPV4, TABLE)]
+    inside = {k: v for k, v in table.sets["services"].elements.items() if v != ACCEPT}
+    assert {k[:4] for k in inside} == {BALANCER, NODE}, "the node's own clients go to all, by the map"
+    assert set(table.sets["outside"].elements.values()) == {ACCEPT}
+
+
+def test_nobody_to_serve_it_is_the_rules_business() -> None:
+    planner = planned()
+    assert planner.servers() == {}
+    assert planner.bound() == frozenset()
+    assert ACCEPT not in verdicts(planner, "services").values()
+
+
+def test_every_case_comes_and_goes_without_a_trace() -> None:
+    for case in load_cases(special=True):
+        planner, held = IpvsPlanner(case.facts), Ruleset()
+        held = held.apply(planner.take().batch)
+        nothing = held
+        case.feed(planner)
+        changes = planner.take()
+        held = held.apply(changes.batch)
+        assert {k: v for k, v in changes.servers.items() if v} == planner.servers()
+        assert not planner.resync(held), case.name
+        for item in case.objects:
+            if "service" in item:
+                planner.set_service(key(item["service"]["name"]), None)
+            elif "pod" in item:
+                planner.set_host_ports(item["pod"]["name"], None)
+        held = held.apply(planner.take().batch)
+        assert planner.servers() == {}
+        assert planner.bound() == frozenset()
+        assert held == nothing, case.name
+
+
+def test_servers_come_before_they_are_led_to_and_leave_by_draining() -> None:
+    held: dict[VirtualKey, VirtualServer] = {}
+    first = {WEB: VirtualServer("rr", 0, {A: 1, B: 1})}
+    ops = introduce(first, held)
+    assert ops == [SetVirtual(WEB, "rr", 0, new=True), SetReal(WEB, A, 1, new=True), SetReal(WEB, B, 1, new=True)]
+    held = after(held, ops)
+    second = {WEB: VirtualServer("rr", 0, {B: 1, C: 1})}
+    held = after(held, introduce(second, held))
+    assert retire(second, held) == [SetReal(WEB, A, 0, new=False)]
+    held = after(held, retire(second, held))
+    assert retire(second, held) == []
+    assert retire(second, held, {(WEB, A): 2}) == []
+    assert retire(second, held, {}) == [DelReal(WEB, A)]
+    back = introduce(first, held)
+    assert back == [SetReal(WEB, A, 1, new=False)], "one that returns before it is gone gets its weight again"
+    assert retire({}, held, {(WEB, B): 1}) == [DelReal(WEB, A), SetReal(WEB, B, 0, new=False), DelReal(WEB, C)]
+    assert retire({}, held, {})[-1] == DelVirtual(WEB)
+
+
+def test_udp_has_no_end_to_wait_for() -> None:
+    dns = VirtualKey(CLUSTER_IP, 17, 53)
+    assert retire({}, {dns: VirtualServer("rr", 0, {A: 1})}) == [DelReal(dns, A), DelVirtual(dns)]
+
+
+SERVERS = st.dictionaries(
+    st.sampled_from((WEB, VirtualKey(CLUSTER_IP, 17, 53), VirtualKey(NODE, 6, 30080))),
+    st.builds(
+        VirtualServer,
+        st.sampled_from(("rr", "lc")),
+        st.sampled_from((0, 600)),
+        st.dictionaries(st.sampled_from((A, B, C)), st.just(1)),
+    ),
+)
+
+
+@given(st.lists(SERVERS, max_size=5))
+def test_whatever_was_wanted_before_the_end_is_what_is_wanted_last(history: list[dict[VirtualKey, VirtualServer]]) -> None:
+    held: dict[VirtualKey, VirtualServer] = {}
+    for wanted in history:
+        for ops in (introduce(wanted, held), retire(wanted, after(held, introduce(wanted, held)))):
+            _possible(held, ops)
+            held = after(held, ops)
+        serving = {k: {b for b, w in s.servers.items() if w} for k, s in held.items()}
+        assert {k: b for k, b in serving.items() if b} == {k: set(s.servers) for k, s in wanted.items() if s.servers}
+    last = history[-1] if history else {}
+    held = after(held, retire(last, held, {}))
+    assert held == last
+
+
+def _possible(held: dict[VirtualKey, VirtualServer], ops: list[IpvsOp]) -> None:
+    """Whether IPVS would take them: nothing is made twice, nothing changed that is not there."""
+    for op in ops:
+        match op:
+            case SetVirtual(at, _, _, new):
+                assert (at in held) is not new
+            case SetReal(at, server, _, new):
+                assert (server in held[at].servers) is not new
+            case DelReal(at, server):
+                assert server in held[at].servers
+            case DelVirtual(at):
+                assert not held[at].servers
+        held = after(held, [op])
+
+
+def test_others_virtual_servers_are_not_ours() -> None:
+    planner = planned(1)
+    observed = Ruleset().apply(planner.take().batch)
+    stranger, forgotten = VirtualKey(bytes((192, 0, 2, 1)), 6, 80), VirtualKey(bytes((10, 96, 0, 77)), 6, 80)
+    nobody = IpvsPlanner(FACTS)
+    assert ours([WEB, stranger, forgotten], nobody, observed, {forgotten.address}) == {WEB, forgotten}
+    assert ours([WEB, stranger], nobody, Ruleset(), ()) == frozenset()
+    frontend = planner.table(key("web")).frontends[0]
+    assert frontend_key(frontend)[:4] == CLUSTER_IP
