@@ -184,6 +184,9 @@ class Attachments:
         trouble = self._env.health.degraded.get("links")
         if trouble:
             raise CniError(NOT_AVAILABLE_LIMITED, "the node's links are not as they should be", trouble)
+        withheld = self._env.reservations.withheld()
+        if withheld:
+            raise CniError(NOT_AVAILABLE, "no address can be given at present", withheld)
         for prefix in network.pod_cidrs:
             if not self._env.reservations.has_room(prefix):
                 raise CniError(NOT_AVAILABLE, f"no address is free in {prefix}")
@@ -280,13 +283,13 @@ class Attachments:
         """Whoever had this interface of this namespace before. The kernel gives a namespace's number to another one once it
         is gone, and engines give paths again: a container whose DEL was dropped then looks alive."""
         taken = (record.inode, record.ifname, record.chained)
-        return [r for r in self.records if r.uid != record.uid and (r.inode, r.ifname, r.chained) == taken]
+        return [r for r in self.records if (r.inode, r.ifname, r.chained) == taken and r.uid != record.uid]
 
     def _new_record(self, request: CniRequest, fd: int) -> AttachmentRecord:
         inode = os.fstat(fd).st_ino
         now = self._env.clock().isoformat()
         record = record_of(request, Origin(now, self._env.boot, inode, _inode(request.netns) == inode))
-        others = [r for r in self._records.values() if r.inode == inode and r.uid != record.uid and not r.chained]
+        others = [r for r in self._records.values() if r.inode == inode and r.ifname != record.ifname and not r.chained]
         if any(r.default_routes for r in others):
             record = msgspec.structs.replace(record, default_routes=False)
         return record
@@ -329,7 +332,8 @@ class Attachments:
     def _rivals(self, record: AttachmentRecord) -> Iterator[AttachmentRecord]:
         mine = tuple(occupied(record))
         for other in self.records if mine else ():
-            if other.uid != record.uid and any(port.clashes(held) for held in occupied(other) for port in mine):
+            clash = other.ports and any(port.clashes(held) for held in occupied(other) for port in mine)
+            if clash and other.uid != record.uid:
                 yield other
 
     async def _program_ports(self, record: AttachmentRecord, ips: tuple[IPAddress, ...]) -> None:

@@ -46,16 +46,16 @@ class Engine:
     """Calls the verbs as an engine does. Namespaces are files: what is in them, the fake kernel has."""
 
     def __init__(self, node: CniNode, kernel: FakeKernel, directory: Path) -> None:
-        self.node, self.kernel, self._directory = node, kernel, directory
+        self.node, self.kernel, self.directory = node, kernel, directory
 
     def netns(self, name: str) -> str:
-        path = self._directory / "netns" / name
+        path = self.directory / "netns" / name
         path.touch()
         return str(path)
 
     def end(self, container: str, ifname: str = "eth0") -> None:
         """The container's namespace goes, with all in it."""
-        file = self._directory / "netns" / container
+        file = self.directory / "netns" / container
         if file.exists():
             file.rename(file.with_suffix(".gone"))  # its inode must not come again
         label = pod_netns(AttachmentKey(container, ifname).uid)
@@ -173,6 +173,16 @@ async def test_add_in_another_namespace_means_that_a_del_was_dropped(engine: Eng
     assert [ip.address for ip in second.ips] != [ip.address for ip in first.ips], "an address comes again late"
     assert len(engine.held) == 2
     assert engine.veths() == {host_veth("cni:c1/eth0")}
+
+
+async def test_a_namespace_under_another_name_means_that_a_del_was_dropped(engine: Engine, kernel: FakeKernel) -> None:
+    await engine.add("c1")
+    kernel.destroy(pod_netns("cni:c1/eth0"))
+    (engine.directory / "netns" / "c1").rename(engine.directory / "netns" / "c2")
+    result = await engine.add("c2")
+    assert len(result.routes) == 2
+    assert {record.container for record in engine.node.attachments.records} == {"c2"}
+    assert engine.veths() == {host_veth("cni:c2/eth0")}
 
 
 async def test_other_settings_replace_the_link(engine: Engine, kernel: FakeKernel) -> None:
