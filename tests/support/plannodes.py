@@ -8,9 +8,10 @@ from podwire.model.ids import HOST
 from podwire.model.kernelstate import Device, Link, NetState
 from podwire.model.meta import ObjectMeta
 from podwire.model.objects import Node, NodeSpec
+from podwire.plan.leases import LeaseAttrs, encode_annotations, lease_of_node, vxlan_data, vxlan_peers
 from podwire.plan.naming import vtep_mac
 from podwire.plan.node import NodeNetwork
-from podwire.plan.overlay import Peer, annotations, peers_of
+from podwire.plan.overlay import Peer
 from podwire.plan.podlinks import PodAttachment
 from podwire.testing import FakeKernel
 
@@ -40,11 +41,26 @@ def network(index: int = 1, families: Iterable[Family] = DUAL) -> NodeNetwork:
 def node(index: int, families: Iterable[Family] = DUAL) -> Node:
     """The Node object as podwire's own agent writes it."""
     families = tuple(families)
-    ends = [(node_ip(index, family), vtep_mac(f"n{index}", family)) for family in families]
+    ips = {family: node_ip(index, family) for family in families}
+    data = {family: vxlan_data(1, vtep_mac(f"n{index}", family)) for family in families}
+    four, six = ips.get(Family.IPV4), ips.get(Family.IPV6)
+    attrs = LeaseAttrs(
+        public_ip=four if isinstance(four, ipaddress.IPv4Address) else None,
+        public_ipv6=six if isinstance(six, ipaddress.IPv6Address) else None,
+        backend_type="vxlan",
+        backend_data=data.get(Family.IPV4, ""),
+        backend_v6_data=data.get(Family.IPV6, ""),
+    )
     return Node(
-        metadata=ObjectMeta(name=f"n{index}", annotations=annotations(ends)),
+        metadata=ObjectMeta(name=f"n{index}", annotations=encode_annotations(attrs, families)),
         spec=NodeSpec(pod_cidrs=tuple(str(subnet(index, family)) for family in families)),
     )
+
+
+def peers_of(node: Node, vni: int = 1) -> tuple[Peer, ...]:
+    """How other nodes reach this one's pods through VXLAN."""
+    lease = lease_of_node(node)
+    return vxlan_peers(lease, vni) if lease else ()
 
 
 def peers(index: int, families: Iterable[Family] = DUAL) -> tuple[Peer, ...]:

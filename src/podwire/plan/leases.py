@@ -182,8 +182,7 @@ def encode_annotations(attrs: LeaseAttrs, families: Collection[Family], prefix: 
 def lease_of_node(node: Node, prefix: str = ANNOTATION_PREFIX) -> Lease | None:
     """The lease that a Node stands for; None where it has no podCIDR yet or flannel's manager does not serve it."""
     told = node.metadata.annotations
-    texts = node.spec.pod_cidrs or ((node.spec.pod_cidr,) if node.spec.pod_cidr else ())
-    return _lease_of_node(node.metadata.name, texts, tuple(told.get(f"{prefix}/{name}", "") for name in _READ))
+    return _lease_of_node(node.metadata.name, _cidr_texts(node), tuple(told.get(f"{prefix}/{name}", "") for name in _READ))
 
 
 def told_addresses(node: Node, attrs: LeaseAttrs, prefix: str = ANNOTATION_PREFIX) -> LeaseAttrs:
@@ -214,6 +213,15 @@ def _lease_of_node(name: str, cidrs: tuple[str, ...], told: tuple[str, ...]) -> 
             backend_v6_data=_data(values["backend-v6-data"]),
         ),
     )
+
+
+def pod_cidrs(node: Node) -> tuple[IPNetwork, ...]:
+    """The node's subnets, at most one of each family; what does not parse is left out."""
+    return networks(_cidr_texts(node))
+
+
+def _cidr_texts(node: Node) -> tuple[str, ...]:
+    return node.spec.pod_cidrs or ((node.spec.pod_cidr,) if node.spec.pod_cidr else ())
 
 
 def networks(texts: Iterable[str]) -> tuple[IPNetwork, ...]:

@@ -2,6 +2,8 @@ import ipaddress
 from datetime import UTC, datetime
 from pathlib import Path
 
+import plannodes
+
 from podwire.agent.config import AgentConfig
 from podwire.agent.registration import (
     Machine,
@@ -14,7 +16,6 @@ from podwire.agent.registration import (
 )
 from podwire.model.meta import ObjectMeta
 from podwire.model.objects import Condition, Node, NodeSpec
-from podwire.plan.overlay import peers_of
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 600, tzinfo=UTC)
 CONFIG = AgentConfig(
@@ -35,7 +36,7 @@ def test_what_a_node_says_of_itself_is_what_its_peers_need() -> None:
         metadata=ObjectMeta(name=meta["name"], annotations=meta["annotations"]),
         spec=NodeSpec(pod_cidrs=("10.244.1.0/24", "fd00:10:244:1::/64")),
     )
-    assert [str(peer.public_ip) for peer in peers_of(node)] == ["198.18.0.11", "2001:db8:1::11"]
+    assert [str(peer.public_ip) for peer in plannodes.peers_of(node)] == ["198.18.0.11", "2001:db8:1::11"]
 
 
 def test_conditions_keep_their_times_and_those_of_others() -> None:

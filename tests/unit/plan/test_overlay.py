@@ -1,6 +1,3 @@
-import ipaddress
-import json
-
 import msgspec
 import plannodes
 import pytest
@@ -11,18 +8,11 @@ from podwire.model.addr import Family
 from podwire.model.kernelstate import Vxlan
 from podwire.model.meta import ObjectMeta
 from podwire.model.objects import Node, NodeSpec
+from podwire.plan.leases import ANNOTATION_PREFIX
 from podwire.plan.naming import host_veth, pod_alias, vtep_mac
-from podwire.plan.overlay import PREFIX, annotations, peers_of, plan_peer, plan_tunnel
+from podwire.plan.overlay import plan_peer, plan_tunnel
 
-
-def test_annotations_are_what_flannel_cuts_apart() -> None:
-    told = annotations([(ipaddress.ip_address("192.168.64.3"), "c6:d2:32:6f:8f:44")])
-    data = told[PREFIX + "backend-data"]
-    assert data == '{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}'
-    assert data.split(':"')[1].strip('"}') == "c6:d2:32:6f:8f:44"  # flannel's own way to find its MAC
-    assert told[PREFIX + "kube-subnet-manager"] == "true"
-    assert told[PREFIX + "public-ip"] == "192.168.64.3"
-    assert PREFIX + "backend-v6-data" not in told
+PREFIX = f"{ANNOTATION_PREFIX}/"
 
 
 def test_a_peer_is_neighbour_entry_and_route_per_family() -> None:
@@ -64,7 +54,7 @@ def test_a_node_that_real_flannel_registered_is_a_peer() -> None:
         ),
         spec=NodeSpec(pod_cidr="10.244.7.0/24"),
     )
-    (peer,) = peers_of(node)
+    (peer,) = plannodes.peers_of(node)
     assert (str(peer.public_ip), peer.mac, str(peer.subnet)) == ("203.0.113.9", "c6:d2:32:6f:8f:44", "10.244.7.0/24")
 
 
@@ -85,7 +75,7 @@ def test_a_node_that_says_nothing_usable_is_no_peer(change: dict[str, str]) -> N
     node = plannodes.node(2, [Family.IPV4])
     told = node.metadata.annotations | {PREFIX + key: value for key, value in change.items()}
     meta = msgspec.structs.replace(node.metadata, annotations=told)
-    assert peers_of(msgspec.structs.replace(node, metadata=meta)) == ()
+    assert plannodes.peers_of(msgspec.structs.replace(node, metadata=meta)) == ()
 
 
 @given(st.dictionaries(st.sampled_from(["backend-data", "public-ip", "backend-v6-data"]), st.text()), st.text())
@@ -93,7 +83,7 @@ def test_no_annotation_and_no_subnet_breaks_the_planner(told: dict[str, str], ci
     base = {PREFIX + "kube-subnet-manager": "true", PREFIX + "backend-type": "vxlan"}
     meta = ObjectMeta(name="x", annotations=base | {PREFIX + key: value for key, value in told.items()})
     for cidrs in ((cidr,), ("10.244.1.0/24", "fd00::/64")):
-        for peer in peers_of(Node(metadata=meta, spec=NodeSpec(pod_cidrs=cidrs))):
+        for peer in plannodes.peers_of(Node(metadata=meta, spec=NodeSpec(pod_cidrs=cidrs))):
             plan_peer(peer)
 
 
@@ -109,4 +99,3 @@ def test_names_fit_the_kernel(uid: str, namespace: str, name: str) -> None:
 def test_macs_differ_between_nodes_and_families() -> None:
     macs = {vtep_mac(f"n{n}", family) for n in range(200) for family in Family}
     assert len(macs) == 400
-    assert json.loads(annotations([(ipaddress.ip_address("::1"), "a")])[PREFIX + "backend-v6-data"])["VtepMAC"] == "a"

@@ -18,8 +18,15 @@ from podwire.model.ids import ObjectKey
 from podwire.model.netconf import NetConfig
 from podwire.model.objects import Node
 from podwire.model.resources import NODES
-from podwire.plan.leases import ANNOTATION_PREFIX, Lease, LeaseAttrs, encode_annotations, lease_of_node, told_addresses
-from podwire.plan.overlay import pod_cidrs
+from podwire.plan.leases import (
+    ANNOTATION_PREFIX,
+    Lease,
+    LeaseAttrs,
+    encode_annotations,
+    lease_of_node,
+    pod_cidrs,
+    told_addresses,
+)
 
 log = logging.getLogger(__name__)
 
