@@ -53,6 +53,7 @@ class Site:
     def __init__(self, hosts: list[Host], client: ApiClient, config: Path) -> None:
         self.hosts, self.client, self.config = hosts, client, config
         self.requests: set[Request] = set()
+        self.third = hosts[0]
 
     def note(self, request: web.Request) -> None:
         if not request.headers.get("User-Agent", "").startswith("podwire/host-"):
@@ -76,23 +77,29 @@ class Site:
 async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
     root = tmp_path_factory.mktemp("cluster")
     async with AsyncExitStack() as stack:
-        hosts = await stack.enter_async_context(machines(root, 2))
+        hosts = await stack.enter_async_context(machines(root, 3))
         authority = Authority.create("kubernetes", datetime.now(UTC))
         path = root / "kubeconfig"
         path.write_text(kubeconfig("test", f"https://{ADDRESS}:6443", authority.pair.certificate, "agent"))
         client = await stack.enter_async_context(
             ApiClient(f"https://{ADDRESS}:6443", token="admin", ssl=authority.client_context())
         )
-        site = Site(hosts, client, path)
+        site = Site(hosts[:2], client, path)
+        site.third = hosts[2]
         await _serve(site, authority, stack)
-        for host in hosts:
-            await client.create(NODES, _node(host.name))
-            addresses = [{"type": "InternalIP", "address": host.address}, {"type": "Hostname", "address": host.name}]
-            conditions = [_condition("Ready", "True"), _condition("NetworkUnavailable", "True")]
-            status = {"status": {"addresses": addresses, "conditions": conditions}}
-            await client.patch(NODES, host.name, status, subresource="status")
+        for host in site.hosts:
+            await register(client, host)
             await site.start(host)
         yield site
+
+
+async def register(client: ApiClient, host: Host) -> None:
+    """As the kubelet of `host` does."""
+    await client.create(NODES, _node(host.name))
+    addresses = [{"type": "InternalIP", "address": host.address}, {"type": "Hostname", "address": host.name}]
+    conditions = [_condition("Ready", "True"), _condition("NetworkUnavailable", "True")]
+    status = {"status": {"addresses": addresses, "conditions": conditions}}
+    await client.patch(NODES, host.name, status, subresource="status")
 
 
 async def _serve(site: Site, authority: Authority, stack: AsyncExitStack) -> None:
@@ -255,6 +262,56 @@ async def test_the_agent_asked_for_nothing_that_its_manifest_does_not_allow(site
     allowed.add(("patch", "", "nodes"))  # components/startup-taint, for the taint of these nodes
     assert site.requests <= allowed
     assert allowed - site.requests <= {("create", "", "events"), ("patch", "", "events"), ("watch", "", "nodes")}
+
+
+async def test_a_node_that_flannels_plugins_served_before(site: Site, tmp_path: Path) -> None:
+    """Its pods keep their links and addresses, and nobody gets those a second time."""
+    bridge_plugin = Path("/usr/lib/cni/bridge")
+    if not os.access(bridge_plugin, os.X_OK):
+        pytest.skip("the bridge plugin is not installed (Debian package containernetworking-plugins)")
+    host = site.third
+    await register(site.client, host)
+    nodes = await until(site.client, NODES, lambda found: len(found) == 3 and all("podCIDR" in n["spec"] for n in found))
+    cidr = next(n["spec"]["podCIDR"] for n in nodes if n["metadata"]["name"] == host.name)
+    old = Container(host, "old")
+    ipam = {
+        "type": "host-local",
+        "dataDir": str(tmp_path),
+        "ranges": [[{"subnet": cidr}]],
+        "routes": [{"dst": "10.244.0.0/16"}],
+    }
+    config = {
+        "cniVersion": "0.3.1",
+        "name": "cbr0",
+        "type": "bridge",
+        "isDefaultGateway": True,
+        "hairpinMode": True,
+        "ipam": ipam,
+    }
+    environment = {
+        "PATH": os.environ["PATH"], "CNI_COMMAND": "ADD", "CNI_CONTAINERID": "old", "CNI_IFNAME": "eth0",
+        "CNI_NETNS": f"/proc/{os.getpid()}/fd/{old.netns}", "CNI_PATH": "/usr/lib/cni",
+    }  # fmt: skip
+    path = tmp_path / "config"
+    path.write_text(json.dumps(config))
+    answer = json.loads(await host.call("sh", "-c", f"exec {bridge_plugin} < {path}", env=environment))
+    old.ip = answer["ips"][0]["address"].partition("/")[0]
+    listener = old.serve("old")
+    assert "1 address taken over" in await host.podwire(
+        "ipam", "import", "--state-dir", str(host.state), str(tmp_path / "cbr0")
+    )
+    await site.start(host)
+    await until(site.client, NODES, _up)
+    new, far = Container(host, "new"), Container(site.hosts[0], "far")
+    for container in (new, far):
+        assert await asyncio.to_thread(container.add) != old.ip
+        assert "old" in await asyncio.to_thread(container.fetch, old.ip, 80)
+    for container in (new, far, old):
+        await asyncio.to_thread(container.cni, "DEL")
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    for container in (new, far, old):
+        os.close(container.netns)
 
 
 async def test_beside_another_proxy_only_what_asks_for_this_one(site: Site) -> None:

@@ -114,7 +114,7 @@ def _config(options: GuestOptions, addresses: tuple[IPAddress, ...], uplink: str
         node_ips=addresses,
         cluster_cidrs=options.cluster_cidrs,
         service_cidrs=options.service_cidrs,
-        state_dir=options.state,
+        state_dir=options.state / "agent",
         uplink=uplink,
         underlay_mtu=mtu,
         vni=options.vni,

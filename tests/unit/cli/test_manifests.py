@@ -36,7 +36,7 @@ def test_manifests_are_whole(overlay: str) -> None:
         assert all(option in helped for option in command[1:])
     maps = {d["metadata"]["name"]: d["data"] for d in documents if d["kind"] == "ConfigMap"}
     if "podwire" in maps:
-        assert json.loads(maps["podwire"]["10-podwire.conflist"]) == configuration("podwire")
+        assert json.loads(maps["podwire"]["05-podwire.conflist"]) == configuration("podwire")
 
 
 def test_the_startup_taint_takes_one_right_more(tmp_path: Path) -> None:
