@@ -26,6 +26,10 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
     assert crash("steps", str(tmp_path)) > 25
 
 
+def test_no_del_is_lost_while_agents_are_killed(tmp_path: Path) -> None:
+    assert crash("engine", str(tmp_path), "8", "5") > 5
+
+
 def test_killed_at_random_under_churn(tmp_path: Path) -> None:
     """`python tests/support/cnicrash.py churn DIR 300` does it some hundred times."""
     assert crash("churn", str(tmp_path), "8", "1") == 8

@@ -1,6 +1,6 @@
 """An agent that is killed (SIGKILL) at a chosen step, or at a random moment, and what the next one finds.
 
-Run as a program in a user and network namespace of its own: `python cnicrash.py steps|churn DIRECTORY [ROUNDS [SEED]]`.
+Run as a program in a user and network namespace of its own: `python cnicrash.py steps|churn|engine DIRECTORY [ROUNDS [SEED]]`.
 Every agent is a forked process; the containers' namespaces are held by this one, so they outlive it.
 """
 
@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -16,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cnirig import CniNode, config, environment, make_node, node_network
+from cnirig import PLUGIN, CniNode, config, environment, make_node, node_network, serving
 
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import create_netns
@@ -217,9 +218,80 @@ def churn(directory: Path, rounds: int, seed: int) -> int:
     return killed
 
 
+async def serve(host: Host) -> None:
+    async with serving(await make_node(host.directory, LinuxKernel(host.netns), NETWORK, tunnels=False)):
+        await asyncio.Event().wait()
+
+
+async def expect_nothing(host: Host) -> None:
+    kernel = LinuxKernel(host.netns)
+    node = await make_node(host.directory, kernel, NETWORK, tunnels=False)
+    links = {name for name in (await kernel.observe()).links if name.startswith("veth")}
+    assert not links, f"links are left: {links}"
+    assert not node.reservations.all(), f"addresses are left: {node.reservations.all()}"
+    assert not list((host.directory / "cni.sock.spool").glob("*")), "DELs are left"
+    node.reservations.close()
+    await kernel.close()
+
+
+def engine(directory: Path, rounds: int, seed: int) -> int:
+    """An engine that executes the plugin while agents are killed: it is told of each DEL that it is done, and that is so.
+
+    Namespaces are kept to the end: nothing is freed for being dead. Returns how many DELs were made without an agent."""
+    rng = random.Random(seed)
+    host = Host(directory)
+    attached: set[str] = set()
+    alone = 0
+    for _ in range(rounds):
+        pid = fork_agent(host)
+        deadline = time.monotonic() + rng.uniform(0.1, 0.4)
+        killed = False
+        for _ in range(16):
+            if time.monotonic() > deadline and not killed:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                killed = True
+            name = f"c{rng.randrange(CONTAINERS)}"
+            if name in attached and rng.random() < 0.6:
+                assert call_plugin(host, "DEL", name) == 0
+                attached.discard(name)
+                alone += killed
+            else:
+                attached.add(name)  # also if it fails: an engine detaches then
+                call_plugin(host, "ADD", name)
+        if not killed:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    for name in attached:
+        assert call_plugin(host, "DEL", name) == 0
+    assert in_child(lambda: expect_nothing(host)) == 0, f"seed {seed}"
+    host.close()
+    return alone
+
+
+def fork_agent(host: Host) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            asyncio.run(serve(host))
+        finally:
+            os._exit(1)
+    return pid
+
+
+def call_plugin(host: Host, verb: str, name: str) -> int:
+    netns = f"/proc/{os.getpid()}/fd/{host.pod(name)}"
+    variables = environment(host.directory / "cni.sock", verb, name, netns)
+    command = [sys.executable, "-IS", str(PLUGIN)]
+    done = subprocess.run(command, env=variables, input=json.dumps(config()).encode(), capture_output=True, check=False)
+    return done.returncode
+
+
+MODES = {"churn": churn, "engine": engine}
+
 if __name__ == "__main__":
     what, where, *rest = sys.argv[1:]
     if what == "steps":
         print(steps(Path(where)))
     else:
-        print(churn(Path(where), int(rest[0]), int(rest[1]) if len(rest) > 1 else 0))
+        print(MODES[what](Path(where), int(rest[0]), int(rest[1]) if len(rest) > 1 else 0))
