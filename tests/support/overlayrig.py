@@ -2,7 +2,8 @@
 
     host n: eth0 192.0.2.n/24, 2001:db8::n/64   pod: the second address of the host's subnets, MTU from subnet.env
 
-The pods' links are nobody's but the test's, as if another CNI plugin had made them.
+The pods' links are nobody's but the test's, as if another CNI plugin had made them. All neighbours are permanent: the kernel's
+table of those that it learns is one for all namespaces of a machine, and labs that run beside the tests may fill it.
 """
 
 import asyncio
@@ -25,13 +26,14 @@ from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import create_netns, run_in_netns
 from podwire.model.addr import Family, IPAddress, IPNetwork, family_of
 from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import Address, Bridge, Device, Link, NetState, Route, Veth
-from podwire.model.ops import AddAddress, AddLink, ChangeLink, Op, SetRoute, SetSysctl
+from podwire.model.kernelstate import Address, Bridge, Device, Link, Neighbour, NetState, Route, Veth
+from podwire.model.ops import AddAddress, AddLink, ChangeLink, Op, SetNeighbour, SetRoute, SetSysctl
 from podwire.plan.diff import diff
 from podwire.plan.underlay import Wish
 from podwire.testing.fakeetcd import FakeEtcd, FakeEtcdClient
 
 NETWORKS = {Family.IPV4: "10.5.0.0/16", Family.IPV6: "fd05::/48"}
+_GATEWAY_MAC, _POD_MAC = "02:00:00:00:0a:01", "02:00:00:00:0a:02"
 _STATIC = 4
 """A route's protocol: not podwire's."""
 _TRANSFER = 300_000
@@ -46,6 +48,14 @@ def config_text(backend: dict[str, Any], families: Sequence[Family]) -> str:
 
 def host_address(index: int, family: Family) -> str:
     return f"192.0.2.{index}/24" if family is Family.IPV4 else f"2001:db8::{index:x}/64"
+
+
+def _host_ip(index: int, family: Family) -> IPAddress:
+    return ipaddress.ip_interface(host_address(index, family)).ip
+
+
+def _host_mac(index: int) -> str:
+    return f"02:00:00:00:00:{index:02x}"
 
 
 @dataclass
@@ -110,14 +120,18 @@ class OverlayHost:
         ops: list[Op] = [
             *(SetSysctl("net/ipv6/conf/default/accept_dad", "0", ns) for ns in (HOST, label)),
             AddLink(
-                Link("pod0", Veth("eth0", label), mtu=self.mtu),
-                Link("eth0", Veth("pod0", HOST), mtu=self.mtu),
+                Link("pod0", Veth("eth0", label), mtu=self.mtu, mac=_GATEWAY_MAC),
+                Link("eth0", Veth("pod0", HOST), mtu=self.mtu, mac=_POD_MAC),
             ),
             ChangeLink(Link("lo", Device()), label),
         ]
         for gateway in gateways:
             own = ipaddress.ip_interface(f"{gateway.ip + 1}/{gateway.network.prefixlen}")
             ops += [AddAddress(Address("pod0", gateway)), AddAddress(Address("eth0", own), label)]
+            ops += [
+                SetNeighbour(Neighbour("pod0", own.ip, _POD_MAC)),
+                SetNeighbour(Neighbour("eth0", gateway.ip, _GATEWAY_MAC), label),
+            ]
             ops.append(SetRoute(Route(family_of(gateway).any, dev="eth0", via=gateway.ip, protocol=_STATIC), label))
         applied = await self.kernel.apply(tuple(ops))
         self.kernel.detach(label)
@@ -150,10 +164,14 @@ async def overlay_hosts(
             fabric.attach(label, fd)
             links[f"port{index}"] = Link(f"port{index}", Veth("eth0", label), master="fabric", alias="podwire")
             addresses = (Address("eth0", ipaddress.ip_interface(host_address(index, family))) for family in families)
-            uplink = Link("eth0", Veth(f"port{index}", HOST))
+            uplink = Link("eth0", Veth(f"port{index}", HOST), mac=_host_mac(index))
+            others = ((other, family) for other in fds if other != index for family in families)
+            neighbours = (Neighbour("eth0", _host_ip(other, family), _host_mac(other)) for other, family in others)
             undoubted = {"net/ipv6/conf/default/accept_dad": "0"}  # it costs two seconds
             links_of = {"eth0": uplink, "lo": Link("lo", Device())}
-            states[label] = NetState(links=links_of, addresses=frozenset(addresses), sysctls=undoubted)
+            states[label] = NetState(
+                links=links_of, addresses=frozenset(addresses), neighbours=frozenset(neighbours), sysctls=undoubted
+            )
         applied = await fabric.apply(diff({HOST: NetState(links=links), **states}, {}))
         assert applied.ok, applied.failures
         hosts = []
