@@ -84,6 +84,17 @@ def test_nodes_hold_leases_as_flannel_writes_them(leased: Lab) -> None:
     assert "via 198.18.0.12 dev eth0" in routes
 
 
+def test_a_host_verifies_itself_against_etcd(leased: Lab) -> None:
+    """As on a bare host: nothing is asked of the lab."""
+    command = (*PODWIRE, "verify", "overlay", "--all", "--etcd-endpoints", "http://198.18.3.1:2379")
+    done = leased.exec("node-1", *command)
+    assert done.status == 0, done.out
+    assert "eth0 says 1500: 1500 bytes to" in done.out
+    stranger = leased.exec("world", *command)
+    assert stranger.status == 1
+    assert "no lease names an address of this host" in stranger.out
+
+
 def test_faults_leave_pods_alone_and_nobody_gets_anothers_subnet(leased: Lab) -> None:
     """A member killed, a node cut off from the others, agents killed, a node that joins: all at once."""
     before = leases(leased)
