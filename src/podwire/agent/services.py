@@ -375,6 +375,8 @@ class ServiceSync:
                 self._ports[uid] = (pod, after)
             self._stale.note(before, after)
         self._dirty_ports = {}
+        if not self._programmed.is_set():
+            self._stale.note_all(facts.service_cidrs)
 
     async def _forget_stale(self) -> int:
         """After the rules have changed: before, a client's next packet would lead to the old endpoint again."""

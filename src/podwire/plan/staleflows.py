@@ -9,6 +9,7 @@ alone: its end is seen.
 import ipaddress
 from collections.abc import Iterable, Mapping
 
+from podwire.model.addr import IPNetwork
 from podwire.model.flow import Flow
 from podwire.model.objects import Endpoint, EndpointSlice
 from podwire.model.servicetable import Frontend, ServiceTable, backend_address
@@ -21,9 +22,15 @@ class StaleFlows:
 
     def __init__(self) -> None:
         self._allowed: dict[tuple[bytes, int], frozenset[bytes]] = {}
+        self._ranges: tuple[IPNetwork, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self._allowed)
+        return bool(self._allowed or self._ranges)
+
+    def note_all(self, service_cidrs: Iterable[IPNetwork]) -> None:
+        """Every Service there is has been noted: connections to other addresses of these ranges were made to Services that
+        went while nobody looked."""
+        self._ranges = tuple(service_cidrs)
 
     def note(self, old: ServiceTable, new: ServiceTable, slices: Iterable[EndpointSlice] = ()) -> None:
         """A Service's table changed. Endpoints in `slices` that still serve keep their connections, chosen or not."""
@@ -39,18 +46,22 @@ class StaleFlows:
         """What was gathered so far, as a value of its own; this one is empty then."""
         taken = StaleFlows()
         taken._allowed, self._allowed = self._allowed, {}
+        taken._ranges, self._ranges = self._ranges, ()
         return taken
 
     def restore(self, taken: "StaleFlows") -> None:
         """Put back what could not be done; what has been noted since is newer."""
         self._allowed = taken._allowed | self._allowed
+        self._ranges = self._ranges or taken._ranges
 
     def matches(self, flow: Flow) -> bool:
         """Whether the connection was made to one of the frontends and is answered by none of its endpoints."""
         if flow.original.protocol != UDP:
             return False
         allowed = self._allowed.get((flow.original.dst.packed, flow.original.dport))
-        return allowed is not None and flow.reply.src.packed not in allowed
+        if allowed is None:
+            return any(flow.original.dst in network for network in self._ranges)
+        return flow.reply.src.packed not in allowed
 
 
 def serving_addresses(slices: Iterable[EndpointSlice]) -> frozenset[bytes]:

@@ -76,3 +76,20 @@ def test_serving_follows_ready_where_it_is_not_said() -> None:
     part = EndpointSlice(endpoints=(endpoint(1), endpoint(2, ready=False), endpoint(3, ready=False, serving=True)))
     odd = EndpointSlice(endpoints=(Endpoint(addresses=("example.com",)),))
     assert serving_addresses([part, odd]) == {ipaddress.ip_address(f"10.0.0.{n}").packed for n in (1, 3)}
+
+
+def test_at_the_start_connections_to_services_that_are_gone_go() -> None:
+    stale = StaleFlows()
+    stale.note(ServiceTable(), table(ONE))
+    stale.note_all([ipaddress.ip_network("10.96.0.0/12")])
+    assert not stale.matches(flow(ONE))
+    assert stale.matches(flow(ONE, port=54))
+    assert not stale.matches(flow(ONE, port=54, protocol=6))
+    taken = stale.take()
+    assert not stale
+    assert not stale.matches(flow(ONE, port=54))
+    stale.restore(taken)
+    assert stale.matches(flow(ONE, port=54))
+    elsewhere = StaleFlows()
+    elsewhere.note_all([ipaddress.ip_network("10.112.0.0/16")])
+    assert not elsewhere.matches(flow(ONE))
