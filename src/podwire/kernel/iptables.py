@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from podwire.kernel.netns import run_in_netns
+from podwire.kernel.netns import netns_inode, run_in_netns
 from podwire.kernel.port import KernelError
 from podwire.model.addr import Family
 from podwire.model.errors import Unsupported
@@ -96,6 +96,9 @@ class IptablesClient:
 
     def __init__(self, netns_fd: int, programs: Programs) -> None:
         self._fd, self._programs = netns_fd, programs
+        # The legacy programs of a machine keep each other away by a file; in a namespace of our own we are alone.
+        own = os.stat("/proc/self/ns/net").st_ino == netns_inode(netns_fd)
+        self._machines_lock = own and os.access(_LOCK if os.path.exists(_LOCK) else os.path.dirname(_LOCK), os.W_OK)
 
     @property
     def flavour(self) -> Flavour:
@@ -124,18 +127,25 @@ class IptablesClient:
         return run_in_netns(self._fd, lambda: b"".join(_info(family, table) for family in self.families for table in _TABLES))
 
     def _run(self, command: Sequence[str], text: str) -> str:
-        env = dict(os.environ)
-        if not os.access(_LOCK if os.path.exists(_LOCK) else os.path.dirname(_LOCK), os.W_OK):
-            env["XTABLES_LOCKFILE"] = "/dev/null"  # in a namespace of one's own, and nobody else's business
+        env, lock = dict(os.environ), -1
+        if not self._machines_lock:
+            lock = os.memfd_create("xtables.lock")
+            env["XTABLES_LOCKFILE"] = f"/proc/self/fd/{lock}"
 
         def run() -> subprocess.CompletedProcess[str]:
-            return subprocess.run(command, input=text, capture_output=True, text=True, check=False, env=env, timeout=_TIMEOUT_S)
+            kept = () if lock < 0 else (lock,)
+            return subprocess.run(
+                command, input=text, capture_output=True, text=True, check=False, env=env, timeout=_TIMEOUT_S, pass_fds=kept
+            )
 
         name = os.path.basename(command[0])
         try:
             done = run_in_netns(self._fd, run)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise KernelError(f"{name} cannot be run: {error}", errno.EIO) from error
+        finally:
+            if lock >= 0:
+                os.close(lock)
         if done.returncode:
             words = (done.stderr or done.stdout).strip()[:_SHOWN]
             if os.strerror(errno.EMSGSIZE) in words:
