@@ -19,9 +19,9 @@ from podwire.kernel.features import Feature, probe_features
 from podwire.kernel.linux import LinuxKernel
 from podwire.model.addr import Family
 from podwire.model.errors import Unsupported
-from podwire.model.kernelstate import Address, Device, Link, Route, Tun, Vxlan
+from podwire.model.kernelstate import Address, Device, FdbEntry, Link, Neighbour, Route, Tun, Vxlan
 from podwire.model.nft import Batch, DelTable, TableRef
-from podwire.model.ops import AddAddress, AddLink, ChangeLink, CommitNft, DelLink, Op, SetRoute
+from podwire.model.ops import AddAddress, AddLink, ChangeLink, CommitNft, DelLink, Op, SetFdb, SetNeighbour, SetRoute
 from podwire.plan.ipmasq import TABLE
 from podwire.testing.fakeetcd import FakeEtcdClient
 
@@ -124,6 +124,33 @@ async def test_a_host_that_ran_flannel_is_taken_over(tmp_path: Path) -> None:
             await host.add_pod()
         for family in DUAL:
             await carries(one, two, family)
+
+
+async def test_what_flannel_left_of_hosts_that_are_gone_goes_with_its_device_kept(tmp_path: Path) -> None:
+    """flanneld never removes the routes of hosts that left while it was down. A stranger's tunnel is left alone."""
+    async with AsyncExitStack() as stack:
+        (host,) = await stack.enter_async_context(overlay_hosts(tmp_path, VXLAN, 1))
+        flannel = await stranger_on(stack, host)
+        local = ipaddress.ip_address("192.0.2.1")
+        gone = ipaddress.ip_network("10.5.99.0/24")
+        left = [
+            Route(gone, dev=name, via=gone.network_address, onlink=True, metric=metric, protocol=3)
+            for name, metric in (("flannel.1", 0), ("theirs", 50))
+        ]
+        devices = (
+            AddLink(Link("flannel.1", Vxlan(1, 8472, local, "eth0"))),
+            AddLink(Link("theirs", Vxlan(9, 4789, local, "eth0"))),
+        )
+        entries = (
+            SetNeighbour(Neighbour("flannel.1", gone.network_address, "02:00:00:00:00:01")),
+            SetFdb(FdbEntry("flannel.1", "02:00:00:00:00:01", ipaddress.ip_address("192.0.2.99"))),
+        )
+        assert (await flannel.apply((*devices, *entries, *map(SetRoute, left)))).ok
+        async with host.running():
+            state = await flannel.observe()
+            assert {(str(route.dst), route.dev) for route in state.routes} == {("10.5.99.0/24", "theirs")}
+            assert (state.fdb, {n for n in state.neighbours if n.dev == "flannel.1"}) == (frozenset(), set())
+            assert state.links["flannel.1"].owned
 
 
 async def test_an_agent_that_starts_again_touches_nothing(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
@@ -23,7 +23,7 @@ from podwire.kernel.wireguard import WireguardClient
 from podwire.model.errors import Unsupported
 from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import Link, NetState, Tun, Veth, Vxlan, Wireguard
+from podwire.model.kernelstate import Link, NetState, Route, Tun, Veth, Vxlan, Wireguard
 from podwire.model.nft import Data, NftSet, Ruleset, TableRef
 from podwire.model.ops import (
     AddLink,
@@ -239,20 +239,32 @@ def _observe(space: _Space) -> NetState:
     addresses = (rtnlread.read_address(msg, names) for msg in sock.dump(rtnl.dump_addresses()))
     families = (rtnl.AF_INET, rtnl.AF_INET6)
     routes = (rtnlread.read_route(msg, names) for af in families for msg in sock.dump(rtnl.dump_routes(af)))
+    tunnels = {raw.index: raw.name for raw in raws if isinstance(links[raw.name].kind, Vxlan)}
     neighbours = (rtnlread.read_neighbour(msg, names) for af in families for msg in sock.dump(rtnl.dump_neighbours(af)))
     secured = {link.name: space.wireguard.read(link.name) for link in links.values() if isinstance(link.kind, Wireguard)}
     links |= {name: replace(links[name], kind=state.device) for name, state in secured.items()}
-    tunnels = [raw.index for raw in raws if isinstance(links[raw.name].kind, Vxlan)]
     entries = (rtnlread.read_fdb(msg, names) for index in tunnels for msg in sock.dump(rtnl.dump_fdb(index)))
     return NetState(
         links=links,
         addresses=frozenset(filter(None, addresses)),
-        routes=frozenset(filter(None, routes)),
+        routes=frozenset([*filter(None, routes), *_left_by_flannel(sock, tunnels)]),
         neighbours=frozenset(filter(None, neighbours)),
         fdb=frozenset(filter(None, entries)),
         sysctls=read_sysctls(space.fd, sorted(space.switches)),
         wireguard=frozenset(peer for state in secured.values() for peer in state.peers),
     )
+
+
+def _left_by_flannel(sock: RtnlSocket, tunnels: Mapping[int, str]) -> Iterator[Route]:
+    """Onlink routes over VXLAN devices with the protocol that flannel (as `ip route`) leaves: taken over with the device, or,
+    of peers that are gone, nobody's."""
+    if not tunnels:
+        return
+    for af in (rtnl.AF_INET, rtnl.AF_INET6):
+        for msg in sock.dump(rtnl.dump_routes(af, rtnl.RTPROT_BOOT)):
+            route = rtnlread.read_route(msg, tunnels, rtnl.RTPROT_BOOT)
+            if route is not None and route.onlink and route.dev:
+                yield route
 
 
 class _Run:

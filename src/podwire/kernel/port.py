@@ -60,7 +60,8 @@ class Kernel(Protocol):
         ...
 
     async def observe(self, ns: NetnsName = HOST) -> NetState:
-        """All links and their addresses; routes with ROUTE_PROTOCOL; permanent neighbours; FDB entries with a destination.
+        """All links and their addresses; routes with ROUTE_PROTOCOL, and flannel's over VXLAN devices; permanent neighbours;
+        FDB entries with a destination.
         `sysctls` has the current value of every key that was ever set through this port in `ns`.
         A link without a master has `master` "", a veth whose other end is in another namespace `peer` ""."""
         ...

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 from podwire.model.addr import IPAddress, IPNetwork
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import (
+    ROUTE_PROTOCOL,
     Address,
     Device,
     FdbEntry,
@@ -251,7 +252,8 @@ def _breaks(work: _Links, ns: NetnsName) -> list[Op]:
     strangers = {name for name, link in desired.links.items() if isinstance(link.kind, Device)}
     ops: list[Op] = []
     routes = diff_keyed(desired.routes, observed.routes, _route_key)
-    ops += [DelRoute(route, ns) for route in sorted(routes.remove, key=_route_order, reverse=True)]
+    gone = (route for route in routes.remove if route.protocol == ROUTE_PROTOCOL or route.dev in ours - strangers)
+    ops += [DelRoute(route, ns) for route in sorted(gone, key=_route_order, reverse=True)]
     # A unit's old value has no devices in it: what it says of them is ours to take back.
     foreign = (whole.links.keys() - ours) | strangers
     peers = diff_keyed(desired.wireguard, observed.wireguard, _peer_key)

@@ -139,12 +139,12 @@ def read_address(msg: Message, names: Mapping[int, str]) -> Address | None:
     return Address(names[index], _interface(raw, prefixlen))
 
 
-def read_route(msg: Message, names: Mapping[int, str]) -> Route | None:
-    """RTM_NEWROUTE or RTM_DELROUTE → Route; None for what is not a unicast route of ours in the main table."""
+def read_route(msg: Message, names: Mapping[int, str], wanted: int = ROUTE_PROTOCOL) -> Route | None:
+    """RTM_NEWROUTE or RTM_DELROUTE → Route; None for what is not a unicast route in the main table with protocol `wanted`."""
     af, dst_len, _, _, table, protocol, _, type_, flags = _header(rtnl.RTMSG, msg)
     attrs = parse_attrs(msg.payload, rtnl.RTMSG.size)
     table = _u32(attrs, rtnl.RTA_TABLE) or table
-    if (protocol, table, type_) != (ROUTE_PROTOCOL, rtnl.RT_TABLE_MAIN, rtnl.RTN_UNICAST):
+    if (protocol, table, type_) != (wanted, rtnl.RT_TABLE_MAIN, rtnl.RTN_UNICAST):
         return None
     if af not in (rtnl.AF_INET, rtnl.AF_INET6):
         return None
@@ -160,6 +160,7 @@ def read_route(msg: Message, names: Mapping[int, str]) -> Route | None:
         onlink=bool(flags & rtnl.RTNH_F_ONLINK) or any(onlink for _, onlink in legs),
         metric=0 if af == rtnl.AF_INET6 and metric == rtnl.IP6_RT_PRIO_USER else metric,
         nexthops=tuple(hop for hop, _ in legs),
+        protocol=protocol,
     )
 
 
