@@ -155,11 +155,13 @@ class ServiceRig:
 
         return run_in_netns(self.fds[where], make)
 
-    async def ask(self, where: str, address: str, port: int, *, udp: bool = False) -> tuple[str, str]:
+    async def ask(
+        self, where: str, address: str, port: int, *, udp: bool = False, patience_s: float | None = None
+    ) -> tuple[str, str]:
         """(who answered, the source address they saw). TimeoutError: silence; ConnectionRefusedError: refused."""
         loop = asyncio.get_running_loop()
         with self.open(where, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM, address) as sock:
-            async with asyncio.timeout(self.patience_s):
+            async with asyncio.timeout(patience_s or self.patience_s):
                 await loop.sock_connect(sock, (address, port))
                 try:
                     await loop.sock_sendall(sock, b"who?\n")

@@ -14,10 +14,22 @@ import msgspec
 from podwire.model.addr import Family
 from podwire.model.ipvs import DelReal, DelVirtual, IpvsOp, SetReal, SetVirtual, VirtualKey, VirtualServer
 from podwire.model.nft import Batch, NftSet, Rule, Ruleset, TableRef, ip_field
-from podwire.model.nftexpr import ACCEPT, Immediate, Lookup, goto, jump
+from podwire.model.nftexpr import (
+    ACCEPT,
+    RETURN,
+    Bitwise,
+    Cmp,
+    CmpOp,
+    Immediate,
+    Lookup,
+    Payload,
+    PayloadBase,
+    goto,
+    jump,
+)
 from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFacts, Pool
 from podwire.plan.nftdiff import diff_ruleset, order_changes
-from podwire.plan.nftexprs import Fields
+from podwire.plan.nftexprs import Fields, is_protocol
 from podwire.plan.serviceledger import ServiceLedger
 from podwire.plan.services_maps import CountedBook, FamilyMaps, Programmed
 from podwire.plan.services_rules import REFUSE, Sets, sets_of
@@ -30,6 +42,7 @@ DEVICE = "podwire-ipvs"
 """Holds the addresses of virtual servers: IPVS only sees what the node takes for its own."""
 
 UDP = 17
+_TCP, _TCP_FLAGS, _RST = 6, 13, b"\x04"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +176,16 @@ class IpvsMaps(FamilyMaps):
         _, *others = rules["postrouting"]
         return rules | {
             "inside": (*rules["inside"], refuse),
+            "output": (_reset(), *rules["output"]),
             "postrouting": (Rule((Immediate(jump("rewritten")),)), *others),
         }
+
+
+def _reset() -> Rule:
+    """The answer to a connection that a process of the node made to a closed port. The address is the node's own here, and so
+    also the client's: the reset would be refused like the connection was, and the process left waiting."""
+    flags = (Payload(PayloadBase.TRANSPORT, _TCP_FLAGS, 1, 0), Bitwise(0, 0, _RST, bytes(1)), Cmp(CmpOp.NEQ, 0, bytes(1)))
+    return Rule((*is_protocol(_TCP), *flags, Immediate(RETURN)), "the answer to a refused connection")
 
 
 def _left_to_ipvs(frontend: Frontend) -> str:
