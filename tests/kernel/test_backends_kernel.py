@@ -21,7 +21,9 @@ BACKENDS: dict[str, tuple[dict[str, Any], tuple[Family, ...], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    "name", [n if n != "udp" else pytest.param(n, marks=pytest.mark.needs("TUN devices")) for n in BACKENDS]
+)
 async def test_a_back_end_carries_tcp_and_udp_between_pods(tmp_path: Path, name: str) -> None:
     backend, families, mtu = BACKENDS[name]
     async with AsyncExitStack() as stack:

@@ -27,6 +27,8 @@ from podwire.testing.fakeetcd import FakeEtcdClient
 
 pytestmark = [pytest.mark.kernel, pytest.mark.needs("VXLAN devices", "bridge devices", "IPv6", "nftables")]
 
+NEEDS_TUN = pytest.mark.needs("TUN devices")
+
 DUAL = (Family.IPV4, Family.IPV6)
 VXLAN = config_text({"Type": "vxlan"}, DUAL)
 
@@ -191,7 +193,7 @@ async def test_direct_routing_on_one_side_only(tmp_path: Path) -> None:
             await carries(one, two, family)
 
 
-@pytest.mark.parametrize("type_", ["vxlan", "udp"])
+@pytest.mark.parametrize("type_", ["vxlan", pytest.param("udp", marks=NEEDS_TUN)])
 async def test_a_removed_device_comes_back_and_carries(tmp_path: Path, type_: str) -> None:
     config = config_text({"Type": type_}, DUAL if type_ == "vxlan" else DUAL[:1])
     async with AsyncExitStack() as stack:
@@ -209,6 +211,7 @@ async def _is_back(kernel: LinuxKernel, agent: OverlayAgent, device: str) -> boo
     return device in state.links and any(route.dev == device for route in state.routes) and not agent.status().degraded
 
 
+@NEEDS_TUN
 async def test_a_packet_to_nobody_is_refused_by_the_udp_tunnel(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         (one, _), _ = await joined(stack, tmp_path, config_text({"Type": "udp"}, DUAL[:1]))
@@ -229,6 +232,7 @@ async def test_what_the_kernel_lacks_is_named(tmp_path: Path, type_: str, featur
             await stack.enter_async_context(host.running())
 
 
+@NEEDS_TUN
 async def test_a_stranger_with_our_tunnels_name_is_replaced(tmp_path: Path) -> None:
     """A TUN device where a VXLAN shall be."""
     async with AsyncExitStack() as stack:
