@@ -1,0 +1,176 @@
+"""Services in IPVS, run inside the virtual machine by test_ipvs_vm.py."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import closing
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+from packetrig import PacketRig, packet_rig, sendable
+from service_cases import FACTS, Expectation, load_cases
+from servicerig import ServiceRig, service_rig
+
+from podwire.agent.proxymodes.ipvs import IpvsRules
+from podwire.agent.proxymodes.modes import ProxyModes
+from podwire.agent.proxymodes.nft import NftRules
+from podwire.kernel.ipvs import IpvsClient, IpvsState
+from podwire.model.addr import Family
+from podwire.model.ids import ObjectKey
+from podwire.model.ipvs import DelVirtual, SetVirtual, VirtualKey
+from podwire.model.objects import EndpointSlice, Service
+from podwire.plan.ipvs import DEVICE, TABLE
+
+# Not marked `kernel`: IPVS' switches are not to be had in a user namespace. Here root has the machine for itself, and the rigs
+# work in network namespaces that they make.
+pytestmark = pytest.mark.timeout(400)
+
+WEB = ObjectKey("shop", "web")
+STRANGER = VirtualKey(bytes((192, 0, 2, 1)), 6, 4711)
+CLUSTER_IP, NODE = "10.96.0.10", "198.18.0.11"
+
+
+@pytest_asyncio.fixture
+async def packets() -> AsyncIterator[PacketRig]:
+    async with packet_rig(patience_s=1.0) as rig:
+        yield rig
+
+
+@pytest_asyncio.fixture
+async def servers() -> AsyncIterator[ServiceRig]:
+    async with service_rig(patience_s=15.0) as rig:  # the machine is slow
+        yield rig
+
+
+def _wanted(number: int, family: Family) -> bool:
+    """All of IPv4 and a part of IPv6: the machine is slow."""
+    return family is Family.IPV4 or number % 6 == 1
+
+
+def _unseen_here(expected: Expectation) -> bool:
+    """On this machine's kernel (6.1), in nftables mode as well, a process hears nothing of a reset by its own node's rules."""
+    return expected.locally_made and expected.fate == "tcp reset" and not expected.packet.src.is_loopback
+
+
+async def test_every_case(packets: PacketRig) -> None:
+    wrong = []
+    for number, case in enumerate(load_cases(special=True)):
+        if not _wanted(number, case.family):
+            continue
+        rules = IpvsRules(packets.kernel, packets.node, case.facts)
+        case.feed(rules)
+        await rules.compare()
+        for expected in case.packets:
+            if not sendable(expected) or _unseen_here(expected):
+                continue
+            seen = packets.send(expected)
+            if not packets.fits(expected, seen):
+                wrong.append(f"{case.name}: {expected.label}: {seen}, not {expected.fate}")
+        if await rules.compare():
+            wrong.append(f"{case.name}: what is read back is not what was planned")
+        await rules.remove(at_once=True)
+    assert not wrong, "\n".join(wrong)
+
+
+def service(**spec: Any) -> Service:
+    ports = [{"name": p.lower(), "port": 80, "protocol": p, "nodePort": 30080} for p in ("TCP", "UDP")]
+    spec = {"type": "NodePort", "clusterIP": CLUSTER_IP, "ipFamilies": ["IPv4"], "ports": ports, **spec}
+    return msgspec.convert({"metadata": {"name": "web", "namespace": "shop"}, "spec": spec}, Service)
+
+
+def slices(*names: str) -> tuple[EndpointSlice, ...]:
+    document = {
+        "metadata": {"name": "web-1", "namespace": "shop", "labels": {"kubernetes.io/service-name": "web"}},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": [f"10.244.1.{n[1:]}"], "nodeName": "n1"} for n in names],
+        "ports": [{"name": p.lower(), "port": 8080, "protocol": p} for p in ("TCP", "UDP")],
+    }
+    return (msgspec.convert(document, EndpointSlice),)
+
+
+async def talk(sock: socket.socket) -> str:
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(sock, b"who?\n")
+    async with asyncio.timeout(20):
+        return (await loop.sock_recv(sock, 200)).decode().split()[0]
+
+
+def observed(servers: ServiceRig) -> IpvsState:
+    with closing(IpvsClient(servers.fds["node"])) as client:
+        return client.observe()
+
+
+async def test_leaving_endpoints_are_drained_and_a_change_of_mode_drops_no_connection(servers: ServiceRig) -> None:
+    loop = asyncio.get_running_loop()
+    nft = NftRules(servers.kernel, FACTS)
+    ipvs = IpvsRules(servers.kernel, servers.fds["node"], FACTS)
+    for rules in (nft, ipvs):
+        rules.set_service(WEB, service(), slices("p2", "p3"))
+    await nft.compare()
+    with (
+        servers.open("p4", socket.SOCK_STREAM, CLUSTER_IP) as by_nft,
+        servers.open("p4", socket.SOCK_STREAM, CLUSTER_IP) as by_ipvs,
+        servers.open("world", socket.SOCK_STREAM, NODE) as outside,
+    ):
+        await loop.sock_connect(by_nft, (CLUSTER_IP, 80))
+        first = await talk(by_nft)
+
+        await ipvs.compare()
+        await nft.remove()
+        assert await talk(by_nft) == first, "made in nftables, alive in ipvs"
+        await loop.sock_connect(by_ipvs, (CLUSTER_IP, 80))
+        await loop.sock_connect(outside, (NODE, 30080))
+        homes = [await talk(by_ipvs), await talk(outside)]
+        assert sum(observed(servers).connections.values()) >= 2, "IPVS it was"
+        assert await servers.who("p4", CLUSTER_IP, 80, times=4) == {"p2", "p3"}
+        assert await servers.who("p4", CLUSTER_IP, 80, times=4, udp=True) == {"p2", "p3"}
+
+        ipvs.set_service(WEB, service(), slices("p4"))
+        await ipvs.program()
+        assert await servers.who("p2", CLUSTER_IP, 80, times=4) == {"p4"}, "no new client goes to a server that leaves"
+        assert [await talk(by_ipvs), await talk(outside)] == homes, "its old clients stay"
+
+        nft.set_service(WEB, service(), slices("p4"))
+        await nft.compare()
+        leaving = asyncio.create_task(ipvs.remove())
+        assert await servers.who("p2", CLUSTER_IP, 80, times=4) == {"p4"}
+        assert [await talk(by_ipvs), await talk(outside)] == homes, "made in ipvs, alive in nftables"
+        assert not leaving.done()
+    leaving.cancel()  # the ends of connections are tracked for two minutes: too long for a test
+    await asyncio.wait((leaving,))
+    await ipvs.remove(at_once=True)
+    assert not observed(servers).servers
+    assert DEVICE not in (await servers.kernel.observe()).links
+    assert not (await servers.kernel.observe_nft(TABLE)).tables
+
+
+async def test_affinity_and_what_was_left_behind(servers: ServiceRig) -> None:
+    await NftRules(servers.kernel, FACTS).remove()  # the rig's own: to it no Service has that ClusterIP
+    rules = IpvsRules(servers.kernel, servers.fds["node"], FACTS)
+    sticky = {"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 600}}}
+    rules.set_service(WEB, service(**sticky), slices("p2", "p3"))
+    await rules.compare()
+    (chosen,) = await servers.who("p4", CLUSTER_IP, 80, times=5)
+    left = {"p2", "p3"} - {chosen}
+    rules.set_service(WEB, service(**sticky), slices(*left))
+    await rules.program()
+    assert await servers.who("p4", CLUSTER_IP, 80, times=3) == left, "its endpoint left"
+
+    with closing(IpvsClient(servers.fds["node"])) as client:
+        client.execute([SetVirtual(STRANGER, "rr", 0, new=True)])
+        again = IpvsRules(servers.kernel, servers.fds["node"], FACTS)
+        again.set_service(WEB, service(**sticky), slices(*left))
+        await again.compare()
+        assert await again.compare() == 0, "a new life finds everything as it shall be"
+        assert {key.port for key in client.observe().servers} == {80, 30080, STRANGER.port}
+        client.execute([DelVirtual(VirtualKey(bytes((10, 96, 0, 10)), 6, 80))])
+        async with asyncio.timeout(15):
+            await again.changed()
+        assert await again.compare() == 2, "what somebody took away is put back"
+
+        found = await ProxyModes(servers.kernel, servers.fds["node"]).clean_up()
+        assert "ipvs" in found
+        assert client.observe().servers.keys() == {STRANGER}, "another's virtual server is left alone"
+    assert DEVICE not in (await servers.kernel.observe()).links
