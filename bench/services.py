@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,6 +104,7 @@ def measure_memory(size: int) -> Figures:
 
 def weigh(size: int) -> float:
     """This process's resident memory in MB, with `size` Services held and committed in a namespace of its own."""
+    import_module("podwire.cli.proxyrun")  # all that `podwire proxy` has loaded
     enter_user_namespace()
     fd = create_netns()
     with open_netlink(fd, NETLINK_NETFILTER) as sock:
@@ -179,6 +181,7 @@ def _from_scratch(items: list[Item]) -> dict[str, float]:
             planned = milliseconds(plan)
             committed = milliseconds(lambda: client.commit(planner.take_batch()))
             changes = [milliseconds(lambda change=c: _change(planner, client, change)) for c in _changes(items)]  # type: ignore[misc]
+            replaced = [milliseconds(lambda change=c: _change(planner, client, change)) for c in _replacements(items)]  # type: ignore[misc]
             assert len(client.elements(_TABLE, "services")) == len(items)
     finally:
         os.close(fd)
@@ -187,6 +190,7 @@ def _from_scratch(items: list[Item]) -> dict[str, float]:
         "plan_ms": planned,
         "commit_ms": committed,
         "change_ms": statistics.median(changes),
+        "replace_ms": statistics.median(replaced),
     }
 
 
@@ -199,6 +203,15 @@ def _changes(items: list[Item]) -> Iterator[Item]:
         chosen = items[(n // 2) * 37 % len(items)]
         kept = chosen.piece.endpoints[: ENDPOINTS - 1 + n % 2]
         yield chosen._replace(piece=msgspec.structs.replace(chosen.piece, endpoints=kept))
+
+
+def _replacements(items: list[Item]) -> Iterator[Item]:
+    """One endpoint in the place of another: the number stays, so no verdict changes."""
+    for n in range(CHANGES):
+        chosen = items[(n * 37 + 11) % len(items)]
+        other = msgspec.structs.replace(chosen.piece.endpoints[0], addresses=(f"10.200.1.{n + 1}",))
+        endpoints = (other, *chosen.piece.endpoints[1:])
+        yield chosen._replace(piece=msgspec.structs.replace(chosen.piece, endpoints=endpoints))
 
 
 def _change(planner: ServicePlanner, client: NftClient, change: Item) -> None:
