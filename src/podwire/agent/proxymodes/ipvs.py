@@ -27,10 +27,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DRAIN_SECONDS = 1.0
-"""How often real servers that leave are asked whether they have connections left."""
+LOOK_SECONDS = 0.7
+"""How often IPVS is asked for what it holds: the kernel tells nobody of changes, nor of a connection's end."""
+LOOK_SHARE = 30
+"""Where asking takes long, so many times as long goes by before it is done again."""
 AUDIT_SECONDS = 15.0
-"""How often IPVS is compared with what it shall hold: the kernel does not tell when somebody changes it."""
+"""How often everything is compared, the addresses on the device included."""
 
 
 class IpvsRules:
@@ -101,11 +103,14 @@ class IpvsRules:
 
     async def changed(self) -> None:
         loop = asyncio.get_running_loop()
-        audit = loop.time() + AUDIT_SECONDS
+        audit, pause = loop.time() + AUDIT_SECONDS, LOOK_SECONDS
         while loop.time() < audit:
-            await asyncio.sleep(DRAIN_SECONDS)
+            await asyncio.sleep(pause)
             async with self._lock:
-                await self._drain()
+                began = loop.time()
+                if await self._look() != self._held:
+                    return
+            pause = max(LOOK_SECONDS, LOOK_SHARE * (loop.time() - began))
 
     async def remove(self, *, at_once: bool = False) -> None:
         """Returns once the last connection through IPVS has ended: until then its virtual servers must stay. `at_once` cuts
@@ -114,33 +119,24 @@ class IpvsRules:
         async with self._lock:
             self._planner = IpvsPlanner(NodeFacts("", ()))  # from now on nothing is wanted
             await self._execute(plan.retire({}, self._held, {} if at_once else None))
-        while True:
+        while self._held:
             async with self._lock:
-                await self._drain()
-                if not self._held:
-                    break
-            await asyncio.sleep(DRAIN_SECONDS)
+                self._held = dict(await self._look())
+            await asyncio.sleep(LOOK_SECONDS if self._held else 0)
         await self._apply([DelLink(DEVICE)])
         self._bound.clear()
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    async def _drain(self) -> None:
-        wanted = self._planner.servers()
-        leaving = {
-            key: server
-            for key, server in self._held.items()
-            if key not in wanted or server.servers.keys() - wanted[key].servers.keys()
-        }
-        if not leaving:
-            return
-        state = await self._with_client(lambda client: client.observe(leaving.keys()))
-        await self._execute(
-            plan.retire(wanted, {k: state.servers[k] for k in leaving if k in state.servers}, state.connections)
-        )
-        for key in leaving.keys() - state.servers.keys():
-            self._held.pop(key, None)
+    async def _look(self) -> dict[VirtualKey, VirtualServer]:
+        """What IPVS holds of ours. Real servers that leave, and have no connection left, are gone then."""
+        keys = tuple(self._held)
+        state = await self._with_client(lambda client: client.observe(keys))
+        if state.servers != self._held:
+            return state.servers
+        await self._execute(plan.retire(self._planner.servers(), self._held, state.connections))
         await self._unbind()
+        return self._held
 
     async def _prepare(self) -> int:
         """The module, its switches and the device. Returns how much of that was missing."""
