@@ -7,7 +7,19 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-BENCHES = ("services", "connections", "convergence", "kernel", "lab", "answering", "throughput", "overlay", "udptunnel", "cni", "cli")
+BENCHES = (
+    "services",
+    "connections",
+    "convergence",
+    "kernel",
+    "lab",
+    "answering",
+    "throughput",
+    "overlay",
+    "udptunnel",
+    "cni",
+    "cli",
+)
 TIMEOUT_SECONDS = 1200
 
 
