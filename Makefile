@@ -5,13 +5,23 @@ BIN    := $(VENV)/bin
 # Programs that tests compare podwire with; podwire itself needs none of them.
 TEST_PACKAGES := nftables iptables iproute2 iperf3 etcd-server etcd-client containernetworking-plugins gcc libc6-dev podman crun conmon busybox-static
 
-.PHONY: demo test test-vm lint bench format clean test-packages
+PYTEST_STRICT := --allowed-skips tests/allowed-skips.txt
+
+.PHONY: demo test test-code test-packets test-vm lint bench format clean test-packages
 
 demo: $(VENV)/.installed
 	@$(BIN)/podwire demo
 
+# Two halves at once: the one mostly computes, the other mostly waits for packets and time-outs.
 test: $(VENV)/.installed-dev test-packages
-	$(BIN)/pytest --ignore tests/vm --allowed-skips tests/allowed-skips.txt
+	@echo "two halves at once; each prints when it is done, after some five minutes"
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-code test-packets
+
+test-code: $(VENV)/.installed-dev
+	$(BIN)/pytest tests/unit tests/contract $(PYTEST_STRICT)
+
+test-packets: $(VENV)/.installed-dev
+	$(BIN)/pytest tests/kernel tests/lab $(PYTEST_STRICT)
 
 # On a kernel in a virtual machine that has IPVS, WireGuard, IPIP and netem; see tests/support/vmrun.py.
 test-vm: $(VENV)/.installed-dev
