@@ -17,8 +17,8 @@ from podwire.client.api import ApiClient
 from podwire.client.etcd import EtcdClient
 from podwire.client.informer import Informer
 from podwire.kernel.netns import run_in_netns
-from podwire.lab.spec import LabSpec
-from podwire.lab.topology import FABRIC_MTU, UNDERLAY, UPLINK, Place
+from podwire.lab.spec import UNDERLAY, LabSpec
+from podwire.lab.topology import FABRIC_MTU, UPLINK, Place
 from podwire.model.netconf import NetConfig, WireguardBackend, parse_net_config
 from podwire.model.objects import Node
 from podwire.plan.backends import Backend, Underlay, make_backend

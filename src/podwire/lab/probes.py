@@ -4,6 +4,7 @@ The paths are those of the report: container→container, pod→pod on one node,
 outside→NodePort, outside→LoadBalancer, outside→hostPort, outside→hostNetwork.
 """
 
+import contextlib
 import enum
 import itertools
 from collections.abc import Iterable, Iterator
@@ -335,7 +336,14 @@ def _find_target(snapshot: Snapshot, text: str) -> Pod | Service | tuple[IPAddre
     try:
         return ip_address(host.strip("[]")), int(port)
     except ValueError:
+        _refuse_bare_address(text)
         return _find_pod(snapshot, text)
+
+
+def _refuse_bare_address(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        example = endpoint(ip_address(text.strip("[]")), 80)
+        raise InvalidInput(f"{text}: an address needs a port, e.g. {example}")
 
 
 def _find_pod(snapshot: Snapshot, text: str) -> Pod:

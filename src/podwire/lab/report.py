@@ -43,6 +43,8 @@ def all_ok(report: Json) -> bool:
 
 
 def summary(report: Json) -> str:
+    if not report["paths"]:
+        return "nothing to probe: no pod is ready (`kubectl get pods -A`)"
     good = sum(1 for path in report["paths"] if path["ok"])
     return f"{good} of {len(report['paths'])} probes took their path"
 

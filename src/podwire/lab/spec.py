@@ -18,6 +18,12 @@ LAB_MODES = ("nftables", "iptables")
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?")
 _SERVICE_CIDRS = {Family.IPV4: "10.96.0.0/12", Family.IPV6: "fd00:10:96::/112"}
+UNDERLAY: Mapping[Family, IPNetwork] = {
+    Family.IPV4: ipaddress.ip_network("198.18.0.0/15"),
+    Family.IPV6: ipaddress.ip_network("2001:db8:1::/48"),
+}
+"""Where nodes, world and balancer have their addresses."""
+
 _POD_CIDRS = {Family.IPV4: "10.244.0.0/16", Family.IPV6: "fd00:10:244::/56"}
 _LB_POOLS = {Family.IPV4: "203.0.113.0/24", Family.IPV6: "2001:db8:2::/112"}
 
@@ -107,7 +113,18 @@ class LabSpec:
             raise InvalidInput(
                 f"service range {','.join(self.service_cidrs)} does not fit --ip-family {self.ip_family}: give one per family"
             )
+        for family, prefix in given.items():
+            for use, taken in self._own_prefixes(family).items():
+                if prefix.overlaps(taken):
+                    raise InvalidInput(f"service range {prefix} overlaps {taken}, which is the lab's for {use}: take another")
         return {f: given.get(f) or ipaddress.ip_network(_SERVICE_CIDRS[f]) for f in self.families}
+
+    def _own_prefixes(self, family: Family) -> Mapping[str, IPNetwork]:
+        return {
+            "pods": self.pod_prefixes[family],
+            "nodes": UNDERLAY[family],
+            "load balancers": self.balancer_pools[family],
+        }
 
     @property
     def pod_prefixes(self) -> Mapping[Family, IPNetwork]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from podwire.lab.spec import MAX_NODES
+from podwire.lab.spec import MAX_NODES, UNDERLAY
 from podwire.model.addr import Family, IPAddress, IPInterface, IPNetwork, mac_for
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import OWNER_ALIAS, Address, Bridge, Device, Link, Neighbour, Route, Veth
@@ -25,10 +25,6 @@ UPLINK = "eth0"
 FABRIC_MTU = 1500
 API_PORT = 6443
 
-UNDERLAY: Mapping[Family, IPNetwork] = {
-    Family.IPV4: ipaddress.ip_network("198.18.0.0/15"),
-    Family.IPV6: ipaddress.ip_network("2001:db8:1::/48"),
-}
 _FABRIC = {Family.IPV4: "198.18.0.1", Family.IPV6: "2001:db8:1::1"}
 _WORLD = {Family.IPV4: "198.18.1.1", Family.IPV6: "2001:db8:1::1:1"}
 _BALANCER = {Family.IPV4: "198.18.2.1", Family.IPV6: "2001:db8:1::2:1"}

@@ -166,6 +166,8 @@ def test_a_named_pair(source: str, target: str, expected: tuple[str, str, int]) 
         ("a", "nobody", "no pod 'nobody'"),
         ("a", "svc/nothing", "'nothing' does not exist"),
         ("world", "svc/web", "nothing to send to"),
+        ("a", "10.0.0.1", "needs a port, e.g. 10.0.0.1:80"),
+        ("a", "fd00::1", r"needs a port, e.g. \[fd00::1\]:80"),
     ],
 )
 def test_what_cannot_be_probed_says_why(source: str, target: str, complaint: str) -> None:

@@ -68,3 +68,11 @@ def test_port_ranges() -> None:
 def test_a_spec_survives_json() -> None:
     spec = LabSpec("ci", 5, "ipv6", ("fd01::/112",), (31000, 31999))
     assert LabSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+@pytest.mark.parametrize(
+    ("cidr", "use"), [("10.244.0.0/16", "pods"), ("198.18.0.0/16", "nodes"), ("203.0.113.0/28", "load balancers")]
+)
+def test_services_do_not_take_the_labs_own_addresses(cidr: str, use: str) -> None:
+    with pytest.raises(InvalidInput, match=f"overlaps .* for {use}"):
+        LabSpec(ip_family="ipv4", service_cidrs=(cidr,))
