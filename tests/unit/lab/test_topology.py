@@ -4,8 +4,8 @@ import ipaddress
 
 import pytest
 
-from podwire.lab.spec import MAX_NODES, LabSpec
-from podwire.lab.topology import FABRIC, UNDERLAY, Topology, node_index, node_name
+from podwire.lab.spec import MAX_NODES, UNDERLAY, LabSpec
+from podwire.lab.topology import FABRIC, Topology, node_index, node_name
 from podwire.model.addr import Family
 from podwire.model.kernelstate import Veth
 from podwire.model.ops import AddAddress, AddLink, SetRoute
