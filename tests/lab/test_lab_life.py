@@ -16,9 +16,15 @@ from pathlib import Path
 import pytest
 from labcommand import PODWIRE, ROOT, SHOP, Lab, Podwire, until
 
-from podwire.lab.state import start_time
+from podwire.lab.state import LabDirectory, start_time
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
+
+
+_NEVER_READY = (
+    "{selector: {matchLabels: {app: web}}, template: {metadata: {labels: {app: web}}, "
+    "spec: {containers: [{name: web, image: web, command: [sleep, inf], readinessProbe: {exec: {command: ['false']}}}]}}}"
+)
 
 
 def members(pid: int) -> dict[int, int]:
@@ -109,6 +115,7 @@ def test_labs_side_by_side_have_the_same_addresses_and_do_not_meet(podwire: Podw
         again = podwire("lab", "up", "--name", "left")
         assert again.status == 1
         assert "a lab named 'left' is up already" in again.err
+        assert "✗" not in again.err
         podwire.ok("lab", "down", "left")
         assert podwire.ok("lab", "exec", "--name", "right", "world", "--", "true") == ""
     finally:
@@ -146,6 +153,60 @@ def test_a_launcher_that_is_interrupted_takes_its_lab_with_it(podwire: Podwire) 
     process.send_signal(signal.SIGINT)
     assert process.wait(30) != 0
     assert "hasty" not in {lab["name"] for lab in podwire.labs()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_demo_that_is_ended_takes_its_lab_with_it(podwire: Podwire, number: signal.Signals) -> None:
+    process, pid = begun_demo(podwire)
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert "✗" not in rest
+    assert "Traceback" not in rest
+    until(lambda: not start_time(pid))
+    assert "begun" not in {lab["name"] for lab in podwire.labs()}
+    assert not (podwire.state / "begun").exists()
+
+
+def test_a_demo_that_is_to_keep_its_lab_leaves_it_even_when_killed(podwire: Podwire) -> None:
+    process, pid = begun_demo(podwire, "--keep")
+    process.kill()
+    process.communicate(timeout=30)
+    assert podwire.pid("begun") == pid
+    podwire.ok("lab", "down", "begun")
+
+
+def begun_demo(podwire: Podwire, *options: str) -> tuple[subprocess.Popen[str], int]:
+    """A demo whose node is ready and whose pods are not, and the pid of its lab."""
+    process = subprocess.Popen(
+        [*PODWIRE, "demo", "--name", "begun", "--nodes", "1", *options],
+        env=podwire.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert process.stderr
+    assert process.stderr.readline().startswith("✓ lab begun: 1 node ready")
+    record = LabDirectory(podwire.state, "begun").live_record()
+    return process, record.pid
+
+
+@pytest.mark.parametrize(
+    ("spec", "wait", "said"),
+    [
+        ("{replicas: many}", (), "✗ 1 object applied"),
+        (_NEVER_READY, ("--wait", "--timeout", "1"), "not ready after 1 s"),
+    ],
+)
+def test_a_lab_that_stays_up_after_an_error_says_so(
+    podwire: Podwire, spec: str, wait: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    manifest = tmp_path / "web.yaml"
+    manifest.write_text(f"{{apiVersion: apps/v1, kind: Deployment, metadata: {{name: web}}, spec: {spec}}}")
+    done = podwire("lab", "up", "--name", "doubtful", "--nodes", "1", "-f", str(manifest), *wait)
+    try:
+        assert done.status == 1
+        assert said in done.err
+        assert done.err.endswith("; the lab is up: `podwire lab down doubtful` takes it down\n")
+    finally:
+        podwire.ok("lab", "down", "doubtful")
 
 
 def test_where_namespaces_are_forbidden_it_says_what_to_do(podwire: Podwire) -> None:

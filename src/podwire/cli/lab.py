@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,10 @@ import click
 from podwire.cli.connect import ask_lab, lab_directory, with_client
 from podwire.cli.fault import fault
 from podwire.cli.options import files_option, lab_option, make_spec, name_argument, spec_options
-from podwire.cli.progress import Progress
+from podwire.cli.progress import Progress, counted
+from podwire.lab.errors import LabError
 from podwire.lab.spec import LAB_MODES, MAX_NODES
+from podwire.model.errors import PodwireError
 
 if TYPE_CHECKING:
     from podwire.client.api import ApiClient
@@ -43,30 +46,49 @@ def up(files: tuple[Path, ...], wait: bool, timeout: float, **options: Any) -> N
     """
     spec = make_spec(**options)
     progress = Progress()
-    directory, record = bring_up(spec, files, progress)
-    if wait:
-        await_lab(spec.name, timeout, progress)
-    click.echo(f"lab {record.name} is up: {spec.nodes} nodes, API server https://127.0.0.1:{record.port}")
+    documents = load(files)
+    directory, record = start(spec, progress)
+    with staying_up(directory):
+        apply(spec.name, documents, progress)
+        if wait:
+            await_lab(spec.name, timeout, progress)
+    click.echo(f"lab {record.name} is up: {counted(spec.nodes, 'node')}, API server https://127.0.0.1:{record.port}")
     click.echo(f"export KUBECONFIG={directory.kubeconfig}")
 
 
-def bring_up(spec: "LabSpec", files: Sequence[Path], progress: Progress) -> "tuple[LabDirectory, LabRecord]":
-    """Start a lab and apply `files` to it. Broken manifests are found before anything is started."""
+def start(spec: "LabSpec", progress: Progress, leash: int | None = None) -> "tuple[LabDirectory, LabRecord]":
+    """Start a lab, which ends with its leash (`podwire.lab.launch`) if it has one. Raises LabError."""
     from podwire.lab.launch import start_lab
 
-    documents = _load(files)
     directory = lab_directory(spec.name)
-    with progress.step(f"lab {spec.name}: {spec.nodes} nodes ready"):
-        record = start_lab(directory, spec, lambda step: progress.note(step.name))
-    if documents:
-        from podwire.lab.manifests import apply_manifests
-
-        with progress.step(f"{len(documents)} objects applied"):
-            with_client(spec.name, lambda client: apply_manifests(client, documents))
-    return directory, record
+    lock = directory.create()  # a name that is taken is no step that failed
+    with progress.step(f"lab {spec.name}: {counted(spec.nodes, 'node')} ready"):
+        return directory, start_lab(directory, lock, spec, lambda step: progress.note(step.name), leash)
 
 
-def _load(files: Sequence[Path]) -> Sequence[Any]:
+@contextmanager
+def staying_up(directory: "LabDirectory") -> Iterator[None]:
+    """What fails in here leaves the lab up, to look into; the error says so."""
+    try:
+        yield
+    except PodwireError as error:
+        if not directory.alive:
+            raise
+        raise LabError(f"{error}; the lab is up: `podwire lab down {directory.name}` takes it down") from error
+
+
+def apply(name: str, documents: Sequence[Any], progress: Progress) -> None:
+    """Apply what `load` returned to the lab of this name. Raises PodwireError when something is not accepted."""
+    if not documents:
+        return
+    from podwire.lab.manifests import apply_manifests
+
+    with progress.step(f"{counted(len(documents), 'object')} applied"):
+        with_client(name, lambda client: apply_manifests(client, documents))
+
+
+def load(files: Sequence[Path]) -> Sequence[Any]:
+    """Read manifests: before anything is started, so that broken ones cost nothing. Raises InvalidInput."""
     if not files:
         return ()
     from podwire.lab.manifests import load_manifests

@@ -2,19 +2,24 @@
 
 import json
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import click
 
 import podwire
-from podwire.cli.connect import ask_lab, lab_directory, with_client
-from podwire.cli.lab import await_lab, bring_up
+from podwire.cli.connect import ask_lab, with_client
+from podwire.cli.lab import apply, await_lab, load, start, staying_up
 from podwire.cli.options import lab_option, make_spec, spec_options
 from podwire.cli.progress import Progress
+from podwire.cli.signals import exit_on_signals
 from podwire.lab.errors import LabError
+
+if TYPE_CHECKING:
+    from podwire.lab.state import LabDirectory
 
 _OUTPUT = click.option(
     "-o", "output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True, help="Output format."
@@ -53,27 +58,35 @@ def demo(keep: bool, timeout: float, output: str, **options: Any) -> None:
     """Show all paths of the Kubernetes network with real packets.
 
     Brings up a lab of three nodes, applies the manifests in examples/shop, waits until all is ready, sends packets along
-    every path, prints the report and takes the lab down. Exit status 0 only if every path works.
+    every path, prints the report and takes the lab down; an interrupted or killed demo takes it down too. Exit status 0
+    only if every path works.
     """
+    from podwire.lab.launch import held_leash
+
     spec = make_spec(**options)
     progress = Progress()
-    directory = lab_directory(spec.name)
-    started = False
-    try:
-        _, record = bring_up(spec, [example("shop")], progress)
-        started = True
-        await_lab(spec.name, timeout, progress)
-        with progress.step("packets sent along every path"):
-            report = probe(spec.name)
-    finally:
-        if started and not keep:
-            with progress.step(f"lab {spec.name}: taken down"), suppress(LabError):
-                directory.end()
-                directory.remove()
+    with exit_on_signals(), nullcontext() if keep else held_leash() as leash:
+        documents = load([example("shop")])
+        directory, record = start(spec, progress, leash)
+        with staying_up(directory) if keep else _taken_down(directory, progress):
+            apply(spec.name, documents, progress)
+            await_lab(spec.name, timeout, progress)
+            with progress.step("packets sent along every path"):
+                report = probe(spec.name)
     good = print_report(report, output)
     if keep:
         click.echo(f"the lab stays up as pid {record.pid}: export KUBECONFIG={directory.kubeconfig}", err=True)
     sys.exit(0 if good else 1)
+
+
+@contextmanager
+def _taken_down(directory: "LabDirectory", progress: Progress) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with progress.step(f"lab {directory.name}: taken down"), suppress(LabError):
+            directory.end()
+            directory.remove()
 
 
 def example(name: str) -> Path:

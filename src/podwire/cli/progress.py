@@ -17,12 +17,14 @@ class Progress:
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:
-        """Something that takes a moment: shown while it runs, with its time when it is done, with ✗ when it fails."""
+        """Something that takes a moment: shown while it runs, with its time when it is done, with ✗ when it fails.
+
+        Says nothing of a step that somebody ended: it did not fail."""
         started = time.monotonic()
         try:
             with self._spinner(text):
                 yield
-        except BaseException:
+        except Exception:
             self.done(text, time.monotonic() - started, mark="✗")
             raise
         self.done(text, time.monotonic() - started)
@@ -53,6 +55,11 @@ class Progress:
                 yield
             finally:
                 self._status = None
+
+
+def counted(number: int, noun: str) -> str:
+    """1, "node" → "1 node"; 3, "node" → "3 nodes"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _duration(seconds: float) -> str:

@@ -36,13 +36,19 @@ NETNS_DIR = "/run/netns"
 
 @dataclass(frozen=True, slots=True)
 class BootOrder:
-    """What the launcher hands over. `listener`, `lock` and `report` are inherited descriptors."""
+    """What the launcher hands over. `listener`, `lock`, `report` and `leash` are inherited descriptors."""
 
     spec: LabSpec
     directory: str
     listener: int
     lock: int
     report: int
+    leash: int | None = None
+    """The lab ends when this pipe is at its end: nobody holds its other end any more."""
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return (self.listener, self.lock, self.report, *(() if self.leash is None else (self.leash,)))
 
     def to_argument(self) -> str:
         return json.dumps(asdict(self))
@@ -80,7 +86,7 @@ class Report:
 def main() -> int:
     """Runs in a fresh interpreter with a single thread, as entering a user namespace demands."""
     order = BootOrder.from_argument(sys.argv[1])
-    for descriptor in (order.listener, order.lock, order.report):
+    for descriptor in order.descriptors:
         os.set_inheritable(descriptor, False)
     report = Report(order.report)
     try:

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from podwire.lab.boot import BootOrder
@@ -27,16 +28,35 @@ class Step:
     seconds: float
 
 
-def start_lab(directory: LabDirectory, spec: LabSpec, on_step: Callable[[Step], None] = lambda _: None) -> LabRecord:
+@contextmanager
+def held_leash() -> Iterator[int]:
+    """A `leash` for `start_lab`: the lab ends when the block does, or when this process does, whatever it dies of."""
+    read_end, write_end = os.pipe()  # the write end is nobody else's: no process is started with it
+    try:
+        yield read_end
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def start_lab(
+    directory: LabDirectory,
+    lock: int,
+    spec: LabSpec,
+    on_step: Callable[[Step], None] = lambda _: None,
+    leash: int | None = None,
+) -> LabRecord:
     """Bring a lab up and return when all its nodes are ready. Blocks; `on_step` is called as parts get done.
 
+    `lock` is what `directory.create()` returned; it is closed here. `leash` is the read end of a pipe: the lab ends when
+    no process holds the other end any more. Without one it lives on until it is taken down.
+
     Raises LabError; then nothing of the lab is left but its log."""
-    lock = directory.create()
     read_end, write_end = os.pipe()
     try:
         try:
             with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
-                _spawn(directory, BootOrder(spec, str(directory.path), listener.fileno(), lock, write_end))
+                _spawn(directory, BootOrder(spec, str(directory.path), listener.fileno(), lock, write_end, leash))
         finally:
             os.close(lock)
             os.close(write_end)
@@ -69,7 +89,7 @@ def _spawn(directory: LabDirectory, order: BootOrder) -> None:
             stderr=log,
             cwd="/",
             umask=0o077,
-            pass_fds=(order.listener, order.lock, order.report),
+            pass_fds=order.descriptors,
             start_new_session=True,
         )
     try:

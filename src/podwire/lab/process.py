@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 
 
 def run(order: BootOrder, report: Report) -> int:
-    """Bring the cluster up, report, and run it until SIGTERM or a request to stop. Returns the exit status."""
+    """Bring the cluster up, report, and run it until SIGTERM, a request to stop or the end of its leash. Returns the exit
+    status."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     _raise_descriptor_limit()
@@ -39,6 +40,8 @@ async def _main(order: BootOrder, report: Report) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, cluster.request_stop)
     loop.add_signal_handler(signal.SIGCHLD, reap_orphans, cluster.is_own_child)
+    if order.leash is not None:
+        _end_with_leash(loop, order.leash, cluster.request_stop)
     try:
         await cluster.start(report.step)
         report.ready()
@@ -46,6 +49,15 @@ async def _main(order: BootOrder, report: Report) -> None:
         await cluster.run()
     finally:
         await cluster.close()
+
+
+def _end_with_leash(loop: asyncio.AbstractEventLoop, leash: int, stop: Callable[[], None]) -> None:
+    def let_go() -> None:
+        loop.remove_reader(leash)
+        log.info("what this lab was started for has ended")
+        stop()
+
+    loop.add_reader(leash, let_go)  # nothing is ever written to it: readable means that it is at its end
 
 
 def reap_orphans(is_own_child: Callable[[int], bool]) -> None:

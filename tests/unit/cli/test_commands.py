@@ -1,6 +1,7 @@
 """The command line without a lab: help, versions, exit statuses, and that it starts quickly."""
 
 import io
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from click.testing import CliRunner
 import podwire
 from podwire.cli.main import main
 from podwire.cli.podexec import exit_status
-from podwire.cli.progress import Progress
+from podwire.cli.progress import Progress, counted
+from podwire.cli.signals import exit_on_signals
 from podwire.model.errors import PodwireError
 
 HEAVY = ("aiohttp", "asyncio", "cryptography", "msgspec", "rich", "yaml")
@@ -117,3 +119,33 @@ def test_a_step_that_fails_is_marked() -> None:
     with pytest.raises(ValueError, match="broken"), Progress(stream).step("work"):
         raise ValueError("broken")
     assert stream.getvalue().startswith("✗ work")
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_a_step_that_somebody_ended_did_not_fail(end: type[BaseException]) -> None:
+    stream = io.StringIO()
+    with pytest.raises(end), Progress(stream).step("work"):
+        raise end
+    assert stream.getvalue() == ""
+
+
+def test_one_is_singular() -> None:
+    assert [counted(number, "node") for number in (0, 1, 2)] == ["0 nodes", "1 node", "2 nodes"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_the_block_with_the_shells_status(number: signal.Signals, status: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, exit_on_signals():
+        signal.raise_signal(number)
+    assert ended.value.code == status
+    assert signal.getsignal(number) == before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with exit_on_signals():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
