@@ -144,6 +144,18 @@ def test_sigkill_leaves_nothing(podwire: Podwire) -> None:
     assert not (podwire.state / "doomed").exists()
 
 
+@pytest.fixture
+def heeded_signals() -> Iterator[None]:
+    """CI may have started this process with signals ignored, as nohup does; whom it starts would inherit that."""
+    ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.mark.usefixtures("heeded_signals")
 def test_a_launcher_that_is_interrupted_takes_its_lab_with_it(podwire: Podwire) -> None:
     process = subprocess.Popen(
         [*PODWIRE, "lab", "up", "--name", "hasty", "--nodes", "20"],
@@ -155,6 +167,7 @@ def test_a_launcher_that_is_interrupted_takes_its_lab_with_it(podwire: Podwire) 
     assert "hasty" not in {lab["name"] for lab in podwire.labs()}
 
 
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_demo_that_is_ended_takes_its_lab_with_it(podwire: Podwire, number: signal.Signals) -> None:
     process, pid = begun_demo(podwire)
