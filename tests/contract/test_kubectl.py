@@ -22,6 +22,7 @@ from podwire.apiserver.config import KubeletAccess, ServerConfig
 from podwire.apiserver.pki import Authority, kubeconfig
 from podwire.apiserver.server import ApiServer, Listener
 from podwire.client.api import ApiClient
+from podwire.lab.manifests import LAST_APPLIED, apply_manifests, load_manifests
 from podwire.model.resources import CONFIGMAPS, DEPLOYMENTS, NAMESPACES, NODES, PODS
 from podwire.store.memory import MemoryStore
 from podwire.store.port import Store
@@ -179,6 +180,23 @@ async def test_apply_get_scale_label_patch_delete(cluster: Cluster) -> None:
 
     assert await cluster("delete deploy,svc -l app=web -n shop") != ""
     assert await cluster("get all -n shop -o name") == ""
+
+
+async def test_apply_goes_on_from_what_a_lab_applied(cluster: Cluster, tmp_path: Path) -> None:
+    """Without a warning or a conflict, in either way and after one another."""
+    shop = Path(__file__).parents[2] / "examples" / "shop"
+    large = tmp_path / "large.json"
+    data = {"text": "x" * 300_000}
+    large.write_text(json.dumps({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "large"}, "data": data}))
+    made = await apply_manifests(cluster.client, load_manifests([shop, large]))
+    assert [LAST_APPLIED in obj["metadata"].get("annotations", {}) for obj in made] == [True] * (len(made) - 1) + [False]
+    for way in ([], ["--server-side"], []):
+        code, out, err = await cluster.run("apply", *way, "-f", str(shop))
+        assert (code, err) == (0, "")
+    assert "service/api unchanged" in out
+    assert "pod/cart unchanged" in out
+    code, _, err = await cluster.run("apply", "--server-side", "-f", str(large))
+    assert (code, err) == (0, "")
 
 
 async def test_create_twice_and_what_is_not_there(cluster: Cluster) -> None:

@@ -149,6 +149,23 @@ async def test_a_missing_config_map_is_waited_for(shim: Rig) -> None:
     await node.end(pod)
 
 
+async def test_a_volume_of_a_kind_that_is_not_there_keeps_the_pod_from_starting(shim: Rig) -> None:
+    node = shim.node()
+    claimed = [{"name": "data", "persistentVolumeClaim": {"claimName": "orders"}}]
+    pod = make_pod("db", shell("sleep 1000"), shell("sleep 1000", "other"), volumes=claimed)
+    await node.run(pod)
+    await node.until(lambda: bool(node.events("FailedMount")))
+    event = node.events("FailedMount")[0]
+    assert event.type == "Warning"
+    assert event.message == (
+        'MountVolume.SetUp failed for volume "data" : podwire does not have volumes of kind persistentVolumeClaim'
+    )
+    report = await node.report(pod, lambda r: "waiting" in r.container_statuses[0]["state"])
+    assert report.phase == "Pending"
+    assert report.container_statuses[0]["state"]["waiting"] == {"reason": "ContainerCreating"}
+    await node.end(pod)
+
+
 async def test_a_command_that_does_not_exist_is_told_as_kubelet_tells_it(shim: Rig) -> None:
     node = shim.node()
     pod = make_pod("bad", {"name": "main", "command": ["no-such-program"]}, restartPolicy="Never")

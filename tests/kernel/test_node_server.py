@@ -195,6 +195,8 @@ async def test_exec_of_something_that_does_not_exist(node: Node) -> None:
     assert 'exec: "no-such": executable file not found in $PATH' in status_of(channels)["message"]
     async with node.session.get("/exec/shop/web/main", params={"stdout": "true"}) as response:
         assert response.status == 400
+    async with node.session.get("/exec/shop/web/main", params={"stdout": "true", "command": "true"}) as response:
+        assert response.status == 426  # nothing but the WebSocket is missing
 
 
 async def test_a_client_that_goes_takes_its_process_along(node: Node) -> None:

@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass, field
 
 import aiohttp
+import msgspec
 from aiohttp import web
 
 from podwire.apiserver import status
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 DEFAULT_CONTAINER = "kubectl.kubernetes.io/default-container"
 KUBELET_PORT = 10250
 CONNECT_SECONDS = 5.0
+REFUSAL_SECONDS = 5.0
 CHANNEL_PROTOCOLS = ("v5.channel.k8s.io", "v4.channel.k8s.io")
 """Kubernetes' remote command over WebSocket: one byte of channel number before the data."""
 
@@ -68,9 +70,11 @@ class NodeProxy:
     async def exec(self, call: Call) -> web.StreamResponse:
         """A WebSocket on either side, messages passed on as they are."""
         upstream = await self._upstream(call, "exec")
-        if call.request.headers.get("Upgrade", "").lower() != "websocket":
-            raise status.bad_request("exec is served over WebSocket, not over SPDY: use kubectl 1.31 or newer")
         params = [(key, value) for key, value in call.request.query.items() if key in (*EXEC_PARAMETERS, "command")]
+        if call.request.headers.get("Upgrade", "").lower() != "websocket":
+            # kubectl turns to SPDY when its WebSocket was refused, and shows the answer to that.
+            spdy = status.bad_request("exec is served over WebSocket, not over SPDY: use kubectl 1.31 or newer")
+            raise await self._refusal(upstream, params) or spdy
         offered = [p.strip() for p in call.request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
         protocols = [p for p in offered if p in CHANNEL_PROTOCOLS]
         if not protocols:
@@ -80,7 +84,7 @@ class NodeProxy:
                 upstream.url, params=params, protocols=protocols, headers=upstream.headers, max_msg_size=0
             )
         except aiohttp.WSServerHandshakeError as error:
-            raise _refused(error.status, error.message) from error
+            raise await self._refusal(upstream, params) or _refused(error.status, error.message) from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise _unreachable(call, error) from error
         async with far:
@@ -88,6 +92,19 @@ class NodeProxy:
             await near.prepare(call.request)
             await _join(near, far)
             return near
+
+    async def _refusal(self, upstream: Upstream, params: list[tuple[str, str]]) -> status.StatusError | None:
+        """Why the node refuses an exec; None if all it wants is a WebSocket (426), or it does not answer.
+
+        The WebSocket client drops the body of a refused handshake, so this asks again, without one."""
+        timeout = aiohttp.ClientTimeout(total=REFUSAL_SECONDS)
+        try:
+            async with self._client().get(upstream.url, params=params, headers=upstream.headers, timeout=timeout) as answer:
+                if answer.status == web.HTTPUpgradeRequired.status_code:
+                    return None
+                return _refused(answer.status, await answer.text())
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
 
     async def _upstream(self, call: Call, endpoint: str) -> Upstream:
         pod = await self._objects.read(call.place)
@@ -108,6 +125,14 @@ class NodeProxy:
             connector = aiohttp.TCPConnector(ssl=tls if tls is not None else True, limit=0)
             self._session = aiohttp.ClientSession(connector=connector)
         return self._session
+
+
+class _NodeStatus(msgspec.Struct):
+    """What is read of a metav1.Status that a node answers with."""
+
+    kind: str
+    reason: str = ""
+    message: str = ""
 
 
 def pick_container(pod: Json, wanted: str) -> str:
@@ -179,10 +204,19 @@ async def _pass(source: _Socket, sink: _Socket) -> None:
 
 
 def _refused(code: int, text: str) -> status.StatusError:
-    """What the node said, in its own words."""
+    """What the node said, in its own words: a Status document's message, or a text as it is (the kubelet's own refusals)."""
     reason = {400: "BadRequest", 403: "Forbidden", 404: "NotFound"}.get(code, "InternalError")
+    message = text.strip()
+    with contextlib.suppress(msgspec.MsgspecError):
+        said = msgspec.json.decode(text, type=_NodeStatus)
+        if said.kind == "Status":
+            message = said.message
+            reason = said.reason or reason
+    message = message or f"the node answered {code}"
     # A 401 is between this server and the node: the client's own credentials are good.
-    return status.StatusError(500 if code == 401 else code, reason, text.strip() or f"the node answered {code}")
+    if code == 401:
+        return status.StatusError(500, "InternalError", message)
+    return status.StatusError(code, reason, message)
 
 
 def _unreachable(call: Call, error: Exception) -> status.StatusError:

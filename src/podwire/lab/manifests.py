@@ -1,4 +1,7 @@
-"""Applying manifests to any API server: what `kubectl apply --server-side -f` does, for files and directories."""
+"""Applying manifests to any API server: what `kubectl apply --server-side -f` does, for files and directories.
+
+The fields belong to the managers that kubectl has, and the annotation of client-side apply is there, so that
+`kubectl apply -f` goes on from here, with --server-side or without: no conflict and no warning."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +16,14 @@ from podwire.model.errors import InvalidInput
 from podwire.model.meta import Json
 from podwire.model.resources import Resource
 
-FIELD_MANAGER = "podwire"
+FIELD_MANAGER = "kubectl"
+"""Who `kubectl apply --server-side` is."""
+ANNOTATION_MANAGER = "kubectl-last-applied"
+"""Whose kubectl makes LAST_APPLIED when it applies on the server's side, so that its next apply does not prune it."""
+LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
+"""What `kubectl apply` compares with, to find what a manifest no longer has."""
+ANNOTATIONS_LIMIT = 262144
+"""Bytes of all annotations that an API server takes (k8s.io/apimachinery api/validation): what is larger goes without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +109,32 @@ async def _apply(client: ApiClient, resource: Resource, obj: Json, namespace: st
     place = (obj["metadata"].get("namespace") or namespace) if resource.namespaced else None
     if not obj["metadata"].get("name"):
         return await client.create(resource, obj, place)
-    return await client.patch(
-        resource, obj["metadata"]["name"], obj, place, kind=PatchKind.APPLY, field_manager=FIELD_MANAGER, force=True
-    )
+    config, record = configuration(obj, place)
+    name, kind = obj["metadata"]["name"], PatchKind.APPLY
+    made = await client.patch(resource, name, config, place, kind=kind, field_manager=FIELD_MANAGER, force=True)
+    others = config["metadata"].get("annotations") or {}
+    if sum(len(f"{key}{value}".encode()) for key, value in {**others, LAST_APPLIED: record}.items()) > ANNOTATIONS_LIMIT:
+        return made
+    identity = {key: value for key, value in config["metadata"].items() if key in ("name", "namespace")}
+    annotated = {
+        "apiVersion": config["apiVersion"],
+        "kind": config["kind"],
+        "metadata": {**identity, "annotations": {LAST_APPLIED: record}},
+    }
+    return await client.patch(resource, name, annotated, place, kind=kind, field_manager=ANNOTATION_MANAGER, force=True)
+
+
+def configuration(obj: Json, namespace: str | None) -> tuple[Json, str]:
+    """What to apply, namespace filled in and an old LAST_APPLIED left out; and its LAST_APPLIED, byte for byte kubectl's."""
+    annotations = {key: value for key, value in (obj["metadata"].get("annotations") or {}).items() if key != LAST_APPLIED}
+    metadata = {**obj["metadata"], "annotations": annotations}
+    if namespace is not None:
+        metadata["namespace"] = namespace
+    config = {**obj, "metadata": metadata}
+    text = msgspec.json.encode(config, order="sorted").decode() + "\n"
+    for char in "<>&\u2028\u2029":  # Go's JSON encoder escapes these
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return config, text
 
 
 class _ResourceEntry(msgspec.Struct):

@@ -247,6 +247,14 @@ class ProjectedVolume(View, frozen=True):
     sources: tuple[ProjectedSource, ...] = ()
 
 
+class OtherVolume(View, frozen=True):
+    """A volume source of which only its presence matters."""
+
+
+_MOUNTED = frozenset({"name", "configMap", "secret", "emptyDir", "hostPath", "downwardAPI", "projected"})
+"""What of a Volume nodes here know."""
+
+
 class Volume(View, frozen=True):
     name: str
     config_map: ConfigMapVolume | None = None
@@ -255,6 +263,37 @@ class Volume(View, frozen=True):
     host_path: HostPath | None = None
     downward_api: DownwardVolume | None = msgspec.field(name="downwardAPI", default=None)
     projected: ProjectedVolume | None = None
+    # The rest of VolumeSource (k8s.io/api core/v1): read to say which kind it is that no node here can mount.
+    aws_elastic_block_store: OtherVolume | None = None
+    azure_disk: OtherVolume | None = None
+    azure_file: OtherVolume | None = None
+    cephfs: OtherVolume | None = None
+    cinder: OtherVolume | None = None
+    csi: OtherVolume | None = None
+    ephemeral: OtherVolume | None = None
+    fc: OtherVolume | None = None
+    flex_volume: OtherVolume | None = None
+    flocker: OtherVolume | None = None
+    gce_persistent_disk: OtherVolume | None = None
+    git_repo: OtherVolume | None = None
+    glusterfs: OtherVolume | None = None
+    image: OtherVolume | None = None
+    iscsi: OtherVolume | None = None
+    nfs: OtherVolume | None = None
+    persistent_volume_claim: OtherVolume | None = None
+    photon_persistent_disk: OtherVolume | None = None
+    portworx_volume: OtherVolume | None = None
+    quobyte: OtherVolume | None = None
+    rbd: OtherVolume | None = None
+    scale_io: OtherVolume | None = msgspec.field(name="scaleIO", default=None)
+    storageos: OtherVolume | None = None
+    vsphere_volume: OtherVolume | None = None
+
+    @property
+    def unsupported(self) -> str | None:
+        """The kind of volume that nodes here cannot mount, as its manifest names it; None for one that they can."""
+        held = (field.encode_name for field in msgspec.structs.fields(self) if getattr(self, field.name) is not None)
+        return next((kind for kind in held if kind not in _MOUNTED), None)
 
 
 class HostAlias(View, frozen=True):

@@ -182,8 +182,10 @@ class ContainerKeeper:
                 reason, message = ("ContainerCreating", "") if mount else (cause, str(error))
                 if (reason, message) != (self._waiting, self._message):
                     self._waiting, self._message = reason, message
-                    event = "FailedMount" if mount else "Failed"
-                    self._ports.tell("Warning", event, str(error) if mount else f"Error: {error}", self.container.name)
+                    if mount:  # concerns the pod, not one of its containers
+                        self._ports.tell("Warning", "FailedMount", str(error), "")
+                    else:
+                        self._ports.tell("Warning", "Failed", f"Error: {error}", self.container.name)
                     self._ports.changed()
                 await self._ports.clock.sleep(_CONFIG_RETRY_SECONDS)
 

@@ -137,7 +137,7 @@ class KubeletServer:
         socket_response = web.WebSocketResponse(protocols=PROTOCOLS)
         if not socket_response.can_prepare(request).ok:
             return _refuse(
-                400, "BadRequest", "exec needs a WebSocket (v5.channel.k8s.io or v4.channel.k8s.io); SPDY is not spoken"
+                426, "UpgradeRequired", "exec needs a WebSocket (v5.channel.k8s.io or v4.channel.k8s.io); SPDY is not spoken"
             )
         await socket_response.prepare(request)
         await ExecSession(self._runtime.client, record, socket_response, options).run()

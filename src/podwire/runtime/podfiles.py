@@ -32,7 +32,7 @@ class PodFiles:
         return str(self.directory / "logs" / container / f"{attempt}.log")
 
     def write(self, pod: Pod, network: PodNetwork, references: References) -> None:
-        """Write everything; on repeat what changed is written anew. Raises RuntimeFailure for a missing reference."""
+        """Write everything; on repeat what changed is written anew. Raises RuntimeFailure for what cannot be mounted."""
         (self.directory / "stage").mkdir(parents=True, exist_ok=True)
         self._write_etc(pod, network)
         for volume in pod.spec.volumes:
@@ -80,6 +80,8 @@ class PodFiles:
             if not path.exists():
                 raise _failed_mount(volume.name, f"hostPath {path} does not exist on this machine")
             return path
+        if (kind := volume.unsupported) is not None:
+            raise _failed_mount(volume.name, f"podwire does not have volumes of kind {kind}")
         place = self.directory / "volumes" / volume.name
         place.mkdir(parents=True, exist_ok=True)
         for name, (content, mode) in self._contents(volume, pod, network, references).items():
@@ -87,7 +89,7 @@ class PodFiles:
         return place
 
     def _contents(self, volume: Volume, pod: Pod, network: PodNetwork, references: References) -> dict[str, tuple[bytes, int]]:
-        """Relative path → content and mode. A volume of a kind that is not known here is an empty directory."""
+        """Relative path → content and mode."""
         if (config_map := volume.config_map) is not None:
             data = _config_map_data(config_map.name, config_map.optional, volume.name, references)
             return _selected(data, config_map.items, config_map.default_mode, config_map.optional, volume.name)

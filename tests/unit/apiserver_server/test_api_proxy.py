@@ -12,9 +12,11 @@ from apirig import Api, Serve
 
 from podwire.apiserver.config import KubeletAccess, ServerConfig
 from podwire.apiserver.proxy import node_endpoint, pick_container
-from podwire.apiserver.status import StatusError
+from podwire.apiserver.status import StatusError, failure
 
 PODS = "/api/v1/namespaces/default/pods"
+WAITING = 'container "waiting" in pod "p" is waiting to start: CreateContainerConfigError'
+NOT_STARTED = failure(400, "BadRequest", WAITING)
 ERROR_CHANNEL = b'\x03{"status":"Success"}'
 
 
@@ -32,7 +34,9 @@ class FakeKubelet:
     async def log(self, request: web.Request) -> web.StreamResponse:
         self._note(request)
         if request.match_info["container"] == "early":
-            raise web.HTTPBadRequest(text='container "early" in pod "p" is waiting to start: PodInitializing')
+            return web.Response(status=400, text='container "early" in pod "p" is waiting to start: PodInitializing')
+        if request.match_info["container"] == "waiting":
+            return web.json_response(NOT_STARTED, status=400)
         response = web.StreamResponse()
         await response.prepare(request)
         await response.write(b"one\n")
@@ -41,8 +45,12 @@ class FakeKubelet:
         await response.write(b"two\n")
         return response
 
-    async def exec(self, request: web.Request) -> web.WebSocketResponse:
+    async def exec(self, request: web.Request) -> web.StreamResponse:
         self._note(request)
+        if request.match_info["container"] == "waiting":
+            return web.json_response(NOT_STARTED, status=400)
+        if "Upgrade" not in request.headers:
+            return web.json_response(failure(426, "UpgradeRequired", "a WebSocket is needed"), status=426)
         near = web.WebSocketResponse(protocols=("v5.channel.k8s.io", "v4.channel.k8s.io"))
         await near.prepare(request)
         await near.send_bytes(b"\x01" + "|".join(request.query.getall("command")).encode())
@@ -81,7 +89,7 @@ async def placed(serve: Serve, kubelet: FakeKubelet) -> Api:
     }
     await api.ok("POST", "/api/v1/nodes", {"metadata": {"name": "n1"}})
     await api.ok("PATCH", "/api/v1/nodes/n1/status", {"status": node}, Content_Type="application/merge-patch+json")
-    containers = [{"name": name, "image": "x"} for name in ("main", "early")]
+    containers = [{"name": name, "image": "x"} for name in ("main", "early", "waiting")]
     await api.pod("p", containers=containers, nodeName="n1")
     return api
 
@@ -108,9 +116,21 @@ async def test_the_nodes_refusal_is_passed_on(placed: Api) -> None:
     assert status["message"] == 'container "early" in pod "p" is waiting to start: PodInitializing'
 
 
+async def test_of_the_nodes_status_the_message_is_passed_on(placed: Api) -> None:
+    status = await placed.fails(400, "GET", PODS + "/p/log?container=waiting")
+    assert (status["message"], status["reason"]) == (WAITING, "BadRequest")
+    url = f"http://api{PODS}/p/exec?container=waiting&command=true&stdout=true"
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Protocol": "v5.channel.k8s.io"}
+    async with placed.session.get(url, headers=upgrade) as answer:
+        said = await answer.json()
+    assert (answer.status, said["message"], said["reason"]) == (400, WAITING, "BadRequest")
+    path = PODS + "/p/exec?container=waiting&command=true&stdout=true"  # what kubectl shows is the answer to its second try
+    assert (await placed.fails(400, "POST", path, Upgrade="SPDY/3.1"))["message"] == WAITING
+
+
 async def test_which_container_must_be_clear(placed: Api) -> None:
     status = await placed.fails(400, "GET", PODS + "/p/log")
-    assert status["message"] == "a container name must be specified for pod p, choose one of: [main early]"
+    assert status["message"] == "a container name must be specified for pod p, choose one of: [main early waiting]"
     assert "is not valid for pod p" in (await placed.fails(400, "GET", PODS + "/p/log?container=x"))["message"]
     await placed.fails(404, "GET", PODS + "/q/log")
 

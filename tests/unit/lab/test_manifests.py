@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from podwire.lab.manifests import load_manifests, parse_manifest
+from podwire.lab.manifests import LAST_APPLIED, configuration, load_manifests, parse_manifest
 from podwire.model.errors import InvalidInput
 
 POD = "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\n"
@@ -52,6 +52,17 @@ def test_directories_are_read_in_order(tmp_path: Path) -> None:
         load_manifests([empty])
     with pytest.raises(InvalidInput, match="cannot be read"):
         load_manifests([tmp_path / "missing.yaml"])
+
+
+def test_the_last_applied_configuration_is_kubectls_byte_for_byte() -> None:
+    (document,) = parse_manifest(
+        f'kind: Pod\napiVersion: v1\nmetadata: {{name: ä, annotations: {{x: "a<b>&\\u2028", {LAST_APPLIED}: old}}}}', "x.yaml"
+    )
+    config, record = configuration(document.object, "shop")
+    metadata = '"annotations":{"x":"a\\u003cb\\u003e\\u0026\\u2028"},"name":"ä","namespace":"shop"'
+    assert record == f'{{"apiVersion":"v1","kind":"Pod","metadata":{{{metadata}}}}}\n'
+    assert config["metadata"] == {"name": "ä", "namespace": "shop", "annotations": {"x": "a<b>&\u2028"}}
+    assert configuration({"kind": "Node", "metadata": {"name": "n"}}, None)[0]["metadata"] == {"name": "n", "annotations": {}}
 
 
 def test_the_shop_is_readable() -> None:

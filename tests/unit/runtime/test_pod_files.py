@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from podwire.model.objects import ConfigMap, Pod, Secret
+from podwire.apiserver.schema import api_schema
+from podwire.model.objects import ConfigMap, Pod, Secret, Volume
 from podwire.model.podruntime import PodNetwork
 from podwire.runtime.environment import References
 from podwire.runtime.errors import RuntimeFailure
@@ -96,11 +97,23 @@ def test_mounts_put_the_volume_where_the_container_wants_it(tmp_path: Path) -> N
         ({"configMap": {"name": "cm", "items": [{"key": "no", "path": "x"}]}}, "non-existent config key: no"),
         ({"configMap": {"name": "cm", "items": [{"key": "a.conf", "path": "../../x"}]}}, "leads out of its volume"),
         ({"hostPath": {"path": "/nowhere/at/all"}}, "does not exist on this machine"),
+        ({"persistentVolumeClaim": {"claimName": "data"}}, 'volume "v" : podwire .* of kind persistentVolumeClaim'),
+        ({"nfs": {"server": "x", "path": "/"}}, "podwire does not have volumes of kind nfs"),
+        ({"csi": {"driver": "x"}}, "podwire does not have volumes of kind csi"),
+        ({"scaleIO": {"system": "x"}}, "podwire does not have volumes of kind scaleIO"),
     ],
 )
 def test_a_volume_that_cannot_be_had_is_named(tmp_path: Path, volume: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeFailure, match=message):
         PodFiles(tmp_path, "u1").write(pod(volumes=[{"name": "v", **volume}]), NETWORK, REFERENCES)
+
+
+def test_every_kind_of_volume_that_the_api_takes_is_known() -> None:
+    sources = set(api_schema().fields("k8s.io.api.core.v1.Volume")) - {"name"}
+    mounted = {"configMap", "secret", "emptyDir", "hostPath", "downwardAPI", "projected"}
+    assert mounted < sources
+    for kind in sources - mounted:
+        assert msgspec.convert({"name": "v", kind: {"x": 1}}, Volume).unsupported == kind
 
 
 def test_a_host_network_pod_keeps_the_machines_resolver(tmp_path: Path) -> None:
