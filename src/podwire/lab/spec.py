@@ -9,7 +9,6 @@ from typing import Any, Self
 
 from podwire.model.addr import Family, IPNetwork, family_of, parse_families
 from podwire.model.errors import InvalidInput
-from podwire.model.netconf import parse_net_config
 
 MAX_NODES = 245
 """So many fit the default ranges: 256 node prefixes in the pods' range, addresses 198.18.0.11 to 198.18.0.255."""
@@ -73,6 +72,8 @@ class LabSpec:
             )
         if self.etcd_members not in (1, 3, 5):
             raise InvalidInput(f"{self.etcd_members} etcd members cannot be had: take 1, 3 or 5")
+        from podwire.model.netconf import parse_net_config  # the command line imports this module at its start
+
         config = parse_net_config(self.network_config, source="lab network", leased=self.subnet_manager == "etcd")
         if config.backend.type in ("udp", "alloc"):
             raise InvalidInput(
