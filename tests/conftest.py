@@ -1,3 +1,19 @@
 """Shared by all levels: podwire's own pytest plugin, as users have it."""
 
+import signal
+from collections.abc import Iterator
+
+import pytest
+
 pytest_plugins = ("podwire.testing.plugin",)
+
+
+@pytest.fixture
+def heeded_signals() -> Iterator[None]:
+    """CI may have started this process with signals ignored, as nohup does; whom it starts would inherit that."""
+    ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)

@@ -144,17 +144,6 @@ def test_sigkill_leaves_nothing(podwire: Podwire) -> None:
     assert not (podwire.state / "doomed").exists()
 
 
-@pytest.fixture
-def heeded_signals() -> Iterator[None]:
-    """CI may have started this process with signals ignored, as nohup does; whom it starts would inherit that."""
-    ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_IGN]
-    for number in ignored:
-        signal.signal(number, signal.SIG_DFL)
-    yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
-
-
 @pytest.mark.usefixtures("heeded_signals")
 def test_a_launcher_that_is_interrupted_takes_its_lab_with_it(podwire: Podwire) -> None:
     process = subprocess.Popen(
