@@ -10,7 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,17 +44,20 @@ def _user_namespace(process: Path) -> int:
         return 0
 
 
-def namespaces_in_use() -> set[tuple[str, int]]:
-    """(kind, inode) of every namespace that some process is in."""
+def namespaces(processes: Iterable[str]) -> set[tuple[str, int]]:
+    """(kind, inode) of every namespace that one of these processes is in; those that are gone count for nothing."""
     found = set()
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
-            for kind in ("user", "net", "mnt", "pid", "uts", "ipc"):
-                try:
-                    found.add((kind, (process / "ns" / kind).stat().st_ino))
-                except OSError:
-                    break
+    for process in processes:
+        for kind in ("user", "net", "mnt", "pid", "uts", "ipc"):
+            try:
+                found.add((kind, Path(f"/proc/{process}/ns/{kind}").stat().st_ino))
+            except OSError:
+                break
     return found
+
+
+def namespaces_in_use() -> set[tuple[str, int]]:
+    return namespaces(name for name in os.listdir("/proc") if name.isdigit())
 
 
 def port_of(podwire: Podwire, name: str) -> int:
@@ -125,17 +128,17 @@ def test_labs_side_by_side_have_the_same_addresses_and_do_not_meet(podwire: Podw
 
 def test_sigkill_leaves_nothing(podwire: Podwire) -> None:
     """No process, namespace, interface, mount or socket; and the name is free at once."""
-    interfaces, before = sorted(os.listdir("/sys/class/net")), namespaces_in_use()
+    interfaces = sorted(os.listdir("/sys/class/net"))
     mounts = Path("/proc/self/mountinfo").read_text()
     podwire.ok("lab", "up", "--name", "doomed", "-f", str(SHOP), "--wait")
     pid, port = podwire.pid("doomed"), port_of(podwire, "doomed")
     alive = members(pid)
     assert len(alive) > 5, "the lab process, the shim, and the pods' own processes"
-    made = namespaces_in_use() - before
+    made = namespaces(map(str, alive)) - namespaces(["self"])
     assert {"user", "net", "mnt", "pid", "uts", "ipc"} <= {kind for kind, _ in made}
     os.kill(pid, signal.SIGKILL)
     until(lambda: not any(start_time(member) == born for member, born in alive.items()))
-    assert not made & namespaces_in_use()
+    until(lambda: not made & namespaces_in_use())
     assert sorted(os.listdir("/sys/class/net")) == interfaces
     assert Path("/proc/self/mountinfo").read_text() == mounts
     assert "podwire" not in Path("/proc/net/unix").read_text()
