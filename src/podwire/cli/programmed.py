@@ -10,6 +10,7 @@ import msgspec
 from podwire.client.api import ApiClient
 from podwire.client.errors import NotFound
 from podwire.client.informer import Informer
+from podwire.client.served import decode_served, list_served
 from podwire.model.acknowledgement import LABEL, LABEL_VALUE, NAMESPACE, Acknowledgement, read_lease
 from podwire.model.errors import InvalidInput, PodwireError
 from podwire.model.ids import ObjectKey
@@ -116,5 +117,7 @@ def _words(leases: Iterable[Lease]) -> dict[str, Acknowledgement]:
 async def _list(
     client: ApiClient, resource: Resource, kind: type[T], namespace: str | None = None, labels: str = ""
 ) -> list[T]:
-    raw = await client.list_raw(resource, namespace, label_selector=labels)
-    return [msgspec.json.decode(item, type=kind) for item in raw.items or ()]
+    raw, older = await list_served(client, resource, namespace, label_selector=labels)
+    decoder = msgspec.json.Decoder(kind)
+    found = (decode_served(decoder, item, older) for item in raw.items or ())
+    return [obj for obj in found if obj is not None]

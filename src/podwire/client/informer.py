@@ -7,13 +7,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from random import Random
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
 from podwire.client.api import ApiClient, WatchEvent
 from podwire.client.backoff import Backoff
 from podwire.client.errors import ApiError, Gone, TooManyRequests, Unavailable
+from podwire.client.served import OlderVersion, decode_served, list_served
 from podwire.model.ids import ObjectKey
 from podwire.model.meta import Json
 from podwire.model.objects import ApiObject
@@ -56,7 +57,8 @@ class Informer(Generic[T]):
     """All objects of `resource` (in `namespace`, matching the selectors) as values of `type`, current while `run()` runs.
 
     Callbacks are synchronous and called in the order of events; the copy is already changed when they are. `rng` spreads
-    reconnects of many informers in time.
+    reconnects of many informers in time. Where the server has the kind in an older version only (`client.served`), that is
+    asked for, and the objects are as of `resource` all the same.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Informer(Generic[T]):
         self._labels, self._fields = label_selector, field_selector
         self._decoder: msgspec.json.Decoder[T] = msgspec.json.Decoder(type)
         self._rng = rng or Random()
+        self._older: OlderVersion | None = None
         self._objects: dict[ObjectKey, T] = {}
         self._callbacks: list[Callable[[Change[T]], None]] = []
         self._synced = asyncio.Event()
@@ -154,8 +157,8 @@ class Informer(Generic[T]):
                 await asyncio.sleep(delay)
 
     async def _list(self) -> None:
-        raw = await self._client.list_raw(
-            self.resource, self._namespace, label_selector=self._labels, field_selector=self._fields
+        raw, self._older = await list_served(
+            self._client, self.resource, self._namespace, label_selector=self._labels, field_selector=self._fields
         )
         fresh = {obj.key: obj for item in raw.items or () if (obj := self._decode(item)) is not None}
         for key in [key for key in self._objects if key not in fresh]:
@@ -167,7 +170,7 @@ class Informer(Generic[T]):
 
     async def _watch(self, backoff: Backoff) -> None:
         events = self._client.watch(
-            self.resource,
+            self._older.resource if self._older is not None else self.resource,
             self._namespace,
             resource_version=self.resource_version,
             timeout_seconds=300 + self._rng.randrange(300),
@@ -229,30 +232,9 @@ class Informer(Generic[T]):
                 log.exception("%s %s: a subscriber failed", self.resource.plural, change.key)
 
     def _decode(self, raw: msgspec.Raw) -> T | None:
-        try:
-            return self._decoder.decode(raw)
-        except msgspec.ValidationError:
-            pass
-        # Go encodes some absent lists and maps as null (EndpointSlice.endpoints), which the views do not expect.
-        document = _without_nulls(msgspec.json.decode(raw))
-        try:
-            return self._decoder.decode(msgspec.json.encode(document))
-        except msgspec.ValidationError as error:
-            name = document.get("metadata", {}).get("name")
-            log.warning("%s %s is left out: it is not as the API defines it (%s)", self.resource.plural, name, error)
-            return None
+        return decode_served(self._decoder, raw, self._older)
 
 
 def _number(resource_version: str) -> int:
     """Revisions of one server are numbers that grow (KEP-5504); anything else cannot be waited for and counts as reached."""
     return int(resource_version) if resource_version.isdecimal() else 0
-
-
-def _without_nulls(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-        case list():
-            return [_without_nulls(item) for item in value]
-        case _:
-            return value

@@ -139,6 +139,30 @@ async def test_nulls_of_go_encoders_and_odd_objects_do_no_harm() -> None:
     assert [key.name for key in informer.items()] == ["s"]
 
 
+async def test_a_server_that_has_an_older_version_only_and_is_replaced_by_a_newer_one() -> None:
+    """Kubernetes 1.20 has EndpointSlices as v1beta1, where an endpoint's place stands in its topology; 1.25 has it no more."""
+    old, new = (f"/apis/discovery.k8s.io/{version}/endpointslices" for version in ("v1beta1", "v1"))
+    meta = {"name": "s", "namespace": "shop", "uid": "u", "resourceVersion": "4"}
+    place = {"kubernetes.io/hostname": "n1", "topology.kubernetes.io/zone": "z1"}
+    endpoints = [{"addresses": ["10.0.0.1"], "topology": place}, {"addresses": ["10.0.0.2"], "topology": None}]
+    server = ScriptedServer()
+    server.answer("GET", new, {"code": 404}, 404)
+    server.answer("GET", old, listing(5, {"metadata": meta, "endpoints": endpoints}))
+    changed = {"metadata": meta | {"resourceVersion": "6"}, "endpoints": endpoints[:1]}
+    server.watch(old, ("MODIFIED", changed))
+    server.watch(old, ("ERROR", {"code": 410, "reason": "Expired"}))
+    v1 = {"metadata": meta | {"resourceVersion": "9"}, "endpoints": [{"addresses": ["10.0.0.3"], "nodeName": "n3"}]}
+    server.answer("GET", new, listing(9, v1))
+    told: list[list[tuple[str, str]]] = []
+    async with server.serve() as client:
+        informer = Informer(client, ENDPOINTSLICES, EndpointSlice, rng=Random(1))
+        informer.subscribe(lambda change: told.append([(e.node_name, e.zone) for e in change.object.endpoints]))
+        async with running(informer):
+            await server.answers_given(5)
+            assert await informer.caught_up({"metadata": {"resourceVersion": "9"}})
+    assert told == [[("n1", "z1"), ("", "")], [("n1", "z1")], [("n3", "")]]
+
+
 async def test_a_writer_can_wait_until_the_copy_shows_its_write() -> None:
     server = ScriptedServer()
     server.answer("GET", PATH, listing(5))
