@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from podwire.apiserver.status import StatusError, bad_request
 
 _TOKEN = re.compile(r"\s*(?:(?P<op>==|=|!=|!|\(|\)|,|<|>)|(?P<word>[^\s=!(),<>]+))")
+_SIGNS = frozenset({"=", "==", "!=", "!", "(", ")", ",", "<", ">"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +98,18 @@ def _term(tokens: list[str], position: int, text: str) -> tuple[Term, int]:
     if tokens[position] == "!":
         if position + 1 >= len(tokens):
             raise _bad(text, "found '', expected a label key")
+        if tokens[position + 1] in _SIGNS:
+            raise _bad(text, f"found '{tokens[position + 1]}', expected a label key")
         return Term(tokens[position + 1], "!exists"), position + 2
     key = tokens[position]
-    if key in ("=", "==", "!=", "(", ")", ",", "<", ">"):
+    if key in _SIGNS:
         raise _bad(text, f"found '{key}', expected a label key")
     operator = tokens[position + 1] if position + 1 < len(tokens) else ","
     match operator:
         case ",":
             return Term(key, "exists"), position + 1
         case "=" | "==" | "!=" | ">" | "<":
-            value, position = _value(tokens, position + 2)
+            value, position = _value(tokens, position + 2, text)
             name = {"!=": "notin", ">": "gt", "<": "lt"}.get(operator, "in")
             return Term(key, name, frozenset([value])), position
         case "in" | "notin":
@@ -116,9 +119,11 @@ def _term(tokens: list[str], position: int, text: str) -> tuple[Term, int]:
             raise _bad(text, f"found '{operator}', expected: in, notin, =, ==, !=, gt, lt")
 
 
-def _value(tokens: list[str], position: int) -> tuple[str, int]:
+def _value(tokens: list[str], position: int, text: str) -> tuple[str, int]:
     if position >= len(tokens) or tokens[position] == ",":
         return "", position
+    if tokens[position] in _SIGNS:
+        raise _bad(text, f"found '{tokens[position]}', expected a value")
     return tokens[position], position + 1
 
 

@@ -46,7 +46,9 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     assert code in (0, 400)
 
 
-@pytest.mark.parametrize("text", ["a,", "=b", "a in b", "a in (b", "a b", "!", "a in (b) c", "(a)", ",a"])
+@pytest.mark.parametrize(
+    "text", ["a,", "=b", "a in b", "a in (b", "a b", "!", "!!a", "a in (b) c", "(a)", ",a", "a===", "a=!b", "!=", "a in b=(c)"]
+)
 def test_nonsense_is_refused(text: str) -> None:
     with pytest.raises(StatusError, match="unable to parse requirement"):
         parse_labels(text)
