@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from random import Random
 
 from bench.report import Figures, main, percentiles, say, table
+from podwire.agent.repair import LAZY_SECONDS
 from podwire.agent.subnets.etcd import EtcdSubnets
 from podwire.agent.subnets.registry import DEFAULT_PREFIX
 from podwire.client.etcd import EtcdClient
@@ -86,12 +88,14 @@ async def _leases(folder: Path) -> Figures:
         [
             ["", ""],
             ["all programmed after the process began", f"{figures['all_s']:.2f} s"],
-            ["CPU of the agent until then", f"{figures['cpu_s']:.2f} s"],
+            ["  … of it looking at the kernel, planning and applying", f"{figures['programmed_s']:.2f} s"],
+            ["CPU of the agent for them: reading, planning, applying", f"{figures['cpu_s']:.2f} s"],
             ["one lease more: from etcd's answer to the route, p50", f"{figures['one_ms']['p50']:.1f} ms"],
             ["  … p99", f"{figures['one_ms']['p99']:.1f} ms"],
             ["  … CPU of the agent, mean", f"{figures['one_cpu_ms']:.1f} ms"],
-            ["memory of the agent at rest (resident)", f"{figures['rss_mb']:.0f} MB"],
-            ["  … of it its own, without files' pages", f"{figures['rss_anon_mb']:.0f} MB"],
+            ["memory of the agent at rest: resident", f"{figures['memory_mb']['rss']:.1f} MB"],
+            ["  … its share (files' pages divided by who maps them)", f"{figures['memory_mb']['pss']:.1f} MB"],
+            ["  … resident after a comparison with the whole kernel", f"{figures['memory_later_mb']['rss']:.1f} MB"],
             [f"the same by one `ip` or `bridge` call an entry (measured with {SAMPLE})", f"{figures['ip_calls_s']:.0f} s"],
         ]
     )
@@ -150,28 +154,41 @@ async def _one_agent(etcd: EtcdClient, kernel: LinuxKernel, folder: Path) -> Fig
         started = time.perf_counter()
         agent = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # noqa: ASYNC220
     try:
-        await _until_routes(kernel, LEASES, agent, folder)
+        await _until_logged(folder, agent, r"interface \S+ with")
+        begun = _cpu_seconds(agent.pid)
+        await _until_routes(kernel, LEASES)
         everything = time.perf_counter() - started
+        programmed = float(await _until_logged(folder, agent, r"peers programmed in ([0-9.]+) s"))
         cpu = _cpu_seconds(agent.pid)
         await asyncio.sleep(3)  # at rest: what was made on the way has been let go
-        rss, anonymous = _status_mb(agent.pid, "VmRSS"), _status_mb(agent.pid, "RssAnon")
+        memory = _memory_mb(agent.pid)
         before = _cpu_seconds(agent.pid)
         one = [await _one_more(etcd, kernel, number) for number in range(LEASES, LEASES + MORE)]
         one_cpu = (_cpu_seconds(agent.pid) - before) * 1000 / MORE
+        await asyncio.sleep(LAZY_SECONDS + 2)  # by then it has compared everything with the kernel once more
+        later = _memory_mb(agent.pid)
     finally:
         agent.terminate()
         await asyncio.to_thread(agent.wait)
     return {
-        "leases": LEASES, "all_s": everything, "cpu_s": cpu, "rss_mb": rss, "rss_anon_mb": anonymous,
-        "one_ms": percentiles(one), "one_cpu_ms": one_cpu,
+        "leases": LEASES, "all_s": everything, "programmed_s": programmed, "cpu_s": cpu - begun,
+        "memory_mb": memory, "memory_later_mb": later, "one_ms": percentiles(one), "one_cpu_ms": one_cpu,
     }  # fmt: skip
 
 
-async def _until_routes(kernel: LinuxKernel, number: int, agent: subprocess.Popen[bytes], folder: Path) -> None:
+async def _until_logged(folder: Path, agent: "subprocess.Popen[bytes]", pattern: str) -> str:
+    """The pattern's last group in the agent's log."""
     async with asyncio.timeout(_DEADLINE):
-        while len((await kernel.observe()).routes) < number:
+        while not (found := re.search(pattern, (folder / "agent.log").read_text())):
             if agent.poll() is not None:
                 raise RuntimeError(f"the agent ended: {(folder / 'agent.log').read_text()[-2000:]}")
+            await asyncio.sleep(0.01)
+    return found[found.re.groups]
+
+
+async def _until_routes(kernel: LinuxKernel, number: int) -> None:
+    async with asyncio.timeout(_DEADLINE):
+        while len((await kernel.observe()).routes) < number:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
 
 
@@ -197,9 +214,10 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _status_mb(pid: int, field: str) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith(field))) / 1024
+def _memory_mb(pid: int) -> dict[str, float]:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    sizes = {line.split(":")[0].lower(): int(line.split()[1]) / 1024 for line in lines[1:]}
+    return {"rss": sizes["rss"], "pss": sizes["pss"]}
 
 
 def _ip_calls() -> float:

@@ -94,6 +94,7 @@ class Plumbing:
         self._busy = asyncio.Lock()
         self._touched: dict[tuple[str, bool], float] = {}
         """What we changed lately, as `_echoes` has it, and when (event loop's time)."""
+        self._forgetting = False
         self.refused_sysctls: dict[str, str] = {}
         """Switches that this kernel does not have or does not let us set, with its words."""
 
@@ -126,12 +127,23 @@ class Plumbing:
         return any(str(entry.ip) == ip for pod in self._pods.values() for entry in pod.unit[HOST].neighbours)
 
     def _touch(self, plan: Plan) -> None:
-        now = asyncio.get_running_loop().time()
-        if len(self._touched) > 1000:
-            self._touched = {key: at for key, at in self._touched.items() if now - at < ECHO_SECONDS}
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         for op in plan:
             for key in _echoes(op):
                 self._touched[key] = now
+        if self._touched and not self._forgetting:
+            self._forgetting = True
+            loop.call_later(2 * ECHO_SECONDS, self._forget)
+
+    def _forget(self) -> None:
+        """Let go of what cannot echo any more: with thousands of peers that is a megabyte."""
+        loop = asyncio.get_running_loop()
+        recent = loop.time() - ECHO_SECONDS
+        self._touched = {key: at for key, at in self._touched.items() if at > recent}
+        self._forgetting = bool(self._touched)
+        if self._forgetting:
+            loop.call_later(2 * ECHO_SECONDS, self._forget)
 
     async def try_switches(self, switches: Mapping[str, str]) -> Mapping[str, str]:
         """Set what can be set; returns what the kernel refused, with its words."""

@@ -9,33 +9,24 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
-
-from aiohttp import web
+from typing import TYPE_CHECKING, Any
 
 from podwire.agent.nodelock import NodeLock
 from podwire.agent.overlayd.agent import OverlayAgent, OverlayOptions
 from podwire.agent.overlayd.files import read_last_subnets
 from podwire.agent.overlayd.host import LinuxHost
-from podwire.agent.overlayd.status import status_app
 from podwire.agent.subnets.etcd import EtcdSubnets
-from podwire.agent.subnets.kube import KubeSubnets
-from podwire.agent.subnets.port import SubnetManager
-from podwire.client.api import ApiClient, PatchKind
-from podwire.client.errors import ApiError
 from podwire.client.etcd import EtcdClient, etcd_tls
-from podwire.client.informer import Informer
-from podwire.client.kubeconfig import client_from_kubeconfig, in_cluster_client
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import current_netns
+from podwire.kernel.syscalls import release_memory
 from podwire.model.errors import InvalidInput, PodwireError
-from podwire.model.netconf import parse_net_config
-from podwire.model.objects import Node
-from podwire.model.resources import NODES, PODS
-from podwire.model.timestamps import format_time
 from podwire.plan.underlay import Wish
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from podwire.cli.agentkube import Managed
 
 log = logging.getLogger(__name__)
 
@@ -94,16 +85,23 @@ async def serve(settings: Settings) -> None:
     netns = current_netns()
     kernel = LinuxKernel(netns)
     try:
-        async with _subnet_manager(settings) as (subnets, node, client):
+        async with _subnet_manager(settings) as (subnets, node, available):
             agent = OverlayAgent(_options(settings, node), kernel, subnets, LinuxHost(netns))
             async with _status_server(settings, agent), asyncio.TaskGroup() as group:
                 group.create_task(agent.run())
-                if client is not None and settings["set_node_network_unavailable"]:
-                    group.create_task(_say_available(agent, client, node))
+                group.create_task(_settle(agent))
+                if available is not None:
+                    group.create_task(available(agent.ready))
     finally:
         await kernel.close()
         os.close(netns)
         lock.close()
+
+
+async def _settle(agent: OverlayAgent) -> None:
+    """Taking a host over with thousands of peers needs memory that is not needed again."""
+    await agent.ready()
+    release_memory()
 
 
 def _options(settings: Settings, node: str) -> OverlayOptions:
@@ -126,24 +124,13 @@ def _options(settings: Settings, node: str) -> OverlayOptions:
     )
 
 
-Managed = tuple[SubnetManager, str, ApiClient | None]
-"""(manager, the node's name, the API server's client where there is one)."""
-
-
 @asynccontextmanager
-async def _subnet_manager(settings: Settings) -> AsyncIterator[Managed]:
+async def _subnet_manager(settings: Settings) -> AsyncIterator["Managed"]:
     if settings["kube_subnet_mgr"] or settings["subnet_manager"] == "kube":
-        async with _api_client(settings) as client, asyncio.TaskGroup() as group:
-            node = await _node_name(settings, client)
-            informer = Informer(client, NODES, Node)
-            task = group.create_task(informer.run())
-            path: Path = settings["net_config_path"]
-            config = parse_net_config(_read(path), source=str(path), leased=False)
-            manager = KubeSubnets(informer, node, config, client=client, prefix=settings["kube_annotation_prefix"])
-            try:
-                yield manager, node, client
-            finally:
-                task.cancel()
+        from podwire.cli.agentkube import kube_manager  # one that leases from etcd need not hold this
+
+        async with kube_manager(settings) as managed:
+            yield managed
         return
     secured = any(settings[f"etcd_{name}"] for name in ("cafile", "certfile", "keyfile"))
     endpoints = settings["etcd_endpoints"].split(",")
@@ -164,61 +151,16 @@ async def _subnet_manager(settings: Settings) -> AsyncIterator[Managed]:
         )
 
 
-def _api_client(settings: Settings) -> ApiClient:
-    if settings["kubeconfig_file"]:
-        return client_from_kubeconfig(Path(settings["kubeconfig_file"]), user_agent="podwire/agent")
-    if settings["kube_api_url"]:
-        return ApiClient(settings["kube_api_url"], user_agent="podwire/agent")
-    return in_cluster_client(os.environ, user_agent="podwire/agent")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path}: the network configuration cannot be read ({error}); see --net-config-path") from error
-
-
-async def _node_name(settings: Settings, client: ApiClient) -> str:
-    """As flannel finds it: NODE_NAME, or the node of the pod that this runs in."""
-    if settings["node_name"]:
-        return str(settings["node_name"])
-    pod, namespace = os.environ.get("POD_NAME", ""), os.environ.get("POD_NAMESPACE", "")
-    if pod and namespace:
-        document = await client.get(PODS, pod, namespace)
-        return str(document["spec"]["nodeName"])
-    return platform.node()
-
-
-async def _say_available(agent: OverlayAgent, client: ApiClient, node: str) -> None:
-    """The scheduler keeps pods away from a Node whose network is said to be unavailable; cloud providers say so at first."""
-    await agent.ready()
-    now = format_time(datetime.now(UTC))
-    condition = {
-        "type": "NetworkUnavailable",
-        "status": "False",
-        "reason": "FlannelIsUp",
-        "message": "the overlay is programmed by podwire",
-        "lastTransitionTime": now,
-        "lastHeartbeatTime": now,
-    }
-    while True:
-        try:
-            patch = {"status": {"conditions": [condition]}}
-            await client.patch(NODES, node, patch, subresource="status", kind=PatchKind.STRATEGIC)
-        except ApiError as error:
-            log.warning("node %s: NetworkUnavailable cannot be cleared: %s; again in 5 s", node, error)
-            await asyncio.sleep(5)
-        else:
-            return
-
-
 @asynccontextmanager
 async def _status_server(settings: Settings, agent: OverlayAgent) -> AsyncIterator[None]:
     port: int = settings["healthz_port"]
     if not port:
         yield
         return
+    from aiohttp import web  # 2 MB that an agent without this port need not hold
+
+    from podwire.agent.overlayd.statusserver import status_app
+
     address = settings["healthz_ip"]
     sock = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
     try:

@@ -111,6 +111,14 @@ def sethostname(name: str) -> None:
         raise _error(ctypes.get_errno(), f"setting the host name {name}")
 
 
+def release_memory() -> None:
+    """Give free memory back to the kernel now, where the C library can (glibc's malloc_trim): after much work that is not done
+    again."""
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def namespace_advice(code: int) -> str:
     """What a user can do when namespaces are refused with errno `code`; empty where nothing is known."""
     if code == errno.ENOSYS or code == errno.EINVAL:

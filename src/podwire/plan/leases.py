@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from podwire.model.addr import Family, IPAddress, IPNetwork, family_of
 from podwire.model.objects import Node
-from podwire.plan.overlay import Peer
+from podwire.plan.overlay import REMEMBERED, Peer
 
 A = TypeVar("A", IPv4Address, IPv6Address)
 
@@ -88,7 +88,7 @@ def subnet_key(subnets: Iterable[IPNetwork]) -> str:
     return f"{key}&{second.network_address}-{second.prefixlen}" if second else key
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=REMEMBERED)
 def parse_subnet_key(text: str) -> tuple[IPNetwork, ...]:
     """The subnets that a key's last part names; empty where it is none of flannel's."""
     match = _KEY.fullmatch(text)
@@ -145,7 +145,7 @@ def decode_attrs(value: bytes) -> LeaseAttrs | None:
     )
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=REMEMBERED)
 def decode_lease(key: str, value: bytes) -> Lease | None:
     """The lease in etcd under a key's last part; None for what flannel would skip."""
     subnets, attrs = parse_subnet_key(key), decode_attrs(value)
@@ -195,7 +195,7 @@ def told_addresses(node: Node, attrs: LeaseAttrs, prefix: str = ANNOTATION_PREFI
     )
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=REMEMBERED)
 def _lease_of_node(name: str, cidrs: tuple[str, ...], told: tuple[str, ...]) -> Lease | None:
     """`told`: the values of _READ. Remembered, because every agent of a process reads every node."""
     values = dict(zip(_READ, told, strict=True))
@@ -260,7 +260,7 @@ def vxlan_data(vni: int, mac: str) -> str:
     return compact({"VNI": vni, "VtepMAC": mac})
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=REMEMBERED)
 def vxlan_peers(lease: Lease, vni: int) -> tuple[Peer, ...]:
     """How to reach the lease's subnets through VXLAN, per family; nothing where its owner uses another backend."""
     if lease.attrs.backend_type != "vxlan":

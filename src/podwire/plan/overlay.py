@@ -14,6 +14,10 @@ from podwire.model.addr import Family, IPAddress, IPInterface, IPNetwork, family
 from podwire.model.kernelstate import OWNER_ALIAS, Address, FdbEntry, Link, Neighbour, NetState, Route, Vxlan
 from podwire.plan.naming import vtep_device
 
+REMEMBERED = 1024
+"""More nodes than a lab has: its agents, in one process, all read and plan the same leases. An agent alone does so once for
+each, and with thousands of peers would only hold more memory."""
+
 DEFAULT_VNI = 1
 DEFAULT_PORT = 8472
 """flannel's UDP port. (The kernel's own default, through iproute2, is the IANA port 4789: always say it.)"""
@@ -78,7 +82,7 @@ def plan_tunnel(tunnel: Tunnel) -> NetState:
     return NetState(links={link.name: link}, addresses=frozenset({Address(tunnel.device, host)}))
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=REMEMBERED)
 def plan_peer(peer: Peer) -> NetState:
     """The peer's unit: neighbour, forwarding entry, route. Remembered: all nodes of a process plan the same peers."""
     device = vtep_device(peer.family, peer.vni)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from podwire.agent.overlayd.status import OverlayStatus, metrics_text, status_app
+from podwire.agent.overlayd.status import OverlayStatus, metrics_text
+from podwire.agent.overlayd.statusserver import status_app
 from podwire.agent.subnets.port import Holding, SubnetCounters
 
 GOOD = OverlayStatus(

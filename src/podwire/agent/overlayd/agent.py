@@ -156,6 +156,7 @@ class OverlayAgent:
         backoff = Backoff(self._rng, initial=0.1, maximum=10.0)
         base = self._base(subnets)
         while True:
+            started = asyncio.get_running_loop().time()
             known = self._peers.wanted()
             try:
                 await self._clear_the_way(base)
@@ -169,6 +170,7 @@ class OverlayAgent:
             self._health.works("links")
             self._peers.adopted(known)
             self._write(config, subnets)
+            log.info("this host and %d peers programmed in %.3f s", len(known), asyncio.get_running_loop().time() - started)
             return
 
     async def _clear_the_way(self, base: NetState) -> None:

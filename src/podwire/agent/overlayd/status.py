@@ -1,9 +1,7 @@
-"""/healthz, /readyz and /metrics of an overlay agent."""
+"""An overlay agent at one moment, and as Prometheus' metrics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from aiohttp import web
 
 from podwire.agent.subnets.port import Holding, SubnetCounters
 
@@ -35,25 +33,6 @@ class OverlayStatus:
             words.append(f"no lease is held: {self.why or 'none was acquired yet'}")
         words += [f"{subject}: {reason}" for subject, reason in self.degraded.items()]
         return tuple(words)
-
-
-def status_app(status: Callable[[], OverlayStatus]) -> web.Application:
-    """/healthz: 200 as long as the agent runs (flanneld's). /readyz: 503 and the reasons while the node is not fully part of
-    the overlay. /metrics: Prometheus' text format."""
-
-    async def healthz(_: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
-
-    async def readyz(_: web.Request) -> web.Response:
-        obstacles = status().obstacles
-        return web.Response(status=503 if obstacles else 200, text="".join(f"{line}\n" for line in obstacles or ("ok",)))
-
-    async def metrics(_: web.Request) -> web.Response:
-        return web.Response(text=metrics_text(status()), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-    app = web.Application()
-    app.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/metrics", metrics)])
-    return app
 
 
 def metrics_text(status: OverlayStatus) -> str:
