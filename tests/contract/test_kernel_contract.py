@@ -322,6 +322,19 @@ async def test_routes(kernel: Kernel, address: str, gateway: str, dst: str, neig
 
 
 @FAMILIES
+async def test_blackholes(kernel: Kernel, address: str, gateway: str, dst: str, neighbour: str) -> None:
+    """Beside a route of the same network that is preferred: what is left when that goes with its device."""
+    hole, way = Route(net(dst), metric=4000000000, blackhole=True), Route(net(dst), "br0", via=ip(gateway))
+    await ok(kernel, SetRoute(hole), SetRoute(hole))
+    await ok(kernel, AddLink(BRIDGE), AddAddress(Address("br0", iface(address))), SetRoute(way))
+    assert (await kernel.observe()).routes == {hole, way}
+    await ok(kernel, DelLink("br0"))
+    assert (await kernel.observe()).routes == {hole}
+    await ok(kernel, DelRoute(hole), DelRoute(hole))
+    assert (await kernel.observe()).routes == frozenset()
+
+
+@FAMILIES
 async def test_default_route(kernel: Kernel, address: str, gateway: str, dst: str, neighbour: str) -> None:
     default = Route(net("0.0.0.0/0" if iface(address).version == 4 else "::/0"), "br0", via=ip(gateway))
     await ok(kernel, AddLink(BRIDGE), AddAddress(Address("br0", iface(address))), SetRoute(default))

@@ -57,7 +57,7 @@ def devices(op: RtnlOp) -> tuple[str, ...]:
         case AddAddress(address=address) | DelAddress(address=address):
             return (address.dev,)
         case SetRoute(route=route):
-            return tuple(hop.dev for hop in route.nexthops) or (route.dev,)
+            return () if route.blackhole else tuple(hop.dev for hop in route.nexthops) or (route.dev,)
         case SetNeighbour(neighbour=neighbour) | DelNeighbour(neighbour=neighbour):
             return (neighbour.dev,)
         case SetFdb(entry=entry) | DelFdb(entry=entry):

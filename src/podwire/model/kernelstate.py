@@ -125,7 +125,8 @@ class NextHop:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A route in the main table. Key: (dst, metric). Either `dev` (with optional `via`), or `nexthops` for multipath.
+    """A route in the main table. Key: (dst, metric). Either `dev` (with optional `via`), or `nexthops` for multipath, or
+    `blackhole`: what takes it is dropped without a word.
 
     `metric` 0 is the kernel's default (0 for IPv4, 1024 for IPv6; observe gives 0 for it). `protocol`: who made it; only those
     with ROUTE_PROTOCOL are observed."""
@@ -138,6 +139,7 @@ class Route:
     metric: int = 0
     nexthops: tuple[NextHop, ...] = ()
     protocol: int = ROUTE_PROTOCOL
+    blackhole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,28 @@ Only the devices concerned are touched, never `all`: the host is somebody's.
 from collections.abc import Mapping
 
 from podwire.model.addr import Family, IPNetwork, family_of
-from podwire.model.kernelstate import Link, NetState
+from podwire.model.kernelstate import Link, NetState, Route
 from podwire.plan.backends.contract import Backend, Underlay
 from podwire.plan.diff import same_kind
 from podwire.plan.states import union
 
+LAST_RESORT = 4278198272
+"""A metric behind all others (the one that Linux' documentation of VRFs takes for this). A blackhole with metric 0 would come
+before the pods' own bridge."""
+
 
 def plan_overlay_host(
-    backend: Backend, underlay: Underlay, subnets: tuple[IPNetwork, ...], switches: Mapping[str, str]
+    backend: Backend,
+    underlay: Underlay,
+    subnets: tuple[IPNetwork, ...],
+    switches: Mapping[str, str],
+    *,
+    blackhole: bool = False,
 ) -> NetState:
     """`switches`: current values of those that `switches_to_read` names.
+
+    `blackhole`: what goes to an own subnet while no device has it is dropped here. Otherwise it takes the default route, or
+    the one of the whole network, and may go in circles.
 
     * forwarding, of the families that there are; a host that follows router advertisements goes on to (accept_ra 2), since
       with forwarding on the kernel would stop, and the host lose its default route.
@@ -32,7 +44,8 @@ def plan_overlay_host(
             wanted[follows] = "2"
         wanted["net/ipv6/conf/all/forwarding"] = "1"
         wanted |= {_accept_ra(name): "0" for name in base.links}
-    return union([base, NetState(sysctls=wanted)])
+    holes = (Route(subnet, metric=LAST_RESORT, blackhole=True) for subnet in subnets) if blackhole else ()
+    return union([base, NetState(routes=frozenset(holes), sysctls=wanted)])
 
 
 def switches_to_read(underlay: Underlay) -> tuple[str, ...]:

@@ -113,6 +113,8 @@ class _Walk:
         route = self._space.lookup(self._packet.dst)
         if route is None:
             raise Dropped(f"{self._where()} has no route to {self._packet.dst}")
+        if route.blackhole:
+            raise Dropped(f"{self._where()} drops what goes to {route.dst}")
         return route
 
     def _source(self, route: Route) -> IPAddress:

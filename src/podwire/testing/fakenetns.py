@@ -264,7 +264,8 @@ class FakeNetns:
 
     def set_route(self, route: Route) -> None:
         hops: list[tuple[str, IPAddress | None]] = [(hop.dev, hop.via) for hop in route.nexthops]
-        hops = hops or [(route.dev, route.via)]
+        if not hops and not route.blackhole:
+            hops = [(route.dev, route.via)]
         for dev, _ in hops:
             self._link(dev)
         for dev, via in hops:

@@ -86,7 +86,7 @@ RTA_MULTIPATH, RTA_TABLE, RTA_VIA = 9, 15, 18
 RT_TABLE_MAIN = 254
 RTPROT_BOOT = 3
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
-RTN_UNICAST = 1
+RTN_UNSPEC, RTN_UNICAST, RTN_BLACKHOLE = 0, 1, 6
 RTNH_F_ONLINK = 4
 IP6_RT_PRIO_USER = 1024
 
@@ -308,15 +308,16 @@ def dump_addresses() -> bytes:
 
 
 def set_route(route: Route, indices: Mapping[str, int]) -> bytes:
-    """Add or replace a unicast route of the main table, marked with its protocol."""
+    """Add or replace a route of the main table, marked with its protocol."""
     scope = RT_SCOPE_UNIVERSE
-    if route.dst.version == 4 and route.via is None and not route.nexthops:
+    if route.dst.version == 4 and route.via is None and not route.nexthops and not route.blackhole:
         scope = RT_SCOPE_LINK
     flags = RTNH_F_ONLINK if route.onlink and not route.nexthops else 0
-    parts = [_rtmsg(route, scope, flags), attr(RTA_DST, route.dst.network_address.packed)]
+    type_ = RTN_BLACKHOLE if route.blackhole else RTN_UNICAST
+    parts = [_rtmsg(route, scope, flags, type_), attr(RTA_DST, route.dst.network_address.packed)]
     if route.nexthops:
         parts.append(attr(RTA_MULTIPATH, _nexthops(route, indices)))
-    else:
+    elif not route.blackhole:
         parts.append(attr_u32(RTA_OIF, indices[route.dev]))
         if route.via is not None:
             parts.append(_gateway(route, route.via))
@@ -330,7 +331,7 @@ def set_route(route: Route, indices: Mapping[str, int]) -> bytes:
 def del_route(route: Route) -> bytes:
     """Remove our route with that destination and metric, wherever it leads. For IPv4 the kernel takes metric 0 to mean the
     route that comes first: it must be there, or one with another metric goes."""
-    parts = [_rtmsg(route, RT_SCOPE_NOWHERE, 0), attr(RTA_DST, route.dst.network_address.packed)]
+    parts = [_rtmsg(route, RT_SCOPE_NOWHERE, 0, RTN_UNSPEC), attr(RTA_DST, route.dst.network_address.packed)]
     metric = route.metric or (IP6_RT_PRIO_USER if route.dst.version == 6 else 0)
     if metric:
         parts.append(attr_u32(RTA_PRIORITY, metric))
@@ -342,9 +343,9 @@ def dump_routes(af: int, protocol: int = ROUTE_PROTOCOL) -> bytes:
     return message(RTM_GETROUTE, _DUMP, 0, RTMSG.pack(af, 0, 0, 0, RT_TABLE_MAIN, protocol, 0, 0, 0))
 
 
-def _rtmsg(route: Route, scope: int, flags: int) -> bytes:
+def _rtmsg(route: Route, scope: int, flags: int, type_: int) -> bytes:
     af = family(route.dst.network_address)
-    return RTMSG.pack(af, route.dst.prefixlen, 0, 0, RT_TABLE_MAIN, route.protocol, scope, RTN_UNICAST, flags)
+    return RTMSG.pack(af, route.dst.prefixlen, 0, 0, RT_TABLE_MAIN, route.protocol, scope, type_, flags)
 
 
 def _gateway(route: Route, via: IPAddress) -> bytes:

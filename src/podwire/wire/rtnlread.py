@@ -140,12 +140,14 @@ def read_address(msg: Message, names: Mapping[int, str]) -> Address | None:
 
 
 def read_route(msg: Message, names: Mapping[int, str], wanted: int = ROUTE_PROTOCOL) -> Route | None:
-    """RTM_NEWROUTE or RTM_DELROUTE → Route; None for what is not a unicast route in the main table with protocol `wanted`."""
+    """RTM_NEWROUTE or RTM_DELROUTE → Route; None for what is not a unicast or blackhole route in the main table with protocol
+    `wanted`."""
     af, dst_len, _, _, table, protocol, _, type_, flags = _header(rtnl.RTMSG, msg)
     attrs = parse_attrs(msg.payload, rtnl.RTMSG.size)
     table = _u32(attrs, rtnl.RTA_TABLE) or table
-    if (protocol, table, type_) != (wanted, rtnl.RT_TABLE_MAIN, rtnl.RTN_UNICAST):
+    if (protocol, table) != (wanted, rtnl.RT_TABLE_MAIN) or type_ not in (rtnl.RTN_UNICAST, rtnl.RTN_BLACKHOLE):
         return None
+    blackhole = type_ == rtnl.RTN_BLACKHOLE
     if af not in (rtnl.AF_INET, rtnl.AF_INET6):
         return None
     dst = attrs.get(rtnl.RTA_DST, bytes(4 if af == rtnl.AF_INET else 16))
@@ -154,13 +156,15 @@ def read_route(msg: Message, names: Mapping[int, str], wanted: int = ROUTE_PROTO
     src = attrs.get(rtnl.RTA_PREFSRC)
     return Route(
         dst=_interface(dst, dst_len).network,
-        dev=names.get(_u32(attrs, rtnl.RTA_OIF), "") if not legs else "",
+        # IPv6 says `lo` of a blackhole.
+        dev=names.get(_u32(attrs, rtnl.RTA_OIF), "") if not legs and not blackhole else "",
         via=_via(attrs) if not legs else None,
         src=_ip(src) if src else None,
         onlink=bool(flags & rtnl.RTNH_F_ONLINK) or any(onlink for _, onlink in legs),
         metric=0 if af == rtnl.AF_INET6 and metric == rtnl.IP6_RT_PRIO_USER else metric,
         nexthops=tuple(hop for hop, _ in legs),
         protocol=protocol,
+        blackhole=blackhole,
     )
 
 
@@ -270,6 +274,8 @@ def _neighbour_notice(msg: Message, names: Mapping[int, str], *, gone: bool) -> 
 
 def describe_route(route: Route) -> str:
     """As `ip route` writes it: `10.244.1.0/24 via 10.244.1.0 dev flannel.1`."""
+    if route.blackhole:
+        return f"blackhole {route.dst}"
     legs = route.nexthops or ((NextHop(route.via, route.dev),) if route.via is not None else ())
     where = " ".join(f"via {leg.via} dev {leg.dev}" for leg in legs) or f"dev {route.dev}"
     return f"{route.dst} {where}"

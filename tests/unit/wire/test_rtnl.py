@@ -41,6 +41,8 @@ def routes(draw: st.DrawFn) -> Route:
     metric = draw(st.integers(0, 2**32 - 1).filter(lambda m: m != 1024))
     if draw(st.booleans()):
         return Route(dst, draw(devices), draw(st.none() | v4 | v6), src, onlink, metric)
+    if draw(st.booleans()):
+        return Route(dst, metric=metric, blackhole=True)
     legs = draw(st.lists(st.builds(NextHop, addresses, devices), min_size=1, max_size=4))
     return Route(dst, src=src, onlink=onlink, metric=metric, nexthops=tuple(legs))
 
@@ -143,7 +145,7 @@ def test_malformed_macs(mac: str) -> None:
 def test_other_peoples_routes_are_not_read() -> None:
     route = Route(ipaddress.ip_network("10.0.0.0/8"), "br0")
     raw = bytearray(rtnl.set_route(route, INDICES))
-    for at, value in ((21, 3), (20, 255), (23, 6)):  # protocol boot; table local; type blackhole
+    for at, value in ((21, 3), (20, 255), (23, 7)):  # protocol boot; table local; type unreachable
         other = bytearray(raw)
         other[at] = value
         assert rtnlread.read_route(message(bytes(other)), NAMES) is None
