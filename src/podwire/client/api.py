@@ -285,6 +285,8 @@ class ApiClient:
                     raise error_from_status(await response.read(), response.status, f"{method} {path}")
                 async for chunk in response.content.iter_any():
                     yield chunk
+        except aiohttp.ClientPayloadError as error:
+            raise Unavailable(f"{self._where()} broke the connection off") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._unavailable(error) from error
 
@@ -342,8 +344,10 @@ class ApiClient:
         return self._headers | {"Authorization": f"Bearer {token}"} if token else self._headers
 
     def _unavailable(self, error: Exception) -> Unavailable:
-        where = f"Unix socket {self._unix_socket!r}" if self._unix_socket is not None else self.base_url
-        return Unavailable(f"the API server at {where} did not answer ({str(error) or type(error).__name__})")
+        return Unavailable(f"{self._where()} did not answer ({str(error) or type(error).__name__})")
+
+    def _where(self) -> str:
+        return f"the API server at {self.base_url if self._unix_socket is None else f'Unix socket {self._unix_socket!r}'}"
 
 
 def _document(data: bytes | msgspec.Raw) -> Json:

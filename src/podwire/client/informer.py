@@ -74,6 +74,8 @@ class Informer(Generic[T]):
     ) -> None:
         self.resource = resource
         self.resource_version = ""
+        """The copy shows everything up to there; kept while the server has to be listed again."""
+        self._watchable = False
         self._client = client
         self._namespace = namespace
         self._labels, self._fields = label_selector, field_selector
@@ -142,16 +144,16 @@ class Informer(Generic[T]):
         backoff = Backoff(self._rng, maximum=5.0)
         while True:
             try:
-                if not self.resource_version:
+                if not self._watchable:
                     await self._list()
                 await self._watch(backoff)
             except Gone:
                 log.info("%s: history is gone, listing again", self.resource.plural)
-                self.resource_version = ""
+                self._watchable = False
             except ApiError as error:
                 if not isinstance(error, Unavailable | TooManyRequests):
                     # It may be the revision that the server objects to (one from before its data was restored, say).
-                    self.resource_version = ""
+                    self._watchable = False
                 delay = backoff.next()
                 log.warning("%s: %s; next attempt in %.2f s", self.resource.plural, error, delay)
                 await asyncio.sleep(delay)
@@ -166,6 +168,7 @@ class Informer(Generic[T]):
         for key, obj in fresh.items():
             self._change(key, obj)
         self._reached(raw.metadata.resource_version)
+        self._watchable = True
         self._synced.set()
 
     async def _watch(self, backoff: Backoff) -> None:

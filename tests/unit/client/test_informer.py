@@ -123,6 +123,24 @@ async def test_a_server_that_is_away_is_tried_again() -> None:
     assert len(informer.items()) == 1
 
 
+async def test_what_the_copy_shows_is_known_while_the_server_refuses() -> None:
+    """Somebody may want to say up to where: not less than before, just because the next list has to wait."""
+    server = ScriptedServer()
+    server.answer("GET", PATH, listing(5, pod("a", 1)))
+    server.watch(PATH, ("ERROR", {"code": 410, "reason": "Expired"}))
+    server.answer("GET", PATH, {"code": 401, "reason": "Unauthorized"}, 401)
+    server.answer("GET", PATH, listing(9, pod("a", 1)))
+    seen = []
+    async with server.serve() as client:
+        informer = Informer(client, PODS, Pod, rng=Random(1))
+        async with running(informer):
+            for count in (1, 2, 3):
+                await server.answers_given(count)
+                seen.append(informer.resource_version)
+            assert await informer.caught_up({"metadata": {"resourceVersion": "9"}})
+    assert seen[1:] == ["5", "5"]
+
+
 async def test_nulls_of_go_encoders_and_odd_objects_do_no_harm() -> None:
     server = ScriptedServer()
     slice_meta = {"name": "s", "namespace": "shop", "uid": "u", "labels": None}
