@@ -18,6 +18,7 @@ from podwire.kernel.netns import create_netns, run_in_netns
 from podwire.model.cni import IO_FAILURE, NOT_AVAILABLE, TRY_LATER
 from podwire.model.ids import NetnsName
 from podwire.plan.naming import host_veth
+from podwire.wire.cni import encode_answer
 
 pytestmark = [pytest.mark.kernel, pytest.mark.needs("bridge devices", "IPv6")]
 
@@ -204,3 +205,19 @@ async def talk(engine: Engine, client: str, server: str, address: str, kilobytes
             accepted.setblocking(False)
             await asyncio.get_running_loop().sock_sendall(accepted, b"." * (kilobytes << 10) + b"hello")
         return await asking
+
+
+async def test_a_del_that_is_kept_is_done_for_its_engine_whatever_an_agent_says(engine: Engine, tmp_path: Path) -> None:
+    """An agent that begins in the moment of the DEL, and fails it at first: it has the DEL in its spool."""
+    refusal = b'{"code":100,"msg":"the kernel refused"}'
+    answers = [b"", encode_answer(1, refusal)]
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.write(answers.pop(0))
+        writer.close()
+
+    async with await asyncio.start_unix_server(answer, engine.socket):
+        done = await engine.call("DEL", "one")
+    assert (done.status, done.document, answers) == (0, None, [])
+    assert [file.name for file in (tmp_path / "cni.sock.spool").iterdir()] == ["one@eth0"]

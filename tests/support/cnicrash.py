@@ -19,6 +19,7 @@ from typing import Any
 
 from cnirig import PLUGIN, CniNode, config, environment, make_node, node_network, serving
 
+from podwire.kernel import syscalls
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import create_netns
 from podwire.kernel.port import KernelError
@@ -270,9 +271,11 @@ def engine(directory: Path, rounds: int, seed: int) -> int:
 
 
 def fork_agent(host: Host) -> int:
+    """It ends with this process at the latest."""
     pid = os.fork()
     if pid == 0:
         try:
+            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
             asyncio.run(serve(host))
         finally:
             os._exit(1)
@@ -280,19 +283,16 @@ def fork_agent(host: Host) -> int:
 
 
 def detach(host: Host, name: str) -> None:
-    """DEL as engines do it: one that is refused is repeated."""
-    assert any(call_plugin(host, "DEL", name) == 0 for _ in range(DEL_ATTEMPTS)), f"DEL of {name} is refused again and again"
+    done = call_plugin(host, "DEL", name)
+    assert done.returncode == 0, f"DEL of {name} is refused: {done.stdout.decode()} {done.stderr.decode()}"
 
 
-def call_plugin(host: Host, verb: str, name: str) -> int:
+def call_plugin(host: Host, verb: str, name: str) -> subprocess.CompletedProcess[bytes]:
     netns = f"/proc/{os.getpid()}/fd/{host.pod(name)}"
     variables = environment(host.directory / "cni.sock", verb, name, netns)
     command = [sys.executable, "-IS", str(PLUGIN)]
-    done = subprocess.run(command, env=variables, input=json.dumps(config()).encode(), capture_output=True, check=False)
-    return done.returncode
+    return subprocess.run(command, env=variables, input=json.dumps(config()).encode(), capture_output=True, check=False)
 
-
-DEL_ATTEMPTS = 3
 
 MODES = {"churn": churn, "engine": engine}
 

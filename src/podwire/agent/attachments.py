@@ -6,6 +6,7 @@ one that is no more needs no address.
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import os
@@ -30,6 +31,7 @@ from podwire.agent.attachrecord import (
 )
 from podwire.agent.cnispool import Spool
 from podwire.agent.health import Health
+from podwire.agent.loopback import serve_loopback
 from podwire.agent.plumbing import EnginePod, Plumbing, PlumbingError, link_stands
 from podwire.agent.reservations import AddressTaken, Owner, Reservations
 from podwire.kernel.port import Kernel, KernelError
@@ -98,8 +100,8 @@ class Attachments:
                 log.error("the record of attachment %s cannot be read and is left alone: %s", uid, error)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._listeners: list[Listener] = []
-        self._unwritten: set[str] = set()
-        """Attachments that are gone, but not from the disk yet."""
+        self._unwritten: dict[str, AttachmentKey] = {}
+        """Attachments that are gone, but not from the disk yet; by uid."""
 
     def subscribe(self, listener: Listener) -> None:
         """`listener` is called at once for all that exist, then for each that comes or goes."""
@@ -165,6 +167,16 @@ class Attachments:
         finally:
             os.close(fd)
 
+    async def loopback(self, request: CniRequest, netns: int | None) -> CniResult | None:
+        """The verbs of CNI's loopback plugin; needs no network, and keeps nothing. Raises CniError."""
+        if request.command not in ("ADD", "CHECK"):
+            return None
+        fd = self._open_netns(request.netns, netns)
+        try:
+            return await serve_loopback(self._env.kernel, request, fd)
+        finally:
+            os.close(fd)
+
     async def collect(self, network: str, valid: frozenset[AttachmentKey]) -> None:
         """GC: detach what belongs to `network` and is not `valid`. Goes on after a failure; raises the first CniError."""
         errors: list[CniError] = []
@@ -225,8 +237,8 @@ class Attachments:
                 log.warning("container %s: %s", record.container, error)
             else:
                 gone += 1
-        for uid in tuple(self._unwritten):
-            await self._release(uid)
+        for key in tuple(self._unwritten.values()):
+            await self.delete(key)
         return gone
 
     async def run(self) -> None:
@@ -245,7 +257,10 @@ class Attachments:
         record = self._records.get(key.uid)
         if record is not None:
             await self._remove(record, netns)
-        self._env.spool.forget(key)
+        elif key.uid in self._unwritten:
+            await self._release(key)
+        if key.uid not in self._unwritten:
+            self._env.spool.forget(key)
 
     async def _add(self, request: CniRequest, fd: int) -> CniResult:
         record = self._new_record(request, fd)
@@ -308,7 +323,7 @@ class Attachments:
         owner = Owner(record.uid, *record.title)
         prefixes = () if record.chained else network.pod_cidrs
         ips = await env.reservations.reserve(owner, prefixes, env.clock(), wanted=wanted, record=record.encode())
-        self._unwritten.discard(record.uid)
+        self._unwritten.pop(record.uid, None)
         return ips or self.addresses(record)
 
     async def _link(self, record: AttachmentRecord, ips: tuple[IPAddress, ...], netns: str) -> None:
@@ -359,19 +374,22 @@ class Attachments:
             what = f"the interface of container {record.container} cannot be removed"
             raise CniError(KERNEL_REFUSED, what, str(error)) from error
         self._records.pop(uid, None)
-        await self._release(uid)
+        await self._release(record.key)
         for listener in self._listeners:
             listener(record, None)
 
-    async def _release(self, uid: str) -> None:
-        """Free the addresses. What the disk does not take now is tried again: it is no reason for an engine to keep asking."""
+    async def _release(self, key: AttachmentKey) -> None:
+        """Free the addresses. What the disk does not take now is tried again: it is no reason for an engine to keep asking.
+        The spool, which seldom lies on the same disk, tells the next agent of it."""
         try:
-            await self._env.reservations.release(uid)
+            await self._env.reservations.release(key.uid)
         except sqlite3.Error as error:
-            self._unwritten.add(uid)
-            log.warning("the end of attachment %s cannot be written to disk: %s; tried again later", uid, error)
+            self._unwritten[key.uid] = key
+            log.warning("the end of attachment %s cannot be written to disk: %s; tried again later", key.uid, error)
+            with contextlib.suppress(OSError):
+                self._env.spool.keep(key)
         else:
-            self._unwritten.discard(uid)
+            self._unwritten.pop(key.uid, None)
 
     async def _check(self, request: CniRequest, record: AttachmentRecord, fd: int) -> None:
         if request.previous is not None and not record.imported:

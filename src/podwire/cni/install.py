@@ -1,5 +1,6 @@
 """Putting the plugin where container engines look: the executed file, and the configuration that names it."""
 
+import filecmp
 import json
 import os
 import shutil
@@ -13,6 +14,10 @@ from podwire.model.meta import Json
 BIN_DIR = Path("/opt/cni/bin")
 CONF_DIR = Path("/etc/cni/net.d")
 PLUGIN_NAME = "podwire"
+LOOPBACK_NAME = "loopback"
+"""What containerd before 2.0 executes for each pod beside the network's plugin."""
+POD_ANNOTATIONS = "io.kubernetes.cri.pod-annotations"
+"""The capability by which containerd hands on what it is told of a pod beside its network."""
 COMPILERS = ("cc", "gcc", "clang", "tcc")
 _COMPILE_SECONDS = 60
 
@@ -24,8 +29,9 @@ def configuration(network: str, *, mtu: int = 0) -> Json:
     takes `cniVersion`."""
     plugin: Json = {
         "type": PLUGIN_NAME,
-        "capabilities": {"portMappings": True, "bandwidth": True, "ips": True, "mac": True, "aliases": True},
-    }
+        "capabilities": {"portMappings": True, "bandwidth": True, "ips": True, "mac": True, "aliases": True,
+                         POD_ANNOTATIONS: True},
+    }  # fmt: skip
     plugin |= {"mtu": mtu} if mtu else {}
     versions = ["0.4.0", "1.0.0", "1.1.0"]
     return {"cniVersion": "1.0.0", "cniVersions": versions, "name": network, "plugins": [plugin]}
@@ -35,7 +41,8 @@ def install_plugin(directory: Path, socket: Path, *, compiled: bool = True) -> s
     """Write the executed file for an agent on `socket`; returns how it came to be: "compiled" or "python".
 
     It is compiled where the machine has a compiler (and `compiled`), because that saves ten milliseconds for each container.
-    The file is replaced in one step: an engine may execute it at any moment. Raises InvalidInput, OSError."""
+    The file is replaced in one step: an engine may execute it at any moment. Where there is no plugin `loopback`, a copy of
+    it serves as that too. Raises InvalidInput, OSError."""
     if any(character in str(socket) for character in '"\\\n'):
         raise InvalidInput(f"the socket's path {socket} has a character that cannot be written into the plugin")
     directory.mkdir(parents=True, exist_ok=True)
@@ -46,8 +53,16 @@ def install_plugin(directory: Path, socket: Path, *, compiled: bool = True) -> s
             source = (_HERE / "plugin.py").read_text(encoding="utf-8")
             made.write_text(source.replace("@SOCKET@", str(socket)), encoding="utf-8")
         made.chmod(0o755)
+        if _has_no_other_loopback(directory):
+            # Not a link: whoever installs the reference plugins over it must not write through it.
+            os.replace(shutil.copy(made, Path(scratch) / LOOPBACK_NAME), directory / LOOPBACK_NAME)
         os.replace(made, directory / PLUGIN_NAME)
     return how
+
+
+def _has_no_other_loopback(directory: Path) -> bool:
+    loopback, plugin = directory / LOOPBACK_NAME, directory / PLUGIN_NAME
+    return not loopback.exists() or (plugin.exists() and filecmp.cmp(loopback, plugin, shallow=False))
 
 
 def install_configuration(directory: Path, network: str, *, priority: int = 10, mtu: int = 0) -> Path:

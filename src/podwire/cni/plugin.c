@@ -2,7 +2,7 @@
  * had a compiler when it was installed. It starts in half a millisecond where Python takes ten.
  *
  * It hands environment and configuration to the node's agent over a Unix socket, with the container's namespace as a
- * descriptor, and prints the answer. A DEL that no agent takes goes into the spool. */
+ * descriptor, and prints the answer. A DEL that no agent takes is kept in the spool. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -137,20 +137,17 @@ static int make_directories(char *path) {
     return mkdir(path, 0700) && errno != EEXIST ? -1 : 0;
 }
 
-static int spool(const char *socket_path, const struct bytes *request) {
-    char directory[4096], partial[8192], file[8192];
+/* The file's name says all, so that it is whole from the first moment. */
+static int spool(const char *socket_path) {
+    char directory[4096], file[8192];
     const char *container = variable("CNI_CONTAINERID"), *ifname = variable("CNI_IFNAME");
     if (strchr(container, '/') || strchr(ifname, '/')) return errno = EINVAL, -1;
     if (snprintf(directory, sizeof directory, "%s.spool", socket_path) >= (int)sizeof directory ||
-        snprintf(partial, sizeof partial, "%s/.%s@%s.%d", directory, container, ifname, getpid()) >= (int)sizeof partial ||
         snprintf(file, sizeof file, "%s/%s@%s", directory, container, ifname) >= (int)sizeof file)
         return errno = ENAMETOOLONG, -1;
     if (make_directories(directory)) return -1;
-    int fd = open(partial, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    if (fd < 0) return -1;
-    int failed = write_all(fd, request->data, request->length) || fsync(fd);
-    if (close(fd) || failed) return -1;
-    return rename(partial, file);
+    int fd = open(file, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+    return fd < 0 ? -1 : close(fd);
 }
 
 int main(void) {
@@ -175,10 +172,11 @@ int main(void) {
     if (config.length) append(&request, config.data, config.length);
     int status = ask(path, &request, &answer, &start);
     if ((status == NO_ANSWER || status == SPOOL_IT) && !strcmp(command, "DEL")) {
-        if (spool(path, &request)) return fail(5, "the DEL could not be kept for the agent", strerror(errno));
-        /* An agent that began to listen after the first try may have looked into the spool before it was written. */
-        status = ask(path, &request, &answer, &start);
-        if (status == NO_ANSWER || status == SPOOL_IT) return 0;
+        if (spool(path)) return fail(5, "the DEL could not be kept for the agent", strerror(errno));
+        /* An agent that began to listen after the first try may have looked into the spool before that. Whatever it says
+         * now: the DEL is kept, and it will do it. */
+        ask(path, &request, &answer, &start);
+        return 0;
     }
     if (status == NO_ANSWER) {
         int code = strcmp(command, "STATUS") ? 11 : 50;

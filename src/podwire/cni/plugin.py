@@ -2,8 +2,8 @@
 """The CNI plugin that a container engine executes: hands what it is given to the node's agent and prints what that answers.
 
 Nothing but the standard library, and little of that: each import is paid for by every container. `plugin.c` does the same
-in a tenth of the time, where a compiler was at hand when it was installed. A DEL that no agent takes is written into the
-spool, which the agent works off when it starts: the container's address must not stay taken because of an agent's pause.
+in a tenth of the time, where a compiler was at hand when it was installed. A DEL that no agent takes is kept in the spool,
+which the agent works off when it starts: the container's address must not stay taken because of an agent's pause.
 """
 
 import os
@@ -31,11 +31,11 @@ def main() -> int:
     request += b"\0" + config
     answer = ask(path, request)
     if (answer is None or answer[0] == SPOOL_IT) and command == "DEL":
-        spool(path + ".spool", request)
-        # An agent that began to listen after the first try may have looked into the spool before it was written.
-        answer = ask(path, request) or (0, b"")
-        if answer[0] == SPOOL_IT:
-            return 0
+        spool(path + ".spool")
+        # An agent that began to listen after the first try may have looked into the spool before that. Whatever it says
+        # now: the DEL is kept, and it will do it.
+        ask(path, request)
+        return 0
     if answer is None:
         code = 50 if command == "STATUS" else 11
         return fail(code, f"podwire's agent does not answer on {path}", "is it running on this node?")
@@ -73,18 +73,15 @@ def ask(path: str, request: bytes) -> "tuple[int, bytes] | None":
     return int(status), document
 
 
-def spool(directory: str, request: bytes) -> None:
-    """Keep a DEL for the agent's next start. Raises OSError."""
+def spool(directory: str) -> None:
+    """Keep a DEL for the agent's next start. Raises OSError.
+
+    The file's name says all, so that it is whole from the first moment."""
     name = f"{os.environ.get('CNI_CONTAINERID', '')}@{os.environ.get('CNI_IFNAME', '')}"
     if "/" in name:
         raise OSError(f"CNI_CONTAINERID and CNI_IFNAME make no file name: {name}")
     os.makedirs(directory, mode=0o700, exist_ok=True)
-    partial = os.path.join(directory, f".{name}.{os.getpid()}")
-    with open(partial, "wb") as file:
-        file.write(request)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(partial, os.path.join(directory, name))
+    os.close(os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def fail(code: int, message: str, details: str) -> int:

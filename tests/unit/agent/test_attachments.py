@@ -244,6 +244,23 @@ async def test_a_full_disk_is_told_on_add_and_outlived_on_del(engine: Engine, mo
     assert not engine.held
 
 
+async def test_the_next_agent_knows_of_a_del_that_the_disk_did_not_take(make_engine: MakeEngine, tmp_path: Path) -> None:
+    first = await make_engine()
+    await first.add("c1")
+
+    def full(statements: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    first.node.reservations._transact = full
+    await first.delete("c1")
+    await first.node.attachments.work_off()
+    assert first.held
+    second = await make_engine()
+    assert not second.held
+    assert not second.veths()
+    assert not list((tmp_path / "cni.sock.spool").iterdir())
+
+
 # --- addresses and ports ------------------------------------------------------------------------------------------
 
 
@@ -407,11 +424,11 @@ async def test_spooled_dels_are_done_at_the_next_start_unless_overtaken(make_eng
     spool = tmp_path / "cni.sock.spool"
     spool.mkdir()
     for name in ("c1@eth0", "c9@eth0", ".c2@eth0.77"):
-        (spool / name).write_bytes(b"a DEL")
+        (spool / name).touch()
     second = await make_engine()
     assert {record.container for record in second.node.attachments.records} == {"c2", "c3"}
     assert not list(spool.iterdir())
-    (spool / "c3@eth0").write_bytes(b"a DEL")
+    (spool / "c3@eth0").touch()
     await second.add("c3")
     await second.node.attachments.work_off()
     assert {record.container for record in second.node.attachments.records} == {"c2", "c3"}
