@@ -8,8 +8,11 @@ import contextlib
 import os
 import signal
 import sys
+from pathlib import Path
 
 from podwire.kernel import syscalls
+
+CGROUPS = "/sys/fs/cgroup"
 
 
 def main() -> None:
@@ -26,16 +29,28 @@ def main() -> None:
     os.read(told, 1)
     syscalls.mount("", "/", flags=syscalls.MS_REC | syscalls.MS_SLAVE)
     syscalls.mount("proc", "/proc", "proc")
-    # The engine shall not find the machine's cgroups: containers run without any here, and crun dislikes some layouts.
-    for directory in ("/run", "/sys/fs/cgroup"):
-        syscalls.mount("tmpfs", directory, "tmpfs", 0, "mode=755")
+    syscalls.mount("tmpfs", "/run", "tmpfs", 0, "mode=755")
     os.mkdir("/run/netns")
+    _hide_cgroups()
     print("ready", flush=True)
     while True:
         signal.sigwait({signal.SIGCHLD})
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+
+
+def _hide_cgroups() -> None:
+    """The engine shall leave the machine's cgroups alone: containers run without any here. It finds directories where cgroups
+    are by /proc, but can make nothing in them; runc bears with that in a user namespace."""
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    own = [line.split(":", 2)[2].lstrip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    syscalls.mount("tmpfs", CGROUPS, "tmpfs", 0, "mode=755")
+    for hierarchy in mounts:
+        if hierarchy.startswith(f"{CGROUPS}/"):
+            for cgroup in own:
+                os.makedirs(os.path.join(hierarchy, cgroup), exist_ok=True)
+    syscalls.mount("", CGROUPS, flags=syscalls.MS_REMOUNT | syscalls.MS_RDONLY)
 
 
 if __name__ == "__main__":

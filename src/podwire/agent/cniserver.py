@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from podwire.agent.attachments import Attachments
+from podwire.agent.loopback import PLUGIN_TYPE as LOOPBACK
 from podwire.agent.nodelock import AnotherAgent
-from podwire.model.cni import CNI_VERSIONS, INVALID_ENVIRONMENT, TRY_LATER, CniError, CniRequest
+from podwire.model.cni import CNI_VERSIONS, INVALID_ENVIRONMENT, TRY_LATER, CniError, CniRequest, CniResult
 from podwire.model.meta import Json
 from podwire.wire.cni import (
     decode_frame,
@@ -119,9 +120,12 @@ class CniServer:
             if own is not None:
                 return encode_answer(0, _dump(own))
             request = parse_request(environment, config)
-            if request.command == "DEL" and not self._attachments.ready:
+            if request.type == LOOPBACK:
+                document = _rendered(await self._attachments.loopback(request, netns), request)
+            elif request.command == "DEL" and not self._attachments.ready:
                 return encode_answer(SPOOL_IT, b"")
-            document = await self._do(request, netns)
+            else:
+                document = await self._do(request, netns)
         except CniError as error:
             level = logging.INFO if error.code in (TRY_LATER, INVALID_ENVIRONMENT) else logging.WARNING
             log.log(level, "CNI: %s", error)
@@ -137,10 +141,7 @@ class CniServer:
         attachments = self._attachments
         match request.command:
             case "ADD":
-                result = await attachments.add(request, netns)
-                if request.previous_document is not None:
-                    return request.previous_document | {"cniVersion": request.version}
-                return render_result(result, request.version)
+                return _rendered(await attachments.add(request, netns), request)
             case "DEL":
                 await attachments.delete(request.key, netns)
             case "CHECK":
@@ -158,6 +159,15 @@ class CniServer:
             await self._attachments.work_off()
             return {"freed": await self._attachments.sweep()}
         return None
+
+
+def _rendered(result: CniResult | None, request: CniRequest) -> Json | None:
+    """A plugin that is not the chain's first hands on what it was given."""
+    if result is None:
+        return None
+    if request.previous_document is not None:
+        return request.previous_document | {"cniVersion": request.version}
+    return render_result(result, request.version)
 
 
 async def _receive(connection: socket.socket, fds: list[int]) -> bytes:

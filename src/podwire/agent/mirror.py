@@ -10,12 +10,23 @@ from random import Random
 
 from podwire.agent.attachrecord import AttachmentRecord
 from podwire.agent.config import AgentConfig
-from podwire.agent.mirrorpod import DEFAULT_NAMESPACE, Mirrored, labels_of, mirror_uid, pod_document, pod_status, says, shown
+from podwire.agent.mirrorpod import (
+    DEFAULT_NAMESPACE,
+    Mirrored,
+    claimed_uid,
+    labels_of,
+    mirror_uid,
+    pod_document,
+    pod_status,
+    says,
+    stands_for,
+)
 from podwire.client.api import ApiClient
 from podwire.client.errors import AlreadyExists, ApiError, Conflict, NotFound
 from podwire.client.informer import Change, Informer
 from podwire.client.workqueue import WorkQueue
 from podwire.model.addr import IPAddress
+from podwire.model.cni import CNI_UID
 from podwire.model.errors import PodwireError
 from podwire.model.meta import Json
 from podwire.model.objects import Pod
@@ -39,14 +50,21 @@ class Mirror:
     ) -> None:
         self._config, self._client, self._informer, self._clock = config, client, informer, clock
         self._here: dict[str, Mirrored] = {}
+        self._by_claim: dict[str, str] = {}
+        """The attachment whose engine says that it is of the Pod with this uid."""
         self._queue: WorkQueue[str] = WorkQueue(rng, name="mirror pods")
 
     def attached(self, record: AttachmentRecord, ips: tuple[IPAddress, ...] | None) -> None:
         """A container has these addresses, or (None) is gone."""
+        claim = claimed_uid(record)
         if ips is None:
             self._here.pop(record.uid, None)
-        elif shown(record):
+            if self._by_claim.get(claim) == record.uid:
+                del self._by_claim[claim]
+        else:
             self._here[record.uid] = Mirrored(record, ips)
+            if claim:
+                self._by_claim[claim] = record.uid
         self._queue.add(record.uid)
 
     async def run(self) -> None:
@@ -59,13 +77,19 @@ class Mirror:
             unsubscribe()
 
     def _changed(self, change: Change[Pod]) -> None:
-        uid = mirror_uid(change.object)
-        if uid:
-            self._queue.add(uid)
+        pod = change.object
+        shown = mirror_uid(pod)
+        ours = shown if shown.startswith(CNI_UID) else self._by_claim.get(shown)  # else a kubelet's static pod
+        for uid in (ours, self._by_claim.get(pod.metadata.uid)):
+            if uid:
+                self._queue.add(uid)
 
     async def _sync(self, uid: str) -> None:
         mirrored = self._here.get(uid)
-        pods = [pod for pod in self._informer.items().values() if mirror_uid(pod) == uid]
+        known = self._informer.items().values()
+        if mirrored is not None and any(stands_for(pod, claimed_uid(mirrored.record)) for pod in known):
+            mirrored = None  # a kubelet's: it is in the API already
+        pods = [pod for pod in known if mirror_uid(pod) == uid]
         for pod in pods:
             # One that somebody deletes comes again, as a kubelet's mirror pods do, for its container is there still.
             if mirrored is None or pod.metadata.deletion_timestamp or pod is not pods[0]:

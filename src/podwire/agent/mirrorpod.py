@@ -32,13 +32,18 @@ class Mirrored:
 
 
 def mirror_uid(pod: Pod) -> str:
-    """The uid of the attachment that `pod` shows; empty for a pod that is one."""
+    """The uid of what `pod` only shows, an attachment or a kubelet's static pod; empty for a pod that is one."""
     return pod.metadata.annotations.get(MIRROR, "")
 
 
-def shown(record: AttachmentRecord) -> bool:
-    """Whether to show it. A kubelet's containers are in the API already: its runtime says the Pod's uid."""
-    return not record.args.get("K8S_POD_UID")
+def claimed_uid(record: AttachmentRecord) -> str:
+    """The uid that the engine says its pod has; a Pod's where a kubelet asked for it, else anything."""
+    return record.args.get("K8S_POD_UID", "")
+
+
+def stands_for(pod: Pod, uid: str) -> bool:
+    """Whether `pod` is the one that a kubelet calls `uid`: that of a static pod is in the annotation of its mirror."""
+    return bool(uid) and uid in (pod.metadata.uid, mirror_uid(pod))
 
 
 def namespace_of(record: AttachmentRecord) -> str:

@@ -8,7 +8,7 @@ Source: CNI specification 1.1.0 (containernetworking/cni, SPEC.md) and its conve
 import ipaddress
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from podwire.model.addr import IPAddress, IPNetwork
@@ -217,11 +217,21 @@ def _valid(entry: Any) -> AttachmentKey:
     return AttachmentKey(str(entry["containerID"]), str(entry["ifname"]))
 
 
+_PORT_FIELDS = ("hostPort", "containerPort", "protocol", "hostIP")
+
+
+def _spelled(entry: Json, names: Iterable[str]) -> Json:
+    """With the names spelled as CNI does. Go's decoders take any case, and containerd's `HostPort` relies on that."""
+    known = {name.lower(): name for name in names}
+    return {known.get(name.lower(), name): value for name, value in entry.items()}
+
+
 def _port(entry: Any) -> PortMapping:
     if not isinstance(entry, dict):
         raise CniError(INVALID_CONFIG, "portMappings: an entry is not an object", json.dumps(entry))
+    entry = _spelled(entry, _PORT_FIELDS)
     numbers: list[int] = []
-    for name in ("hostPort", "containerPort"):
+    for name in _PORT_FIELDS[:2]:
         value = entry.get(name)
         if type(value) is not int or not 0 < value < 65536:
             raise CniError(INVALID_CONFIG, f"portMappings: {name} {value!r} is not a port number", json.dumps(entry))
@@ -239,6 +249,7 @@ _LIMITS = ("ingressRate", "ingressBurst", "egressRate", "egressBurst")
 def _bandwidth(limits: Any) -> Bandwidth:
     if not isinstance(limits, dict):
         raise CniError(INVALID_CONFIG, "bandwidth is not an object", json.dumps(limits))
+    limits = _spelled(limits, _LIMITS)
     values = [_number(limits, name, _RATE_MAX) for name in _LIMITS]
     for name, rate, burst in (("ingress", values[0], values[1]), ("egress", values[2], values[3])):
         if bool(rate) != bool(burst):

@@ -14,7 +14,7 @@ from live_cluster import LiveCluster, free_port
 from podwire.agent.attachrecord import AttachmentRecord
 from podwire.agent.config import AgentConfig
 from podwire.agent.mirror import Mirror
-from podwire.agent.mirrorpod import MIRROR, Mirrored, labels_of, name_of, namespace_of, pod_document, shown
+from podwire.agent.mirrorpod import MIRROR, labels_of, name_of, namespace_of
 from podwire.client.api import ApiClient
 from podwire.client.informer import Informer
 from podwire.model.addr import IPAddress
@@ -160,10 +160,18 @@ def test_labels_that_are_none_are_left_out() -> None:
     assert labels_of(record(annotations={LABELS: text})) == {"app": "web", "tier": "", "example.com/a": "b"}
 
 
-def test_a_kubelets_containers_are_not_shown_twice() -> None:
-    assert not shown(record(args={"K8S_POD_UID": "u"}))
-    assert shown(record(args={"K8S_POD_NAME": "web"}))
-    assert pod_document(Mirrored(record(), IPS), "n")["metadata"]["annotations"][MIRROR] == record().uid
+async def test_a_kubelets_containers_are_not_shown_twice(cluster: LiveCluster) -> None:
+    spec = {"nodeName": "host-1", "containers": [{"name": "c", "image": "i"}]}
+    made = await cluster.client.create(PODS, {"metadata": {"name": "real", "namespace": "default"}, "spec": spec})
+    node = Node(cluster.client, [record("c1", name="a", args={"K8S_POD_UID": made["metadata"]["uid"]})])
+    node.mirror.attached(record("c2", name="b", args={"K8S_POD_UID": "hash"}), IPS)
+    node.mirror.attached(record("c3", name="c", args={"K8S_POD_UID": "whatever a CRI client says"}), IPS)
+    # A kubelet tells the API of a static pod when that runs already.
+    await cluster.until(PODS, lambda pods: {"b-host-1", "c-host-1"} <= {p["metadata"]["name"] for p in pods})
+    static = {"name": "static", "namespace": "default", "annotations": {MIRROR: "hash"}}
+    await cluster.client.create(PODS, {"metadata": static, "spec": spec})
+    await cluster.until(PODS, lambda pods: {p["metadata"]["name"] for p in pods} == {"real", "static", "c-host-1"})
+    await node.stop()
 
 
 def test_labels_from_what_engines_say() -> None:

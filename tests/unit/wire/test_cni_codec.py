@@ -163,6 +163,16 @@ def test_runtime_config() -> None:
     assert request.annotations == {"app": "web"}
 
 
+def test_names_in_the_spelling_of_containerd() -> None:
+    runtime = {
+        "portMappings": [{"HostPort": 8080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": ""}],
+        "bandwidth": {"IngressRate": 1000, "IngressBurst": 4294967295, "EgressRate": 0, "EgressBurst": 0},
+    }
+    request = parse_request(env("ADD"), conf(runtimeConfig=runtime))
+    assert request.ports == (PortMapping(8080, 80, "TCP"),)
+    assert request.bandwidth == Bandwidth(1000, 4294967295)
+
+
 def test_conventions_below_capabilities() -> None:
     config = conf(args={"cni": {"ips": ["10.0.0.7"], "mac": "02:00:00:00:00:07"}})
     request = parse_request(env("ADD", CNI_ARGS="IP=10.0.0.8;MAC=02:00:00:00:00:08"), config)
