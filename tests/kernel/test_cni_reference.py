@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from cnirig import CniNode, Outcome, config, environment, execute, make_node, node_network, serving
+from cnirig import PLUGIN, CniNode, Outcome, config, environment, execute, make_node, node_network, serving
 
 from podwire.agent.attachrecord import AttachmentRecord
 from podwire.agent.reservations import Owner
 from podwire.agent.takeover import host_local_reservations
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import create_netns, current_netns
+from podwire.model.cni import KERNEL_REFUSED
 from podwire.model.kernelstate import Device, Link
 from podwire.model.ops import ChangeLink, DelLink
 
@@ -88,6 +89,25 @@ async def test_results_have_the_shape_of_theirs(node: CniNode, netns: str, tmp_p
     assert [ip["interface"] for ip in second.document["ips"]] == [ip["interface"] for ip in first.document["ips"]]
     assert [route["dst"] for route in second.document["routes"]] == [route["dst"] for route in first.document["routes"]]
     assert "sandbox" in second.document["interfaces"][2]
+
+
+async def test_loopback_is_raised_as_by_theirs(node: CniNode, netns: str) -> None:
+    loopback = {"cniVersion": "1.0.0", "name": "cni-loopback", "type": "loopback"}
+
+    async def call(verb: str, document: dict[str, Any], plugin: Path = PLUGIN) -> Outcome:
+        variables = environment(node.socket, verb, "c1", netns, "lo", CNI_PATH=str(REFERENCE)) | {"PATH": os.environ["PATH"]}
+        return await execute(variables, document, plugin)
+
+    ours = await call("ADD", loopback)
+    assert ours.status == 0, ours.document
+    assert await call("ADD", loopback) == ours
+    assert await call("ADD", loopback, REFERENCE / "loopback") == ours
+    check = loopback | {"prevResult": ours.document}
+    assert (await call("CHECK", check)).status == 0
+    assert (await call("DEL", loopback, REFERENCE / "loopback")).status == 0, "switches it off"
+    assert (await call("CHECK", check)).code == KERNEL_REFUSED
+    assert (await call("DEL", loopback)).status == 0
+    assert not node.reservations.all()
 
 
 async def test_ours_first_theirs_after_it(node: CniNode, netns: str) -> None:
