@@ -7,7 +7,7 @@ TEST_PACKAGES := nftables iptables iproute2 iperf3 etcd-server etcd-client conta
 
 PYTEST_STRICT := --allowed-skips tests/allowed-skips.txt
 
-.PHONY: demo test test-code test-packets test-vm lint bench format clean test-packages
+.PHONY: demo test test-code test-packets test-vm test-real lint bench format clean test-packages
 
 demo: $(VENV)/.installed
 	@$(BIN)/podwire demo
@@ -26,6 +26,10 @@ test-packets: $(VENV)/.installed-dev
 # On a kernel in a virtual machine that has IPVS, WireGuard, IPIP and netem; see tests/support/vmrun.py.
 test-vm: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/vm --timeout 600
+
+# Against Kubernetes' own programs, where PODWIRE_KUBE_APISERVER and others name them; docs/guides/kubernetes.md.
+test-real: $(VENV)/.installed-dev
+	$(BIN)/pytest tests/real
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests bench

@@ -4,8 +4,6 @@ import asyncio
 import json
 import os
 import socket
-import subprocess
-import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
@@ -17,7 +15,8 @@ import pytest
 import pytest_asyncio
 import yaml
 from aiohttp import web
-from hostrig import Host, http_get, machines, until
+from hostrig import Host, machines, until
+from sandboxrig import Container, cni_ready, end_listener
 
 from podwire.apiserver.app import create_app
 from podwire.apiserver.auth import ADMIN, User
@@ -29,7 +28,6 @@ from podwire.client.api import ApiClient
 from podwire.controllers.config import ControllersConfig, default_cluster_cidr
 from podwire.controllers.nodeipam import NodeIpam
 from podwire.controllers.run import NAMES, run_controllers
-from podwire.kernel.netns import create_netns, run_in_netns
 from podwire.model.meta import Json
 from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES
 from podwire.model.timestamps import format_time
@@ -43,7 +41,6 @@ pytestmark = [
 ]
 
 MANIFESTS = Path(__file__).parents[2] / "deploy/kubernetes"
-PLUGIN = Path(__file__).parents[2] / "src/podwire/cni/plugin.py"
 ADDRESS = "198.18.7.254"
 Request = tuple[str, str, str]
 """(verb, API group, resource[/subresource]) as RBAC has them."""
@@ -148,58 +145,6 @@ def _up(nodes: list[Json]) -> bool:
     return all(_state(n) == ({"Ready": "True", "NetworkUnavailable": "False"}, {"mine"}) for n in nodes)
 
 
-class Container:
-    """A pod's sandbox as the kubelet's runtime makes it."""
-
-    def __init__(self, host: Host, name: str) -> None:
-        self.host, self.name, self.netns = host, name, create_netns()
-
-    def cni(self, command: str) -> Json:
-        """Execute the plugin. Raises nothing: an error is its document."""
-        environment = {
-            "PATH": os.environ["PATH"], "CNI_COMMAND": command, "CNI_CONTAINERID": self.name, "CNI_IFNAME": "eth0",
-            "CNI_NETNS": f"/proc/{os.getpid()}/fd/{self.netns}", "PODWIRE_CNI_SOCKET": str(self.host.cni_socket),
-            "CNI_ARGS": f"IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={self.name};K8S_POD_UID=u-{self.name}",
-        }  # fmt: skip
-        config = json.dumps({"cniVersion": "1.0.0", "name": "podwire", "type": "podwire"})
-        done = subprocess.run(
-            ["python3", "-IS", str(PLUGIN)],
-            input=config,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        )
-        document: Json = json.loads(done.stdout or "{}")
-        assert done.returncode == 0, document
-        return document
-
-    def add(self) -> str:
-        self.ip = str(self.cni("ADD")["ips"][0]["address"]).partition("/")[0]
-        return self.ip
-
-    def fetch(self, address: str, port: int) -> str:
-        return str(run_in_netns(self.netns, lambda: http_get(address, port)))
-
-    def serve(self, word: str) -> socket.socket:
-        """Listen, and answer every connection with `word` from a thread that ends with the socket."""
-        listener = run_in_netns(self.netns, lambda: socket.create_server(("", 80)))
-
-        def answer() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                with connection:
-                    connection.recv(4096)
-                    connection.sendall(f"HTTP/1.0 200 OK\r\n\r\n{word}".encode())
-
-        threading.Thread(target=answer, daemon=True).start()
-        return listener
-
-
 async def test_nodes_and_pods_of_a_kubelet_have_a_network(site: Site) -> None:
     nodes = await until(site.client, NODES, _up)
     assert all(n["metadata"]["annotations"]["flannel.alpha.coreos.com/backend-type"] == "vxlan" for n in nodes)
@@ -209,7 +154,7 @@ async def test_nodes_and_pods_of_a_kubelet_have_a_network(site: Site) -> None:
     listener = two.serve("two")
     assert "two" in await asyncio.to_thread(one.fetch, two.ip, 80)
     await _service(site, "web", two.ip)
-    assert await _reaches(one, "10.96.0.80") == "two"
+    assert await one.word_of("10.96.0.80") == "two"
     # The agent goes, and what runs keeps its network; the next one finds all of it.
     host = site.hosts[0]
     assert await host.end() == 0
@@ -220,10 +165,8 @@ async def test_nodes_and_pods_of_a_kubelet_have_a_network(site: Site) -> None:
     assert await asyncio.to_thread(three.add) != one.ip
     assert "two" in await asyncio.to_thread(three.fetch, "10.96.0.80", 80)
     for container in (one, two, three):
-        await asyncio.to_thread(container.cni, "DEL")
-        os.close(container.netns)
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
+        await asyncio.to_thread(container.delete)
+    end_listener(listener)
 
 
 async def _service(site: Site, name: str, endpoint: str) -> None:
@@ -236,23 +179,12 @@ async def _service(site: Site, name: str, endpoint: str) -> None:
     await site.client.create(ENDPOINTSLICES, document)
 
 
-async def _reaches(container: Container, address: str) -> str:
-    """The word of what is behind a Service that was made just now."""
-    async with asyncio.timeout(10):
-        while True:
-            word = (await asyncio.to_thread(container.fetch, address, 80)).rpartition("\r\n\r\n")[2]
-            if word:
-                return word
-
-
 async def _node_again(site: Site, host: Host) -> None:
     """What a cloud's controller says of a node is set right by the agent, once it is up."""
     wrong = {"status": {"conditions": [_condition("Ready", "True"), _condition("NetworkUnavailable", "True")]}}
     await site.client.patch(NODES, host.name, wrong, subresource="status")
     await until(site.client, NODES, _up)
-    async with asyncio.timeout(10):
-        while not host.cni_socket.exists():  # noqa: ASYNC110 - another process makes it
-            await asyncio.sleep(0.02)
+    await cni_ready(host)
 
 
 async def test_the_agent_asked_for_nothing_that_its_manifest_does_not_allow(site: Site) -> None:
@@ -307,11 +239,8 @@ async def test_a_node_that_flannels_plugins_served_before(site: Site, tmp_path: 
         assert await asyncio.to_thread(container.add) != old.ip
         assert "old" in await asyncio.to_thread(container.fetch, old.ip, 80)
     for container in (new, far, old):
-        await asyncio.to_thread(container.cni, "DEL")
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-    for container in (new, far, old):
-        os.close(container.netns)
+        await asyncio.to_thread(container.delete)
+    end_listener(listener)
 
 
 async def test_beside_another_proxy_only_what_asks_for_this_one(site: Site) -> None:
@@ -319,11 +248,8 @@ async def test_beside_another_proxy_only_what_asks_for_this_one(site: Site) -> N
     await host.end()
     await site.start(host, "--no-services")
     other = Container(host, "c9")
-    async with asyncio.timeout(10):
-        while not host.cni_socket.exists():  # noqa: ASYNC110 - another process makes it
-            await asyncio.sleep(0.02)
+    await cni_ready(host)
     await asyncio.to_thread(other.add)
     rules = await host.call("nft", "list", "ruleset")
     assert "10.96.0.80" not in rules
-    await asyncio.to_thread(other.cni, "DEL")
-    os.close(other.netns)
+    await asyncio.to_thread(other.delete)

@@ -49,8 +49,12 @@ class Host:
 
     async def start(self, *arguments: str) -> None:
         """Run `podwire …` here, beside what follows."""
+        await self.begin(*PODWIRE, *arguments)
+
+    async def begin(self, *command: str, env: dict[str, str] | None = None) -> None:
+        """Run a command here, beside what follows."""
         with self.log.open("ab") as log:
-            self.process = await self._execute(*PODWIRE, *arguments, stdout=log, stderr=log)
+            self.process = await self._execute(*command, stdout=log, stderr=log, env=env)
 
     async def join(self, *arguments: str) -> None:
         await self.start("join", *arguments, *self.directories, "--cni-socket", str(self.cni_socket))
