@@ -264,6 +264,27 @@ async def test_a_subnet_that_is_taken_away_is_not_held_until_there_is_one_again(
         await until(lambda: seen.peers.get(lease.node) == lease)
 
 
+async def test_a_node_that_moves_keeps_its_subnet_and_tells_its_peers(world: World) -> None:
+    """Another address of the node: the same lease, with other words."""
+    async with Running() as running:
+        one, two = world.manager(1), world.manager(2)
+        listener = await running.start(one, attrs(1))
+        seen = await running.start(two, attrs(2))
+        before = two.own.held
+        assert before is not None
+        await two.update(attrs(77))
+        moved = Lease(before.node, before.subnets, attrs(77))
+        await until(lambda: listener.peers == {before.node: moved})
+        assert two.own == OwnLease(moved, Holding.HELD)
+        assert Holding.LAPSED not in {own.holding for own in seen.own}
+        assert two.counters.lost == 0
+        assert two.counters.acquired == 1
+        await running.stop()
+        again = world.manager(2)
+        await running.start(again, attrs(77))
+        assert again.own.lease == moved
+
+
 async def test_what_is_released_is_gone_for_the_peers(world: World) -> None:
     async with Running() as running:
         one, two = world.manager(1), world.manager(2)
@@ -394,6 +415,65 @@ async def test_the_configuration_is_waited_for_and_checked(etcd: EtcdWorld) -> N
     await etcd.configure(b'{"Network":"10.5.0.0/22","SubnetLen":23}')
     with pytest.raises(InvalidInput, match=r"etcd key .*/config: SubnetLen 23"):
         await reading
+
+
+async def test_a_reservation_follows_its_node(etcd: EtcdWorld) -> None:
+    await etcd.put("10.5.2.0-24", attrs(1), ttl=0)
+    async with Running() as running:
+        manager = etcd.manager(1)
+        await running.start(manager, attrs(1))
+        await manager.update(attrs(7))
+        assert manager.own.held is not None
+        kv = await etcd.client.get(f"{etcd.prefix}/subnets/10.5.2.0-24")
+        assert kv is not None
+        assert (kv.lease, kv.value) == (0, encode_attrs(attrs(7)))
+
+
+async def test_later_configurations_are_told(etcd: EtcdWorld) -> None:
+    """Each once, what is wrong with them too; a compaction in between and a deletion do not matter."""
+    manager = etcd.manager(1)
+    assert (await manager.network_config()).backend.type == "vxlan"
+    lease = await manager.acquire(attrs(1))
+    waiting = asyncio.create_task(manager.next_config())
+    await etcd.configure()  # the same words
+    await etcd.client.delete(f"{etcd.prefix}/config")
+    page = await etcd.client.read(f"{etcd.prefix}/config")
+    await etcd.client.compact(page.header.revision)
+    await etcd.configure(CONFIG.replace(b"vxlan", b"host-gw"))
+    async with asyncio.timeout(10):
+        config = await waiting
+        assert config.backend.type == "host-gw"
+        assert manager.suits(config)
+        await etcd.configure(b'{"Network":"10.9.0.0/22","SubnetLen":24,"Backend":{"Type":"vxlan"}}')
+        assert not manager.suits(await manager.next_config()), f"{lease.node} is none of 10.9.0.0/22"
+        await etcd.configure(b"{")
+        with pytest.raises(InvalidInput, match="is not JSON"):
+            await manager.next_config()
+        await etcd.configure()
+        assert (await manager.next_config()).backend.type == "vxlan"
+
+
+async def test_a_configuration_file_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("podwire.agent.subnets.kube.REREAD_SECONDS", 0.01)
+    path = tmp_path / "net-conf.json"
+    path.write_bytes(CONFIG)
+    async with memory_cluster(tmp_path / "cluster") as cluster:
+        nodes = Informer(cluster.client, NODES, Node)
+        manager = KubeSubnets(
+            nodes,
+            "m1",
+            parse_net_config(CONFIG, leased=False),
+            reread=lambda: parse_net_config(path.read_bytes(), leased=False),
+        )
+        waiting = asyncio.create_task(manager.next_config())
+        path.write_bytes(CONFIG.replace(b"vxlan", b"host-gw"))
+        async with asyncio.timeout(10):
+            assert (await waiting).backend.type == "host-gw"
+            path.write_bytes(b"{")
+            with pytest.raises(InvalidInput):
+                await manager.next_config()
+            path.write_bytes(CONFIG.replace(b"vxlan", b"host-gw"))
+            assert (await manager.next_config()).backend.type == "host-gw", "the good one again, though it is the former"
 
 
 async def test_a_user_who_may_touch_the_prefix_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from random import Random
 from typing import Protocol
 
@@ -35,11 +36,19 @@ class Rules(Protocol):
 
 
 class Repair:
-    """Listens to the kernel and compares when something of ours may have gone."""
+    """Listens to the kernel and compares when something of ours may have gone. `heard` is told of everything, too."""
 
-    def __init__(self, kernel: Kernel, plumbing: Plumbing, rules: Rules, health: Health, rng: Random) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        plumbing: Plumbing,
+        rules: Rules,
+        health: Health,
+        rng: Random,
+        heard: Callable[[KernelEvent], None] = lambda event: None,
+    ) -> None:
         self._kernel, self._plumbing, self._rules, self._health = kernel, plumbing, rules, health
-        self._rng = rng
+        self._rng, self._also = rng, heard
         self._links = asyncio.Event()
         self._maybe = False
         """Something changed that looks like our own doing: worth a look when there is time."""
@@ -70,6 +79,7 @@ class Repair:
             await asyncio.sleep(CHECK_INTERVAL)
 
     def _heard(self, event: KernelEvent) -> None:
+        self._also(event)
         if event.what in ("nft", "lost"):
             if not event.ours:
                 self._rules.request_resync(event.subject)

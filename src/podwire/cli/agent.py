@@ -43,6 +43,15 @@ def _pattern(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     return values
 
 
+def annotation_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """The value of --kube-annotation-prefix, checked."""
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(/([A-Za-z0-9][A-Za-z0-9._-]*)?)?", value):
+        raise click.BadParameter(
+            f"{value!r} is no prefix of annotations, such as example.org or example.org/flannel", ctx, param
+        )
+    return value
+
+
 def _flag(name: str, text: str, *, default: bool = False) -> Callable[[F], F]:
     """A switch that can also be written as Go has it: `--ip-masq=false`."""
     return click.option(
@@ -75,7 +84,8 @@ _RUN = "/run/flannel"
 )
 @_value("--kubeconfig-file", "FILE", "How to reach the API server (kube).  [default: the pod's service account]")
 @_value("--kube-api-url", "URL", "The API server, where it asks for no credentials (kube).")
-@_value("--kube-annotation-prefix", "PREFIX", "Of the annotations on Nodes (kube).", "flannel.alpha.coreos.com")
+@_value("--kube-annotation-prefix", "PREFIX", "Of the annotations on Nodes (kube); with a slash of its own, or without.",
+        "flannel.alpha.coreos.com", callback=annotation_prefix)  # fmt: skip
 @_value("--net-config-path", "FILE", "The network configuration (kube).", "/etc/kube-flannel/net-conf.json", type=_FILE)
 @_flag("--set-node-network-unavailable", "Set the Node's condition NetworkUnavailable to false (kube).", default=True)
 @_value("--node-name", "NAME", "The Node (kube); a tunnel's MAC follows from it.  [default: the host's name]",
@@ -90,6 +100,7 @@ _RUN = "/run/flannel"
 @_flag("--ip-masq-fully-random-disable", "Masquerade without fully random ports.")
 @_flag("--iptables-forward-rules", "Accept forwarded pod packets in iptables, where there is one.", default=True)
 @_value("--iptables-resync", "SECONDS", "How often those rules are looked at.", 5, type=click.IntRange(1))
+@_flag("--ip-blackhole-route", "Drop what goes to this host's subnet while no device there has it.")
 @_value("--subnet-file", "FILE", "What CNI plugins read.", f"{_RUN}/subnet.env", type=_FILE)
 @_value("--docker-options-file", "FILE", "Also write an environment file for dockerd.", None, type=_FILE)
 @_value("--wireguard-key-file", "FILE", "This host's key; made where there is none.", f"{_RUN}/wgkey", type=_FILE,

@@ -4,33 +4,29 @@ import asyncio
 import logging
 import os
 import platform
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from podwire.agent.subnets.kube import KubeSubnets
-from podwire.agent.subnets.port import SubnetManager
+from podwire.cli.agentrun import Managed, Ready, Settings
 from podwire.client.api import ApiClient, PatchKind
-from podwire.client.errors import ApiError
+from podwire.client.errors import ApiError, NotFound
 from podwire.client.informer import Informer
 from podwire.client.kubeconfig import client_from_kubeconfig, in_cluster_client
+from podwire.model.addr import IPAddress
 from podwire.model.errors import InvalidInput
-from podwire.model.netconf import parse_net_config
+from podwire.model.netconf import NetConfig, parse_net_config
 from podwire.model.objects import Node
 from podwire.model.resources import NODES, PODS
 from podwire.model.timestamps import format_time
+from podwire.plan.leases import forced_addresses
 
 log = logging.getLogger(__name__)
-
-Settings = Mapping[str, Any]
-Ready = Callable[[], Awaitable[None]]
-"""Returns once the agent's network is programmed."""
-
-Managed = tuple[SubnetManager, str, Callable[[Ready], Coroutine[Any, Any, None]] | None]
-"""(manager, the node's name, what tells the API server when the network is there)."""
 
 
 @asynccontextmanager
@@ -39,12 +35,12 @@ async def kube_manager(settings: Settings) -> AsyncIterator[Managed]:
         node = await _node_name(settings, client)
         informer = Informer(client, NODES, Node)
         task = group.create_task(informer.run())
-        path: Path = settings["net_config_path"]
-        config = parse_net_config(_read(path), source=str(path), leased=False)
-        manager = KubeSubnets(informer, node, config, client=client, prefix=settings["kube_annotation_prefix"])
+        path, prefix = settings["net_config_path"], settings["kube_annotation_prefix"]
+        config = _config(path)
+        manager = KubeSubnets(informer, node, config, client=client, prefix=prefix, reread=lambda: _config(path))
         tell = partial(_say_available, client=client, node=node) if settings["set_node_network_unavailable"] else None
         try:
-            yield manager, node, tell
+            yield Managed(manager, node, tell, await _public(client, node, prefix))
         finally:
             task.cancel()
 
@@ -57,11 +53,24 @@ def _api_client(settings: Settings) -> ApiClient:
     return in_cluster_client(os.environ, user_agent="podwire/agent")
 
 
-def _read(path: Path) -> str:
+def _config(path: Path) -> NetConfig:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path}: the network configuration cannot be read ({error}); see --net-config-path") from error
+    return parse_net_config(text, source=str(path), leased=False)
+
+
+async def _public(client: ApiClient, node: str, prefix: str) -> tuple[IPAddress, ...]:
+    """The addresses that stand on the Node for it to use; none where it is not there yet."""
+    while True:
+        try:
+            return forced_addresses(msgspec.convert(await client.get(NODES, node), Node), prefix)
+        except NotFound:
+            return ()
+        except ApiError as error:
+            log.warning("node %s cannot be read: %s; again in 5 s", node, error)
+            await asyncio.sleep(5)
 
 
 async def _node_name(settings: Settings, client: ApiClient) -> str:

@@ -7,9 +7,9 @@ import platform
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from podwire.agent.nodelock import NodeLock
 from podwire.agent.overlayd.agent import OverlayAgent, OverlayOptions
@@ -26,12 +26,25 @@ from podwire.plan.underlay import Wish
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from podwire.cli.agentkube import Managed
+    from podwire.agent.subnets.port import SubnetManager
+    from podwire.model.addr import IPAddress
 
 log = logging.getLogger(__name__)
 
 Settings = Mapping[str, Any]
 """The options of `podwire agent`, by parameter name."""
+
+Ready = Callable[[], Awaitable[None]]
+"""Returns once the agent's network is programmed."""
+
+
+class Managed(NamedTuple):
+    """`available` tells the API server when the network is there. `public`: what the Node says are its addresses for peers."""
+
+    manager: "SubnetManager"
+    node: str
+    available: Callable[[Ready], Coroutine[Any, Any, None]] | None = None
+    public: tuple["IPAddress", ...] = ()
 
 
 def run_agent(settings: Settings) -> None:
@@ -85,8 +98,8 @@ async def serve(settings: Settings) -> None:
     netns = current_netns()
     kernel = LinuxKernel(netns)
     try:
-        async with _subnet_manager(settings) as (subnets, node, available):
-            agent = OverlayAgent(_options(settings, node), kernel, subnets, LinuxHost(netns))
+        async with _subnet_manager(settings) as (subnets, node, available, forced):
+            agent = OverlayAgent(_options(settings, node, forced), kernel, subnets, LinuxHost(netns))
             async with _status_server(settings, agent), asyncio.TaskGroup() as group:
                 group.create_task(agent.run())
                 group.create_task(_settle(agent))
@@ -104,20 +117,23 @@ async def _settle(agent: OverlayAgent) -> None:
     release_memory()
 
 
-def _options(settings: Settings, node: str) -> OverlayOptions:
-    public = (settings["public_ip"], settings["public_ipv6"])
+def _options(settings: Settings, node: str, forced: Sequence["IPAddress"]) -> OverlayOptions:
+    """`forced`: public addresses that come before the options'."""
+    given = (address for address in (settings["public_ip"], settings["public_ipv6"]) if address is not None)
+    public = {address.version: address for address in (*given, *forced)}
     return OverlayOptions(
         node=node,
         wish=Wish(
             names=tuple(settings["iface"]),
             patterns=tuple(settings["iface_regex"]),
-            public=tuple(address for address in public if address is not None),
+            public=tuple(public.values()),
         ),
         can_reach=settings["iface_can_reach"],
         masquerade=settings["ip_masq"],
         fully_random=not settings["ip_masq_fully_random_disable"],
         forward_rules=settings["iptables_forward_rules"],
         resync=float(settings["iptables_resync"]),
+        blackhole=settings["ip_blackhole_route"],
         subnet_file=settings["subnet_file"],
         docker_file=settings["docker_options_file"],
         wireguard_key=settings["wireguard_key_file"],
@@ -125,7 +141,7 @@ def _options(settings: Settings, node: str) -> OverlayOptions:
 
 
 @asynccontextmanager
-async def _subnet_manager(settings: Settings) -> AsyncIterator["Managed"]:
+async def _subnet_manager(settings: Settings) -> AsyncIterator[Managed]:
     if settings["kube_subnet_mgr"] or settings["subnet_manager"] == "kube":
         from podwire.cli.agentkube import kube_manager  # one that leases from etcd need not hold this
 
@@ -139,7 +155,7 @@ async def _subnet_manager(settings: Settings) -> AsyncIterator["Managed"]:
         tls = etcd_tls(settings["etcd_cafile"], settings["etcd_certfile"], settings["etcd_keyfile"])
     user = (settings["etcd_username"], settings["etcd_password"]) if settings["etcd_username"] else None
     async with EtcdClient(endpoints, tls=tls, user=user) as etcd:
-        yield (
+        yield Managed(
             EtcdSubnets(
                 etcd,
                 prefix=settings["etcd_prefix"],
@@ -147,7 +163,6 @@ async def _subnet_manager(settings: Settings) -> AsyncIterator["Managed"]:
                 margin=60.0 * settings["subnet_lease_renew_margin"],
             ),
             settings["node_name"] or platform.node(),
-            None,
         )
 
 

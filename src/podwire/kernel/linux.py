@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from typing import TypeVar
@@ -23,7 +24,7 @@ from podwire.kernel.wireguard import WireguardClient
 from podwire.model.errors import Unsupported
 from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import Link, NetState, Route, Tun, Veth, Vxlan, Wireguard
+from podwire.model.kernelstate import Address, Link, NetState, Route, Tun, Veth, Vxlan, Wireguard, WireguardPeer
 from podwire.model.nft import Data, NftSet, Ruleset, TableRef
 from podwire.model.ops import (
     AddLink,
@@ -137,6 +138,28 @@ class LinuxKernel:
         space = self._space(ns)
         return await self._off_loop(lambda: _observe(space))
 
+    async def observe_devices(self, ns: NetnsName = HOST) -> NetState:
+        space = self._space(ns)
+
+        def read() -> NetState:
+            raws, addresses = _observe_devices(space.rtnl)
+            return NetState(links=rtnlread.links(raws), addresses=addresses)
+
+        return await self._off_loop(read)
+
+    async def observe_wireguard(self, devices: Sequence[str]) -> dict[str, tuple[Wireguard, frozenset[WireguardPeer]]]:
+        space = self._space(HOST)
+
+        def read() -> dict[str, tuple[Wireguard, frozenset[WireguardPeer]]]:
+            found = {}
+            for name in devices:
+                with suppress(KernelError, Unsupported):
+                    state = space.wireguard.read(name)
+                    found[name] = state.device, frozenset(state.peers)
+            return found
+
+        return await self._off_loop(read)
+
     async def observe_nft(self, table: str, ns: NetnsName = HOST) -> Ruleset:
         space = self._space(ns)
         return await self._off_loop(lambda: space.nft.observe(table))
@@ -157,6 +180,10 @@ class LinuxKernel:
                 raise
 
         return await self._off_loop(count)
+
+    async def read_sysctl(self, key: str, ns: NetnsName = HOST) -> str:
+        fd = self._space(ns).fd
+        return (await self._off_loop(lambda: read_sysctls(fd, (key,)))).get(key, "")
 
     async def forget_flows(self, wanted: Callable[[Flow], bool], ns: NetnsName = HOST) -> int:
         space = self._space(ns)
@@ -231,12 +258,18 @@ def _carries(space: _Space, name: str) -> bool:
     return any(rtnlread.read_link(answer).running for answer in answers.values())
 
 
-def _observe(space: _Space) -> NetState:
-    sock = space.rtnl
+def _observe_devices(sock: RtnlSocket) -> tuple[list[rtnlread.RawLink], frozenset[Address]]:
     raws = [rtnlread.read_link(msg) for msg in sock.dump(rtnl.dump_links())]
     names = {raw.index: raw.name for raw in raws}
-    links = rtnlread.links(raws)
     addresses = (rtnlread.read_address(msg, names) for msg in sock.dump(rtnl.dump_addresses()))
+    return raws, frozenset(filter(None, addresses))
+
+
+def _observe(space: _Space) -> NetState:
+    sock = space.rtnl
+    raws, addresses = _observe_devices(sock)
+    names = {raw.index: raw.name for raw in raws}
+    links = rtnlread.links(raws)
     families = (rtnl.AF_INET, rtnl.AF_INET6)
     routes = (rtnlread.read_route(msg, names) for af in families for msg in sock.dump(rtnl.dump_routes(af)))
     tunnels = {raw.index: raw.name for raw in raws if isinstance(links[raw.name].kind, Vxlan)}
@@ -246,7 +279,7 @@ def _observe(space: _Space) -> NetState:
     entries = (rtnlread.read_fdb(msg, names) for index in tunnels for msg in sock.dump(rtnl.dump_fdb(index)))
     return NetState(
         links=links,
-        addresses=frozenset(filter(None, addresses)),
+        addresses=addresses,
         routes=frozenset([*filter(None, routes), *_left_by_flannel(sock, tunnels)]),
         neighbours=frozenset(filter(None, neighbours)),
         fdb=frozenset(filter(None, entries)),

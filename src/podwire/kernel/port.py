@@ -9,7 +9,7 @@ from typing import Protocol, Self
 from podwire.model.errors import PodwireError
 from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import NetState
+from podwire.model.kernelstate import NetState, Wireguard, WireguardPeer
 from podwire.model.nft import Data, NftSet, Ruleset, TableRef
 from podwire.model.ops import Applied, Plan
 
@@ -66,6 +66,15 @@ class Kernel(Protocol):
         A link without a master has `master` "", a veth whose other end is in another namespace `peer` ""."""
         ...
 
+    async def observe_devices(self, ns: NetnsName = HOST) -> NetState:
+        """Of what `observe` gives the links and their addresses alone: a millisecond, however many peers there are. A WireGuard
+        device is shown without its settings."""
+        ...
+
+    async def observe_wireguard(self, devices: Sequence[str]) -> Mapping[str, tuple[Wireguard, frozenset[WireguardPeer]]]:
+        """The settings and peers of these devices of HOST, as `observe` has them; those that are not there are left out."""
+        ...
+
     async def observe_nft(self, table: str, ns: NetnsName = HOST) -> Ruleset:
         """What the named table holds in both families; an empty ruleset where there is none."""
         ...
@@ -76,6 +85,10 @@ class Kernel(Protocol):
 
     async def count_nft(self, table: TableRef, of: NftSet) -> Mapping[bytes, tuple[Data, tuple[int, int]]]:
         """HOST's elements of the set: what each leads to, and the (packets, bytes) counted at it. Empty where there is none."""
+        ...
+
+    async def read_sysctl(self, key: str, ns: NetnsName = HOST) -> str:
+        """The present value of a switch (`net/ipv4/ip_forward`); "" for one that this kernel lacks."""
         ...
 
     async def forget_flows(self, wanted: Callable[[Flow], bool], ns: NetnsName = HOST) -> int:

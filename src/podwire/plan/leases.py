@@ -167,6 +167,13 @@ _ANNOTATIONS = ("backend-type", "backend-data", "backend-v6-data", "public-ip", 
 _READ = ("kube-subnet-manager", *_ANNOTATIONS, "public-ip-overwrite", "public-ipv6-overwrite")
 
 
+def annotation(prefix: str, name: str) -> str:
+    """An annotation's key. A prefix may have a slash of its own (`example.org/flannel`), which a name follows behind a dash."""
+    if "/" not in prefix:
+        return f"{prefix}/{name}"
+    return prefix + name if prefix.endswith(("/", "-")) else f"{prefix}-{name}"
+
+
 def encode_annotations(attrs: LeaseAttrs, families: Collection[Family], prefix: str = ANNOTATION_PREFIX) -> dict[str, str]:
     """What a node says of itself on its Node, for the families it has subnets of. Without data flannel writes `null`.
 
@@ -176,13 +183,15 @@ def encode_annotations(attrs: LeaseAttrs, families: Collection[Family], prefix: 
         told |= {"backend-data": attrs.backend_data or "null", "public-ip": str(attrs.public_ip or "0.0.0.0")}
     if Family.IPV6 in families:
         told |= {"backend-v6-data": attrs.backend_v6_data or "null", "public-ipv6": str(attrs.public_ipv6 or "::")}
-    return {f"{prefix}/{name}": value for name, value in told.items()}
+    return {annotation(prefix, name): value for name, value in told.items()}
 
 
 def lease_of_node(node: Node, prefix: str = ANNOTATION_PREFIX) -> Lease | None:
     """The lease that a Node stands for; None where it has no podCIDR yet or flannel's manager does not serve it."""
     told = node.metadata.annotations
-    return _lease_of_node(node.metadata.name, _cidr_texts(node), tuple(told.get(f"{prefix}/{name}", "") for name in _READ))
+    return _lease_of_node(
+        node.metadata.name, _cidr_texts(node), tuple(told.get(annotation(prefix, name), "") for name in _READ)
+    )
 
 
 def told_addresses(node: Node, attrs: LeaseAttrs, prefix: str = ANNOTATION_PREFIX) -> LeaseAttrs:
@@ -190,9 +199,17 @@ def told_addresses(node: Node, attrs: LeaseAttrs, prefix: str = ANNOTATION_PREFI
     told = node.metadata.annotations
     return replace(
         attrs,
-        public_ip=_address(IPv4Address, told.get(f"{prefix}/public-ip-overwrite", "")) or attrs.public_ip,
-        public_ipv6=_address(IPv6Address, told.get(f"{prefix}/public-ipv6-overwrite", "")) or attrs.public_ipv6,
+        public_ip=_address(IPv4Address, told.get(annotation(prefix, "public-ip-overwrite"), "")) or attrs.public_ip,
+        public_ipv6=_address(IPv6Address, told.get(annotation(prefix, "public-ipv6-overwrite"), "")) or attrs.public_ipv6,
     )
+
+
+def forced_addresses(node: Node, prefix: str = ANNOTATION_PREFIX) -> tuple[IPAddress, ...]:
+    """The addresses that a node's operator wrote on its Node for the node to use as its public ones, whatever it finds."""
+    told = node.metadata.annotations
+    four = _address(IPv4Address, told.get(annotation(prefix, "node-public-ip"), ""))
+    six = _address(IPv6Address, told.get(annotation(prefix, "node-public-ipv6"), ""))
+    return tuple(address for address in (four, six) if address is not None)
 
 
 @lru_cache(maxsize=REMEMBERED)

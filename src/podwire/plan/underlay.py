@@ -7,7 +7,7 @@ As flannel chooses: `--iface` (names or addresses) before `--iface-regex`, each 
 import ipaddress
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from podwire.model.addr import Family, IPAddress, IPInterface, family_of
 from podwire.model.errors import InvalidInput
@@ -57,6 +57,17 @@ def choose_underlay(
     public = {family_of(i): i.ip for i in interfaces} | {family_of(address): address for address in wish.public}
     told = tuple(public[family] for family in Family if family in public)
     return Underlay(device=link.name, mtu=link.mtu or 1500, interfaces=interfaces, public=told)
+
+
+def follow_underlay(current: Underlay, state: NetState) -> Underlay | None:
+    """The underlay as it is now; None where the interface does not have its addresses any more and one has to be chosen anew.
+
+    Others that it got meanwhile are no reason to move: peers know the old one."""
+    link = state.links.get(current.device)
+    held = {address.interface for address in state.addresses if address.dev == current.device}
+    if link is None or not held.issuperset(current.interfaces):
+        return None
+    return replace(current, mtu=link.mtu or 1500)
 
 
 Found = tuple[Link, tuple[IPInterface, ...]]

@@ -11,7 +11,7 @@ from typing import Self
 from podwire.kernel.port import KernelError, KernelEvent
 from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
-from podwire.model.kernelstate import Address, FdbEntry, Link, Neighbour, NetState, Route, Veth
+from podwire.model.kernelstate import Address, FdbEntry, Link, Neighbour, NetState, Route, Veth, Wireguard, WireguardPeer
 from podwire.model.nft import Data, NftConflict, NftSet, Ruleset, TableRef
 from podwire.model.ops import (
     AddAddress,
@@ -95,6 +95,19 @@ class FakeKernel:
     async def observe(self, ns: NetnsName = HOST) -> NetState:
         return self._attached_space(ns).state()
 
+    async def observe_devices(self, ns: NetnsName = HOST) -> NetState:
+        state = self._attached_space(ns).state()
+        return NetState(links=state.links, addresses=state.addresses)
+
+    async def observe_wireguard(self, devices: Sequence[str]) -> dict[str, tuple[Wireguard, frozenset[WireguardPeer]]]:
+        state = self.host.state()
+        kinds = {name: link.kind for name, link in state.links.items() if name in devices}
+        return {
+            name: (kind, frozenset(peer for peer in state.wireguard if peer.dev == name))
+            for name, kind in kinds.items()
+            if isinstance(kind, Wireguard)
+        }
+
     async def observe_nft(self, table: str, ns: NetnsName = HOST) -> Ruleset:
         return self._attached_space(ns).ruleset.only(table)
 
@@ -109,6 +122,9 @@ class FakeKernel:
         held = self.host.ruleset.tables.get(table)
         found = held.sets.get(of.name) if held else None
         return found.elements if found else {}
+
+    async def read_sysctl(self, key: str, ns: NetnsName = HOST) -> str:
+        return self._attached_space(ns).sysctls.get(key, "")
 
     async def forget_flows(self, wanted: Callable[[Flow], bool], ns: NetnsName = HOST) -> int:
         space = self._attached_space(ns)

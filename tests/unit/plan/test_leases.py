@@ -18,6 +18,7 @@ from podwire.plan.leases import (
     decode_lease,
     encode_annotations,
     encode_attrs,
+    forced_addresses,
     lease_of_node,
     overlap,
     parse_subnet_key,
@@ -231,3 +232,30 @@ networks = st.one_of(
 def test_overlap_is_what_ipaddress_says(one: IPNetwork, other: IPNetwork) -> None:
     assert overlap(one, other) == (one.version == other.version and one.overlaps(other))
     assert overlap(one, one.supernet() if one.prefixlen else one)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "key"),
+    [
+        ("example.org", "example.org/public-ip"),
+        ("example.org/", "example.org/public-ip"),
+        ("example.org/net", "example.org/net-public-ip"),
+        ("example.org/net-", "example.org/net-public-ip"),
+    ],
+)
+def test_a_prefix_may_have_a_slash_of_its_own(prefix: str, key: str) -> None:
+    attrs = GOLDEN["vxlan"][0]
+    told = encode_annotations(attrs, [Family.IPV4], prefix)
+    assert told[key] == str(attrs.public_ip)
+    read = lease_of_node(node(told, "10.5.34.0/24"), prefix)
+    assert read is not None
+    assert read.attrs == attrs
+
+
+def test_a_node_is_told_its_public_addresses() -> None:
+    told = {
+        "flannel.alpha.coreos.com/node-public-ip": "203.0.113.9",
+        "flannel.alpha.coreos.com/node-public-ipv6": "2001:db8::9",
+    }
+    assert forced_addresses(node(told)) == (IPv4Address("203.0.113.9"), IPv6Address("2001:db8::9"))
+    assert forced_addresses(node({"flannel.alpha.coreos.com/node-public-ip": "?"})) == ()

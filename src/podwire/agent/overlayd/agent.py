@@ -2,21 +2,27 @@
 
     configuration → underlay → back end → lease → own devices, files, rules → peers; and repair, from then on
 
+What it was told and found (configuration, underlay, back end) is a `Setup`. When another one is called for, the agent lives on,
+and takes the host over once more, as an agent that starts would.
+
 An agent that ends takes nothing with it: devices, routes and rules stay, pods go on, and the next agent adopts them.
 """
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address
 from pathlib import Path
 from random import Random
 
 from podwire.agent.health import Health
-from podwire.agent.overlayd.files import docker_options, subnet_env, wireguard_keys, write_atomically
+from podwire.agent.overlayd.files import docker_options, subnet_env, write_atomically
 from podwire.agent.overlayd.host import Host
 from podwire.agent.overlayd.rules import ForwardRules, MasqueradeRules
+from podwire.agent.overlayd.setup import Setup, SetupMaker
 from podwire.agent.overlayd.status import OverlayStatus
+from podwire.agent.overlayd.surroundings import Surroundings
 from podwire.agent.overlayd.tunnelkeeper import TunnelKeeper
 from podwire.agent.peers import PeerSync
 from podwire.agent.plumbing import Plumbing, PlumbingError
@@ -26,13 +32,12 @@ from podwire.client.backoff import Backoff
 from podwire.kernel.port import Kernel, KernelError
 from podwire.model.addr import Family, IPAddress, IPNetwork
 from podwire.model.kernelstate import NetState
-from podwire.model.netconf import NetConfig, WireguardBackend
 from podwire.model.ops import DelLink
-from podwire.plan.backends import Backend, UdpTunnel, Underlay, make_backend
+from podwire.plan.backends import UdpTunnel
 from podwire.plan.ipmasq import masquerade_rules, no_rules
 from podwire.plan.leases import Lease
-from podwire.plan.overlayhost import in_the_way, plan_overlay_host, switches_to_read
-from podwire.plan.underlay import Routing, Wish, choose_underlay
+from podwire.plan.overlayhost import in_the_way
+from podwire.plan.underlay import Wish
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +46,8 @@ log = logging.getLogger(__name__)
 class OverlayOptions:
     """What the command line says. node: the name from which a VXLAN device's MAC follows.
 
-    can_reach: choose the interface that leads there. docker_file: None for none. resync: seconds between looks at iptables."""
+    can_reach: choose the interface that leads there. docker_file: None for none. resync: seconds between looks at iptables.
+    blackhole: what goes to an own subnet that no device has is dropped."""
 
     node: str
     wish: Wish = field(default_factory=Wish)
@@ -50,6 +56,7 @@ class OverlayOptions:
     fully_random: bool = True
     forward_rules: bool = True
     resync: float = 5.0
+    blackhole: bool = False
     subnet_file: Path = Path("/run/flannel/subnet.env")
     docker_file: Path | None = None
     wireguard_key: Path = Path("/run/flannel/wgkey")
@@ -67,13 +74,23 @@ class OverlayAgent:
         self._plumbing = Plumbing(kernel)
         self._peers = PeerSync(self._plumbing)
         self._masquerade = MasqueradeRules(kernel, self._health, self._rng)
-        self._own_changed = asyncio.Event()
+        self._maker = SetupMaker(
+            host=host,
+            node=options.node,
+            wish=options.wish,
+            can_reach=options.can_reach,
+            wireguard_key=options.wireguard_key,
+        )
+        self._surroundings = Surroundings(self._maker, kernel, subnets, self._health, self._turn_to)
+        self._setup: Setup | None = None
+        self._next: Setup | None = None
+        """The one that there should be instead."""
+        self._changed = asyncio.Event()
+        """The own lease, or `_next`."""
         self._ready = asyncio.Event()
         self._refused: dict[str, str] = {}
-        self._backend: Backend | None = None
-        self._underlay: Underlay | None = None
         self._tunnel: TunnelKeeper | None = None
-        self._switches: dict[str, str] = {}
+        self._mtu = 0
 
     async def ready(self) -> None:
         """Returns once the node's network is programmed and the files are written for the first time."""
@@ -88,7 +105,7 @@ class OverlayAgent:
         own = self._subnets.own
         return OverlayStatus(
             node=self._options.node,
-            backend=self._backend.type if self._backend else "",
+            backend=self._setup.backend.type if self._setup else "",
             programmed=self._ready.is_set(),
             holding=own.holding,
             why=own.why,
@@ -105,56 +122,77 @@ class OverlayAgent:
         config = await self._subnets.network_config()
         for warning in config.warnings:
             log.warning("%s", warning)
-        self._host.require(config.backend.type)
-        self._underlay = underlay = self._choose(config, await self._kernel.observe())
-        log.info("interface %s with %s", underlay.device, ", ".join(str(i) for i in underlay.interfaces))
-        self._backend = backend = self._make_backend(config, underlay)
-        self._switches = {key: self._host.read_switch(key) for key in switches_to_read(underlay)}
-        if isinstance(backend, UdpTunnel):
-            local = underlay.local(Family.IPV4)
-            assert isinstance(local, IPv4Address)
-            self._tunnel = TunnelKeeper(self._host, backend, local, self._health, self._rng)
-        lease = await self._subnets.acquire(backend.attrs())
-        log.info("leased %s", ", ".join(map(str, lease.subnets)))
+        setup = self._maker.make(config, await self._kernel.observe_devices())
+        log.info("interface %s with %s", setup.underlay.device, _words(setup.underlay.interfaces))
+        self._use(setup)
+        lease = await self._subnets.acquire(setup.backend.attrs())
+        log.info("leased %s", _words(lease.subnets))
         self._subnets.subscribe(self)
-        await self._adopt(config, lease.subnets)
-        repair = Repair(self._kernel, self._plumbing, self._masquerade, self._health, self._rng)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._subnets.run())
-            group.create_task(repair.run())
-            group.create_task(self._peers.run(repair))
-            group.create_task(self._masquerade.run())
+            group.create_task(self._follow_surroundings())
+            telling: asyncio.Task[None] | None = None
+            while True:
+                following = await self._live(setup)
+                log.warning("the host is set up anew: %s", _difference(setup, following))
+                if following.backend.attrs() != setup.backend.attrs():
+                    if telling is not None:
+                        telling.cancel()
+                    telling = group.create_task(self._subnets.update(following.backend.attrs()))
+                setup = following
+                self._use(setup)
+                for node, peer in self._subnets.peers.items():
+                    self.peer_changed(node, peer)
+
+    def _use(self, setup: Setup) -> None:
+        self._setup, self._next = setup, None
+        self._ready.clear()
+        self._refused.clear()
+        self._surroundings.in_use(setup)
+        self._tunnel = None
+        if isinstance(setup.backend, UdpTunnel):
+            local = setup.underlay.local(Family.IPV4)
+            assert isinstance(local, IPv4Address)
+            self._tunnel = TunnelKeeper(self._host, setup.backend, local, self._health, self._rng)
+
+    async def _follow_surroundings(self) -> None:
+        await self._ready.wait()
+        await self._surroundings.run()
+
+    def _turn_to(self, setup: Setup) -> None:
+        self._next = setup
+        self._changed.set()
+
+    async def _live(self, setup: Setup) -> Setup:
+        """Take the host over with this setup and keep it so; returns the one that is called for next."""
+        own = self._subnets.own.lease
+        assert own is not None, "acquire has returned"
+        following = await self._adopt(setup, own.subnets)
+        if following is not None:
+            return following
+        repair = Repair(self._kernel, self._plumbing, self._masquerade, self._health, self._rng, self._surroundings.heard)
+        async with asyncio.TaskGroup() as life:
+            work = [repair.run(), self._peers.run(repair), self._masquerade.run()]
             if self._options.forward_rules:
-                rules = ForwardRules(self._host.run_command, config.networks, self._health, self._options.resync)
-                group.create_task(rules.run())
+                networks = setup.config.networks
+                work.append(ForwardRules(self._host.run_command, networks, self._health, self._options.resync).run())
             if self._tunnel is not None:
-                group.create_task(self._tunnel.run())
+                work.append(self._tunnel.run())
+            tasks = [life.create_task(one) for one in work]
             await self._masquerade.programmed()
             self._ready.set()
-            await self._follow_own(config, lease.subnets, repair)
+            self._surroundings.look()
+            following = await self._follow_own(setup, own.subnets, repair)
+            for task in tasks:
+                task.cancel()
+        return following
 
-    # --- at start -------------------------------------------------------------------------------------------------
+    # --- taking over ----------------------------------------------------------------------------------------------
 
-    def _choose(self, config: NetConfig, state: NetState) -> Underlay:
-        options, families = self._options, config.families
-        all_needed = not (isinstance(config.backend, WireguardBackend) and config.backend.mode != "separate")
-        if options.can_reach is not None and not (options.wish.names or options.wish.patterns):
-            source = self._host.source_towards(options.can_reach)
-            wish = Wish(names=(str(source),) if source else (f"towards {options.can_reach}",), public=options.wish.public)
-            return choose_underlay(state, wish, Routing(devices={}), families, all_needed=all_needed)
-        devices = {family: self._host.default_device(family) for family in families}
-        sources = (self._host.source_towards(_elsewhere(family)) for family in families)
-        routing = Routing(devices=devices, sources=tuple(filter(None, sources)))
-        return choose_underlay(state, options.wish, routing, families, all_needed=all_needed)
-
-    def _make_backend(self, config: NetConfig, underlay: Underlay) -> Backend:
-        keys = wireguard_keys(self._options.wireguard_key) if isinstance(config.backend, WireguardBackend) else None
-        return make_backend(config, underlay, self._options.node, keys)
-
-    async def _adopt(self, config: NetConfig, subnets: tuple[IPNetwork, ...]) -> None:
-        """Take the host over as it is; tries until the kernel agrees."""
+    async def _adopt(self, setup: Setup, subnets: tuple[IPNetwork, ...]) -> Setup | None:
+        """Take the host over as it is; tries until the kernel agrees, or (returned) another setup is called for."""
         backoff = Backoff(self._rng, initial=0.1, maximum=10.0)
-        base = self._base(subnets)
+        base = setup.base(subnets, blackhole=self._options.blackhole)
         while True:
             started = asyncio.get_running_loop().time()
             known = self._peers.wanted()
@@ -166,80 +204,93 @@ class OverlayAgent:
                 delay = backoff.next()
                 log.warning("the node cannot be programmed: %s; again in %.2f s", error, delay)
                 await asyncio.sleep(delay)
+                self._surroundings.look()
+                if self._next is not None:
+                    return self._next
                 continue
             self._health.works("links")
             self._peers.adopted(known)
-            self._write(config, subnets)
+            self._write(setup, subnets)
             log.info("this host and %d peers programmed in %.3f s", len(known), asyncio.get_running_loop().time() - started)
-            return
+            return None
 
     async def _clear_the_way(self, base: NetState) -> None:
-        strangers = in_the_way(base, await self._kernel.observe())
+        strangers = in_the_way(base, await self._kernel.observe_devices())
         for link in strangers:
             log.warning("%s was made by somebody else with other settings: it is made anew", link.name)
         if strangers:
             await self._kernel.apply(tuple(DelLink(link.name) for link in strangers))
 
-    # --- the own lease --------------------------------------------------------------------------------------------
-
-    def _base(self, subnets: tuple[IPNetwork, ...]) -> NetState:
-        assert self._backend is not None
-        assert self._underlay is not None
-        return plan_overlay_host(self._backend, self._underlay, subnets, self._switches)
-
-    def _write(self, config: NetConfig, subnets: tuple[IPNetwork, ...]) -> None:
+    def _write(self, setup: Setup, subnets: tuple[IPNetwork, ...]) -> None:
         """The rules and files that follow from the node's subnets."""
-        assert self._backend is not None
-        options, mtu = self._options, self._backend.mtu
-        wanted = masquerade_rules(config.networks, subnets, fully_random=options.fully_random)
+        options, networks, mtu = self._options, setup.config.networks, setup.backend.mtu
+        if self._mtu and mtu != self._mtu:
+            log.warning("pods that are made from now on have an MTU of %d, not %d; the others keep theirs", mtu, self._mtu)
+        self._mtu = mtu
+        wanted = masquerade_rules(networks, subnets, fully_random=options.fully_random)
         self._masquerade.set(wanted if options.masquerade else no_rules())
-        write_atomically(options.subnet_file, subnet_env(config.networks, subnets, mtu, masquerade=options.masquerade))
+        write_atomically(options.subnet_file, subnet_env(networks, subnets, mtu, masquerade=options.masquerade))
         if options.docker_file is not None:
             write_atomically(options.docker_file, docker_options(subnets, mtu, masquerade=options.masquerade))
 
-    async def _follow_own(self, config: NetConfig, subnets: tuple[IPNetwork, ...], repair: Repair) -> None:
+    # --- the own lease --------------------------------------------------------------------------------------------
+
+    async def _follow_own(self, setup: Setup, subnets: tuple[IPNetwork, ...], repair: Repair) -> Setup:
         """When the lease is lost and another one got, the node's own devices follow; its pods keep their addresses until
-        they are made anew."""
+        they are made anew. Returns the setup that is called for next."""
         while True:
-            await self._own_changed.wait()
-            self._own_changed.clear()
+            if self._next is not None:
+                return self._next
+            await self._changed.wait()
+            self._changed.clear()
             held = self._subnets.own.held
             if held is None or held.subnets == subnets:
                 continue
             log.warning("this node has other subnets now: %s instead of %s", _words(held.subnets), _words(subnets))
             subnets = held.subnets
             try:
-                await self._plumbing.set_base(self._base(subnets))
+                await self._plumbing.set_base(setup.base(subnets, blackhole=self._options.blackhole))
             except (PlumbingError, KernelError) as error:
                 log.warning("%s; left to repair", error)
                 repair.request_check()
-            self._write(config, subnets)
+            self._write(setup, subnets)
+            self._surroundings.lease_changed()
 
     # --- told by the subnet manager -------------------------------------------------------------------------------
 
     def own_changed(self, own: OwnLease) -> None:
         if own.holding is Holding.LAPSED:
             log.warning("this node's lease is not held any more: %s", own.why)
-        self._own_changed.set()
+        self._changed.set()
 
     def peer_changed(self, node: str, lease: Lease | None) -> None:
-        assert self._backend is not None
-        objection = self._backend.objection(lease) if lease else ""
+        assert self._setup is not None
+        backend = self._setup.backend
+        objection = backend.objection(lease) if lease else ""
         if objection and self._refused.get(node) != objection:
             log.warning("peer %s is left out: %s", node, objection)
         if objection:
             self._refused[node] = objection
         else:
             self._refused.pop(node, None)
-        self._peers.set(node, self._backend.plan_lease(lease) if lease else NetState())
+        self._peers.set(node, backend.plan_lease(lease) if lease else NetState())
         if self._tunnel is not None:
             self._tunnel.set_peer(node, lease)
 
 
-def _elsewhere(family: Family) -> IPAddress:
-    """Addresses for documentation: whoever asks how they are reached learns of the default route."""
-    return IPv4Address("192.0.2.1") if family is Family.IPV4 else IPv6Address("2001:db8::1")
+def _difference(before: Setup, after: Setup) -> str:
+    """What is other than it was."""
+    words = []
+    if before.underlay.device != after.underlay.device:
+        words.append(f"interface {after.underlay.device} instead of {before.underlay.device}")
+    if before.underlay.interfaces != after.underlay.interfaces:
+        words.append(f"addresses {_words(after.underlay.interfaces)} instead of {_words(before.underlay.interfaces)}")
+    if before.underlay.mtu != after.underlay.mtu:
+        words.append(f"the interface's MTU is {after.underlay.mtu}, not {before.underlay.mtu}")
+    if before.config != after.config:
+        words.append(f"the network configuration has changed (back end {after.backend.type})")
+    return ", ".join(words)
 
 
-def _words(subnets: tuple[IPNetwork, ...]) -> str:
-    return ", ".join(map(str, subnets))
+def _words(things: Iterable[object]) -> str:
+    return ", ".join(map(str, things))

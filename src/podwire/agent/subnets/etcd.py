@@ -9,7 +9,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from dataclasses import replace
 from math import inf
 from random import Random
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from podwire.client.etcdmessages import EtcdCompacted, EtcdError, EtcdEvent
 from podwire.model.addr import IPNetwork
 from podwire.model.errors import InvalidInput, Unsupported
 from podwire.model.netconf import NetConfig, parse_net_config
-from podwire.plan.leasechoice import Create, Remove, Reuse, StoredLease, SubnetsExhausted, choose, conflict
+from podwire.plan.leasechoice import Create, Remove, Reuse, StoredLease, SubnetsExhausted, choose, conflict, fits
 from podwire.plan.leases import Lease, LeaseAttrs
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,9 @@ class EtcdSubnets:
         self._strangers: frozenset[int] = frozenset()
         self._peers: dict[str, Lease] = {}
         self._revision = 0
+        self._config_text: bytes | None = None
+        self._config_revision = 0
+        """The configuration as it was read last, and when."""
         self._listeners: list[SubnetListener] = []
         self._told = OwnLease()
         self._changed = asyncio.Event()
@@ -84,7 +88,7 @@ class EtcdSubnets:
         if self._lease is None:
             return OwnLease(why=self._why)
         if self._stored is not None and self._clock() < self._deadline:
-            return OwnLease(self._lease, Holding.HELD)
+            return OwnLease(self._lease, Holding.HELD, until=self._deadline)
         return OwnLease(self._lease, Holding.LAPSED, self._why or "it ran out, and etcd did not answer in time to renew it")
 
     @property
@@ -100,16 +104,53 @@ class EtcdSubnets:
 
     async def network_config(self) -> NetConfig:
         backoff = Backoff(self._rng, initial=0.2, maximum=10.0)
-        where = f"{self._registry.prefix}/config"
         while True:
             try:
-                text = await self._registry.config()
+                text, self._config_revision = await self._registry.config_at()
             except EtcdError as error:
                 await self._wait(backoff, f"the network configuration cannot be read: {error}")
                 continue
             if text is not None:
-                return parse_net_config(text, source=f"etcd key {where}")
-            await self._wait(backoff, f"there is no network configuration yet in etcd: put one at {where}")
+                self._config_text = text
+                return self._parsed(text)
+            await self._wait(
+                backoff, f"there is no network configuration yet in etcd: put one at {self._registry.prefix}/config"
+            )
+
+    async def next_config(self) -> NetConfig:
+        backoff = Backoff(self._rng, initial=0.5, maximum=10.0)
+        while True:
+            try:
+                await self._config_touched()
+                text, self._config_revision = await self._registry.config_at()
+            except EtcdCompacted:
+                self._config_revision = 0
+                continue
+            except EtcdError as error:
+                log.warning("the network configuration cannot be watched: %s", error)
+                await asyncio.sleep(backoff.next())
+                continue
+            if text is None:
+                log.warning("the network configuration was deleted from etcd: this node goes on with what it said")
+            elif text != self._config_text:
+                self._config_text = text
+                return self._parsed(text)
+
+    async def _config_touched(self) -> None:
+        """Wait until somebody has written the configuration, or so long that it should be read again anyway."""
+        if not self._config_revision:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(QUIET), aclosing(self._registry.watch_config(self._config_revision)) as changes:
+                async for change in changes:
+                    if change.events:
+                        return
+
+    def _parsed(self, text: bytes) -> NetConfig:
+        return parse_net_config(text, source=f"etcd key {self._registry.prefix}/config")
+
+    def suits(self, config: NetConfig) -> bool:
+        return self._lease is None or fits(config, self._lease.subnets)
 
     # --- getting a lease ------------------------------------------------------------------------------------------
 
@@ -141,7 +182,7 @@ class EtcdSubnets:
         text = await self._registry.config()
         if text is None:
             raise InvalidInput(f"there is no network configuration in etcd at {self._registry.prefix}/config: put one there")
-        config = parse_net_config(text, source=f"etcd key {self._registry.prefix}/config")
+        config = self._parsed(text)
         seen = await self._registry.list()
         await self._registry.settle(seen)
         match choose(config, seen.leases, self._attrs, self._last, self._rng.randrange, self._strangers):
@@ -184,6 +225,34 @@ class EtcdSubnets:
             group.create_task(self._keep())
             group.create_task(self._tell_when_it_lapses())
             group.create_task(self._follow())
+
+    async def update(self, attrs: LeaseAttrs) -> None:
+        self._attrs = attrs
+        backoff = Backoff(self._rng, initial=0.1, maximum=10.0)
+        while self._stored is not None and not self._says(attrs):
+            stored = self._stored
+            try:
+                now = await self._registry.rewrite(stored, attrs) or await self._registry.current(stored)
+            except EtcdError as error:
+                self.counters.renew_failures += 1
+                delay = backoff.next()
+                log.warning(
+                    "lease %s cannot say how this node is reached: %s; again in %.1f s", stored.lease.node, error, delay
+                )
+                await asyncio.sleep(delay)
+                continue
+            own = self._stored
+            if now is not None and own is not None and own.created == now.created and own.modified < now.modified:
+                self._stored = now
+            elif own is stored:
+                await asyncio.sleep(backoff.next())  # it is lost, and the watch, or the next renewal, will say so
+        if self._stored is not None and self._lease is not None:
+            self._lease = self._stored.lease
+            log.info("lease %s says %s now", self._lease.node, attrs.public_ip or attrs.public_ipv6)
+            self._announce()
+
+    def _says(self, attrs: LeaseAttrs) -> bool:
+        return self._stored is not None and replace(self._stored.lease.attrs, extra=()) == attrs
 
     async def release(self) -> None:
         stored, self._released = self._stored, True
@@ -323,7 +392,8 @@ class EtcdSubnets:
             self._lose("its key was deleted, or it ran out")
             return
         theirs = stored.lease.attrs
-        if stored.lease_id == own.lease_id != 0 or (stored.lease_id == 0 and theirs == own.lease.attrs):
+        as_we_say = theirs == own.lease.attrs or replace(theirs, extra=()) == self._attrs
+        if stored.lease_id == own.lease_id != 0 or (stored.lease_id == 0 and as_we_say):
             self._stored = stored
             if stored.lease_id == 0:
                 self._hold_until(inf)  # somebody made it a reservation

@@ -4,7 +4,7 @@ in flannel's annotations there. Somebody else (the node IPAM controller) sees to
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from random import Random
 from types import MappingProxyType
 
@@ -22,6 +22,7 @@ from podwire.plan.leases import (
     ANNOTATION_PREFIX,
     Lease,
     LeaseAttrs,
+    annotation,
     encode_annotations,
     lease_of_node,
     pod_cidrs,
@@ -30,12 +31,15 @@ from podwire.plan.leases import (
 
 log = logging.getLogger(__name__)
 
+REREAD_SECONDS = 5.0
+"""How often the configuration's file is looked at: a mounted ConfigMap is replaced in a way that tells nobody."""
+
 
 class KubeSubnets:
     """See `port.SubnetManager`. The informer is the caller's to run: it has all Nodes.
 
-    config: what flannel reads from net-conf.json. client: with it the node's annotations are written, where they are not so
-    already; None: somebody else does that. prefix: of the annotations."""
+    config: what flannel reads from net-conf.json; reread: reads it anew, raising as `parse_net_config`. client: with it the
+    node's annotations are written, where they are not so already; None: somebody else does that. prefix: of the annotations."""
 
     def __init__(
         self,
@@ -46,8 +50,9 @@ class KubeSubnets:
         client: ApiClient | None = None,
         prefix: str = ANNOTATION_PREFIX,
         rng: Random | None = None,
+        reread: Callable[[], NetConfig] | None = None,
     ) -> None:
-        self._nodes, self._node, self._config = nodes, node, config
+        self._nodes, self._node, self._config, self._reread = nodes, node, config, reread
         self._client, self._prefix = client, prefix
         self._rng = rng or Random()
         self._attrs: LeaseAttrs | None = None
@@ -56,6 +61,8 @@ class KubeSubnets:
         self._listeners: list[SubnetListener] = []
         self._own_changed = asyncio.Event()
         self._released = False
+        self._refused = False
+        """Whether the configuration, when it was reread last, was none."""
         self.counters = SubnetCounters()
         nodes.subscribe(self._changed)
 
@@ -77,6 +84,22 @@ class KubeSubnets:
     async def network_config(self) -> NetConfig:
         return self._config
 
+    async def next_config(self) -> NetConfig:
+        if self._reread is None:
+            await asyncio.Event().wait()  # nobody says another one
+        assert self._reread is not None
+        while True:
+            await asyncio.sleep(REREAD_SECONDS)
+            refused, self._refused = self._refused, True
+            config = self._reread()
+            self._refused = False
+            if config != self._config or refused:
+                self._config = config
+                return config
+
+    def suits(self, config: NetConfig) -> bool:
+        return self._own.lease is None or not _outside(config, self._own.lease.subnets)
+
     async def acquire(self, attrs: LeaseAttrs) -> Lease:
         self._attrs = attrs
         await self._nodes.synced()
@@ -91,6 +114,11 @@ class KubeSubnets:
             log.warning("node %s: %s; waiting", self._node, self._own.why)
             await self._own_changed.wait()
 
+    async def update(self, attrs: LeaseAttrs) -> None:
+        self._attrs = attrs
+        self._read_own(self._nodes.get(ObjectKey("", self._node)))
+        self._own_changed.set()  # `run` writes it
+
     async def run(self) -> None:
         while True:
             await self._own_changed.wait()
@@ -104,7 +132,7 @@ class KubeSubnets:
         """Peers forget the node with its annotations; its subnets stay the Node's."""
         self._released = True
         if self._client is not None:
-            patch = {"metadata": {"annotations": {f"{self._prefix}/kube-subnet-manager": None}}}
+            patch = {"metadata": {"annotations": {annotation(self._prefix, "kube-subnet-manager"): None}}}
             await self._client.patch(NODES, self._node, patch, subresource="status", kind=PatchKind.STRATEGIC)
 
     # --- this node ------------------------------------------------------------------------------------------------
@@ -120,25 +148,20 @@ class KubeSubnets:
         elif not cidrs:
             why = "its Node has no podCIDR yet"
         else:
-            why = self._outside(cidrs)
+            why = _outside(self._config, cidrs)
         if not why:
             own = OwnLease(Lease(self._node, cidrs, attrs), Holding.HELD)
         else:
             own = OwnLease(before, Holding.LAPSED if before else Holding.NONE, why)
         if own == self._own:
             return
-        self.counters.acquired += own.holding is Holding.HELD
+        self.counters.acquired += own.held is not None and (
+            self._own.held is None or own.held.subnets != self._own.held.subnets
+        )
         self.counters.lost += own.holding is Holding.LAPSED and self._own.holding is Holding.HELD
         self._own = own
         for listener in self._listeners:
             listener.own_changed(own)
-
-    def _outside(self, cidrs: tuple[IPNetwork, ...]) -> str:
-        for cidr in cidrs:
-            network = self._config.network(family_of(cidr))
-            if network is not None and not _within(cidr, network):
-                return f"its podCIDR {cidr} lies outside the network {network}: give both the same range"
-        return ""
 
     async def _tell(self, node: Node, lease: Lease) -> None:
         """Write the annotations until they are there."""
@@ -186,6 +209,15 @@ class KubeSubnets:
 def _says_the_same(old: Node, new: Node) -> bool:
     """Whether nothing that peers read has changed: most changes of Nodes are heartbeats, and each reaches every node."""
     return old.spec == new.spec and old.metadata.annotations == new.metadata.annotations
+
+
+def _outside(config: NetConfig, cidrs: tuple[IPNetwork, ...]) -> str:
+    """Why a Node with these podCIDRs cannot be used; empty where it can."""
+    for cidr in cidrs:
+        network = config.network(family_of(cidr))
+        if network is not None and not _within(cidr, network):
+            return f"its podCIDR {cidr} lies outside the network {network}: give both the same range"
+    return ""
 
 
 def _within(cidr: IPNetwork, network: IPNetwork) -> bool:

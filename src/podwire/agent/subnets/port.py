@@ -1,7 +1,7 @@
 """What every subnet manager offers: the network's configuration, a lease for this node, and the peers' leases, kept true.
 
     manager = EtcdSubnets(client, …)                       or KubeSubnets(…)
-    config = await manager.network_config()
+    config = await manager.network_config()                and `next_config` for each later one
     manager.subscribe(listener)                            peers that are known already are told at once
     lease = await manager.acquire(attrs)
     await manager.run()                                    until cancelled
@@ -13,7 +13,8 @@ by itself, the same subnets if nobody else has them, and tells.
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol
 
 from podwire.model.netconf import NetConfig
@@ -30,11 +31,13 @@ class Holding(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class OwnLease:
-    """This node's lease. `lease` stays when it lapses: it is what the node's pods still have. `why`: the reason, for people."""
+    """This node's lease. `lease` stays when it lapses: it is what the node's pods still have. `why`: the reason, for people.
+    `until`: when it runs out if nobody renews it, in seconds since boot (CLOCK_BOOTTIME); to look at, not told as a change."""
 
     lease: Lease | None = None
     holding: Holding = Holding.NONE
     why: str = ""
+    until: float = field(default=inf, compare=False)
 
     @property
     def held(self) -> Lease | None:
@@ -81,12 +84,26 @@ class SubnetManager(Protocol):
         """The configuration; waits until there is one. Raises InvalidInput or Unsupported for one that cannot be used."""
         ...
 
+    async def next_config(self) -> NetConfig:
+        """Waits until the configuration is another than was read last, and returns it. Raises as `network_config` does, perhaps
+        more than once for the same; after that the next good one is returned, whichever it is."""
+        ...
+
+    def suits(self, config: NetConfig) -> bool:
+        """Whether this node's lease, if it has one, would be kept under that configuration."""
+        ...
+
     def subscribe(self, listener: SubnetListener) -> None:
         """Tell the listener what is known now, and every change from then on."""
         ...
 
     async def acquire(self, attrs: LeaseAttrs) -> Lease:
         """Get this node its lease and say `attrs` of it; tries until it has one. The peers known by then have been told."""
+        ...
+
+    async def update(self, attrs: LeaseAttrs) -> None:
+        """Say other `attrs` of this node from now on; tries until that is told, or there is no lease of which to tell it (the
+        next one will). For another task than the one that is in `run`."""
         ...
 
     async def run(self) -> None:

@@ -85,13 +85,21 @@ class LeaseRegistry:
         self.prefix = prefix.rstrip("/")
         self._etcd, self._ttl, self._clock = etcd, ttl, clock
         self._subnets = f"{self.prefix}/subnets/"
+        self._config = f"{self.prefix}/config"
         self._doubtful: set[int] = set()
         """Leases granted for writes of which nobody knows whether they happened, or will."""
 
     async def config(self) -> bytes | None:
         """The network configuration's text; None where there is none."""
-        kv = await self._etcd.get(f"{self.prefix}/config")
-        return kv.value if kv else None
+        return (await self.config_at())[0]
+
+    async def config_at(self) -> tuple[bytes | None, int]:
+        """The same, with the revision at which it was so."""
+        page = await self._etcd.range(ReadKeys(key=self._config))
+        return (page.kvs[0].value if page.kvs else None), page.header.revision
+
+    def watch_config(self, after_revision: int) -> AsyncGenerator[WatchResponse, None]:
+        return self._etcd.watch(self._config, start_revision=after_revision + 1)
 
     async def list(self) -> Snapshot:
         page = await self._etcd.range(ReadKeys(key=self._subnets, prefix=True))
@@ -172,10 +180,26 @@ class LeaseRegistry:
             except EtcdLeaseNotFound:
                 return None
         # The etcd lease may outlive our hold on the key: somebody can have written over it.
+        if await self.current(stored) is None:
+            return None
+        return self._deadline(since, ttl) if stored.lease_id else inf
+
+    async def rewrite(self, stored: StoredLease, attrs: LeaseAttrs) -> StoredLease | None:
+        """Say other attributes of a lease of ours, whose time goes on. None: it was changed meanwhile (see `current`)."""
+        attrs = replace(attrs, extra=stored.lease.attrs.extra)
+        key = self._subnets + stored.lease.node
+        write = PutKey(key, encode_attrs(attrs), stored.lease_id)
+        done = await self._etcd.txn([Compare(key, "MOD", stored.modified)], [write])
+        if not done.succeeded:
+            return None
+        return replace(stored, lease=replace(stored.lease, attrs=attrs), modified=done.header.revision)
+
+    async def current(self, stored: StoredLease) -> StoredLease | None:
+        """A lease of ours as it is now; None: it is not ours any more."""
         kv = await self._etcd.get(self._subnets + stored.lease.node)
         if kv is None or kv.lease != stored.lease_id or kv.create_revision != stored.created:
             return None
-        return self._deadline(since, ttl) if stored.lease_id else inf
+        return self.decode(kv)
 
     async def remove(self, stored: StoredLease) -> bool:
         """Delete a lease if it is still as we know it."""
