@@ -9,6 +9,8 @@ from typing import Any
 from enginerig import Box, engine_box, need_programs, root_file_system
 from hostrig import Host
 
+from podwire.cni.install import install_configuration, install_plugin
+
 IMAGE = "localhost/busybox:test"
 
 
@@ -44,11 +46,13 @@ class Podman:
 
 @asynccontextmanager
 async def podman_on(host: Host, root: Path) -> AsyncIterator[Podman]:
-    """Install podman's files below `root`; the CNI plugin and configuration are the test's to put into `bin` and `net.d`."""
+    """Install podman's files, podwire's plugin and its network below `root`."""
     need_podman()
-    for name in ("bin", "net.d", "storage", "run"):
+    for name in ("storage", "run"):
         (root / name).mkdir(parents=True)
     _write_configuration(root)
+    install_plugin(root / "bin", host.cni_socket)
+    install_configuration(root / "net.d", "podwire")
     files = {"CONTAINERS_CONF": "containers.conf", "CONTAINERS_STORAGE_CONF": "storage.conf"}
     async with engine_box(host, root, {name: str(root / file) for name, file in files.items()}) as box:
         podman = Podman(box)
