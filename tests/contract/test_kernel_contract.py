@@ -430,6 +430,14 @@ async def test_sysctls(kernel: Kernel) -> None:
     assert (await kernel.observe(POD)).sysctls == {"net/ipv4/ip_forward": "0"}
 
 
+async def test_a_sysctl_is_read_whoever_set_it(kernel: Kernel) -> None:
+    assert await kernel.read_sysctl("net/ipv4/no_such_switch") == ""
+    await ok(kernel, SetSysctl("net/ipv4/conf/all/route_localnet", "2"))
+    assert await kernel.read_sysctl("net/ipv4/conf/all/route_localnet") == "2"
+    await ok(kernel, SetSysctl("net/ipv4/ip_forward", "1", POD))
+    assert await kernel.read_sysctl("net/ipv4/ip_forward", POD) == "1"
+
+
 async def test_refused_sysctls(kernel: Kernel) -> None:
     assert await refused(kernel, SetSysctl("net/ipv4/conf/eth9/forwarding", "1")) == errno.ENOENT
     assert await refused(kernel, SetSysctl("kernel/hostname", "x")) == errno.EINVAL

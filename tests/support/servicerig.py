@@ -22,6 +22,7 @@ from podwire.model.kernelstate import Address, Bridge, Device, Link, Route, Veth
 from podwire.model.ops import AddAddress, AddLink, ChangeLink, CommitNft, Op, SetRoute, SetSysctl
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.services import TABLE, ServicePlanner
+from podwire.wire.packet import Frame, Packet, build_frame
 
 WORLD, FAR = NetnsName("world"), NetnsName("far")
 PODS = ("p2", "p3", "p4")
@@ -206,3 +207,32 @@ def pick(family: Family, ipv4: str, ipv6: str) -> str:
 
 def address(text: str) -> IPAddress:
     return ipaddress.ip_address(text)
+
+
+async def neighbour_reaches(rig: ServiceRig, listener: socket.socket) -> bool:
+    """Whether a datagram that a neighbour (the world) addresses to 127.0.0.1 arrives at a UDP socket there."""
+    port = listener.getsockname()[1]
+    packet = Packet(address("198.18.1.1"), address("127.0.0.1"), protocol=17, sport=4000, dport=port, payload=b"who?\n")
+    frame = build_frame(Frame(_mac(rig, "world", "eth0"), _mac(rig, "node", "eth0"), 0x0800, packet))
+
+    def send() -> None:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+            sock.bind(("eth0", 0))
+            sock.send(frame)
+
+    run_in_netns(rig.fds["world"], send)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.get_running_loop().sock_recv(listener, 100)
+    except TimeoutError:
+        return False
+    return True
+
+
+def _mac(rig: ServiceRig, where: str, dev: str) -> str:
+    def read() -> bytes:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+            sock.bind((dev, 0))
+            return bytes(sock.getsockname()[4])
+
+    return run_in_netns(rig.fds[where], read).hex(":")

@@ -7,6 +7,7 @@ from random import Random
 from typing import Protocol
 
 from podwire.agent.health import Health
+from podwire.agent.localnet import concerns_rules
 from podwire.agent.plumbing import Plumbing, PlumbingError, describe, kind_of
 from podwire.client.backoff import Backoff
 from podwire.kernel.port import Kernel, KernelError, KernelEvent
@@ -80,11 +81,10 @@ class Repair:
 
     def _heard(self, event: KernelEvent) -> None:
         self._also(event)
-        if event.what in ("nft", "lost"):
-            if not event.ours:
-                self._rules.request_resync(event.subject)
-            if event.what == "nft":
-                return
+        if concerns_rules(event):
+            self._rules.request_resync(event.subject)
+        if event.what == "nft":
+            return
         if not self._plumbing.expects(event):
             self._links.set()
         elif not event.ours:

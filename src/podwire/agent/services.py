@@ -8,6 +8,7 @@ from functools import partial
 from random import Random
 
 from podwire.agent.health import Health
+from podwire.agent.localnet import LocalhostSwitch
 from podwire.agent.proxymodes.nft import NftRules
 from podwire.agent.proxymodes.port import MakeRules, ReadsBack, ServiceRules
 from podwire.agent.rounds import OnRound, Round, Served, Versions
@@ -17,7 +18,6 @@ from podwire.kernel.port import Kernel, KernelError
 from podwire.model.errors import Unsupported
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
-from podwire.model.ops import SetSysctl
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts, ServiceTable
 from podwire.plan.services_table import host_port_table
@@ -73,7 +73,7 @@ class ServiceSync:
         self._new_facts: NodeFacts | None = None
         """What the back end in use has still to be told."""
         self._refitted = False
-        self._loopback = False
+        self._localhost = LocalhostSwitch(kernel, health)
         self._busy = True
         self._stale = StaleFlows()
         self._ports: dict[str, tuple[Pod, ServiceTable]] = {}
@@ -275,9 +275,11 @@ class ServiceSync:
                 try:
                     await remove()
                 except (KernelError, Unsupported) as error:
+                    self._health.failed("other modes", error)
                     log.warning("services: rules of another proxy mode stay for now: %s", error)
                     await asyncio.sleep(backoff.next())
                 else:
+                    self._health.works("other modes")
                     self._removals.pop(mode, None)
                     return
 
@@ -316,6 +318,8 @@ class ServiceSync:
         self._feed(rules, facts)
         repaired, full = False, self._resync
         if full:
+            if not facts.loopback:
+                await self._localhost.forbid()
             expected, self._resync, self._refitted = self._refitted, False, False
             commands = await rules.compare()
             if commands and self._health.services_ready and not expected:
@@ -345,15 +349,8 @@ class ServiceSync:
                 forget_seconds=asyncio.get_running_loop().time() - programmed,
             )
         )
-        if facts.loopback and not self._loopback:
-            await self._route_loopback()
-
-    async def _route_loopback(self) -> None:
-        """Let 127.0.0.1 be translated. Only now: the rules that keep others away from it must be there first."""
-        self._loopback = True
-        applied = await self._kernel.apply((SetSysctl("net/ipv4/conf/all/route_localnet", "1"),))
-        if applied.failures:
-            log.warning("services: no node port answers on 127.0.0.1: %s", applied.failures[0].message)
+        if facts.loopback and full:
+            await self._localhost.allow()
 
     def _feed(self, rules: ServiceRules, facts: NodeFacts) -> None:
         """Give the back end what changed, and note whose UDP clients may have lost their endpoint."""

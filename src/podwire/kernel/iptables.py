@@ -25,6 +25,9 @@ from podwire.model.errors import Unsupported
 _HINTS = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
 """Chains in the mangle table by which kubelet says which flavour it uses."""
 
+_NOT_IN_KERNEL = (f"initialize nft: {os.strerror(errno.EPROTONOSUPPORT)}", "Table does not exist (do you need to insmod?)")
+"""How the programs (1.8) say that the kernel has no nf_tables, or not this table."""
+
 _LOCK = "/run/xtables.lock"
 _WAIT_S = "5"
 _TIMEOUT_S = 120
@@ -78,13 +81,22 @@ def choose_programs(netns_fd: int, wanted: Flavour | None = None) -> Programs:
         raise Unsupported(name, "install the package iptables, or use --proxy-mode nftables")
     if len(found) == 1:
         return next(iter(found.values()))
-    rules = {}
+    rules: dict[Flavour, int] = {}
     for flavour, programs in found.items():
-        text = "".join(IptablesClient(netns_fd, programs).save(family) for family in programs.save)
+        try:
+            text = "".join(IptablesClient(netns_fd, programs).save(family) for family in programs.save)
+        except NotInKernel:
+            continue
         if any(f":{hint} " in text for hint in _HINTS):
             return programs
         rules[flavour] = sum(line.startswith("-A ") for line in text.splitlines())
-    return found[Flavour.LEGACY] if rules[Flavour.LEGACY] > rules[Flavour.NFT] else found[Flavour.NFT]
+    if not rules:
+        raise Unsupported("iptables, of either flavour, in this kernel", "use --proxy-mode nftables")
+    return found[max(rules, key=lambda flavour: (rules[flavour], flavour is Flavour.NFT))]
+
+
+class NotInKernel(KernelError):
+    """The program is there, but the kernel lacks what it works with; so there are none of its rules."""
 
 
 class TooLarge(KernelError):
@@ -150,6 +162,8 @@ class IptablesClient:
             words = (done.stderr or done.stdout).strip()[:_SHOWN]
             if os.strerror(errno.EMSGSIZE) in words:
                 raise TooLarge(f"{name}: {words}", errno.EMSGSIZE)
+            if any(hint in words for hint in _NOT_IN_KERNEL):
+                raise NotInKernel(f"{name}: {words}", errno.EPROTONOSUPPORT)
             raise KernelError(f"{name} failed (status {done.returncode}): {words}", errno.EINVAL)
         return done.stdout
 

@@ -12,6 +12,7 @@ import pytest
 from service_cases import FACTS
 
 from podwire.agent.health import Health
+from podwire.agent.localnet import LOCALNET, OFF, OURS
 from podwire.agent.services import ServiceSync
 from podwire.client.informer import Informer
 from podwire.model.addr import Family
@@ -22,8 +23,6 @@ from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES
 from podwire.plan.services import TABLE
 from podwire.testing import FakeKernel
 from podwire.testing.memorycluster import MemoryCluster, memory_cluster
-
-LOCALNET = "net/ipv4/conf/all/route_localnet"
 
 
 @asynccontextmanager
@@ -90,9 +89,24 @@ async def test_127_0_0_1_is_translated_only_where_it_is_served(cluster: MemoryCl
     kernel = FakeKernel()
     async with proxy(cluster, kernel, Health(), loopback=loopback) as sync:
         await cluster.until(lambda: sync.idle)
-        assert (await kernel.observe()).sysctls.get(LOCALNET, "0") == str(int(loopback))
+        assert (await kernel.observe()).sysctls.get(LOCALNET, "0") == (OURS if loopback else OFF)
         guards = [rule for rule in await rules(kernel) if "for this machine alone" in rule]
         assert bool(guards) is loopback
+
+
+async def test_127_0_0_1_is_switched_off_before_its_guard_goes(cluster: MemoryCluster) -> None:
+    kernel, health = FakeKernel(), Health()
+    async with proxy(cluster, kernel, health, loopback=True) as sync:
+        await cluster.until(lambda: sync.idle)
+        order = len(kernel.applied)
+        kernel.fail_next("SetSysctl", times=2)
+        sync.set_facts(replace(FACTS, loopback=False))
+        await cluster.until(lambda: "services" in health.degraded)
+        assert [rule for rule in await rules(kernel) if "for this machine alone" in rule], "while it is on, the guard stays"
+        await cluster.until(lambda: sync.idle and "services" not in health.degraded)
+        done = kernel.applied[order:]
+        assert [type(op).__name__ for op in done] == ["SetSysctl", "CommitNft"]
+        assert (await kernel.observe()).sysctls[LOCALNET] == OFF
 
 
 async def rules(kernel: FakeKernel) -> list[str]:

@@ -17,6 +17,7 @@ from random import Random
 from podwire.agent.acknowledge import Acknowledger
 from podwire.agent.health import Health
 from podwire.agent.healthchecks import HealthCheckPorts
+from podwire.agent.localnet import concerns_rules
 from podwire.agent.proxy.metrics import ProxyMetrics, endpoint_connections, service_connections
 from podwire.agent.proxy.status import ProxyHealth
 from podwire.agent.proxymodes.port import MakeRules
@@ -222,7 +223,7 @@ class ProxyAgent:
             events = self._env.kernel.events()
             try:
                 async for event in events:
-                    if event.what in ("nft", "lost") and not event.ours:
+                    if concerns_rules(event):
                         self._sync.request_resync(event.subject)
                     if event.what in ("address", "lost") and self._own_addresses:
                         self._node_seen.set()

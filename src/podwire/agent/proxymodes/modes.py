@@ -1,13 +1,17 @@
 """Which back end a node uses, and what the others have left behind."""
 
 import logging
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
+from podwire.agent.localnet import withdraw
 from podwire.agent.proxymodes import iptables, ipvs, nft
 from podwire.agent.proxymodes.port import MakeRules, ServiceRules
-from podwire.kernel.iptables import Flavour, IptablesClient, find_programs
+from podwire.kernel.iptables import Flavour, IptablesClient, NotInKernel, Programs, find_programs
 from podwire.kernel.netns import off_loop_to_the_end
 from podwire.kernel.port import Kernel, KernelError
+from podwire.model.errors import Unsupported
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.iptables_rules import MASQUERADE_BIT
@@ -61,24 +65,43 @@ class ProxyModes:
         """Take what other back ends than `used` have left out of the kernel; None: everything of all, at once. Tracked
         connections go on; those of IPVS are waited for with `used`, and else cut. Returns what was found, in words. Raises
         KernelError where something stays."""
-        found = []
-        if not isinstance(used, nft.NftRules) and await nft.remove_tables(self.kernel, TABLE):
-            found.append("nftables")
-        if not isinstance(used, ipvs.IpvsRules) and (left := await ipvs.left_behind(self.kernel, self.netns_fd)):
-            await left.remove(at_once=used is None)
-            found.append("ipvs")
+        if used is None:
+            await withdraw(self.kernel)
+        found: list[str] = []
+        failed: list[str] = []
+        for name, remove in self._removals(used):
+            try:
+                if await remove():
+                    found.append(name)
+            except (KernelError, Unsupported) as error:
+                failed.append(f"{name} ({error})")
+        if found:
+            log.info("removed what other proxy modes had left: %s", ", ".join(found))
+        if failed:
+            raise KernelError(f"rules of Services are still there, of {'; '.join(failed)}")
+        return tuple(found)
+
+    def _removals(self, used: ServiceRules | None) -> Iterator[tuple[str, Callable[[], Awaitable[bool]]]]:
+        """A name for each back end that is not in use, and how to remove what there is of it."""
+        if not isinstance(used, nft.NftRules):
+            yield "nftables", lambda: nft.remove_tables(self.kernel, TABLE)
+        if not isinstance(used, ipvs.IpvsRules):
+            yield "ipvs", lambda: self._remove_ipvs(at_once=used is None)
         keep = used.flavour if isinstance(used, iptables.IptablesRules) else None
         for flavour in Flavour:
             programs = find_programs(flavour)
-            if programs is None or flavour is keep:
-                continue
-            client = IptablesClient(self.netns_fd, programs)
-            try:
-                if await off_loop_to_the_end(lambda client=client: iptables.remove(client)):  # type: ignore[misc]
-                    found.append(f"iptables ({flavour})")
-            except KernelError as error:
-                # A kernel without that flavour has no rules in it.
-                log.debug("iptables (%s) cannot be looked at: %s", flavour, error)
-        if found:
-            log.info("removed what other proxy modes had left: %s", ", ".join(found))
-        return tuple(found)
+            if programs is not None and flavour is not keep:
+                yield f"iptables ({flavour})", partial(self._remove_iptables, programs)
+
+    async def _remove_ipvs(self, *, at_once: bool) -> bool:
+        left = await ipvs.left_behind(self.kernel, self.netns_fd)
+        if left is not None:
+            await left.remove(at_once=at_once)
+        return left is not None
+
+    async def _remove_iptables(self, programs: Programs) -> bool:
+        client = IptablesClient(self.netns_fd, programs)
+        try:
+            return bool(await off_loop_to_the_end(lambda: iptables.remove(client)))
+        except NotInKernel:
+            return False
