@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import os
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from podwire.client.api import ApiClient
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import create_netns
 from podwire.model.addr import Family, IPAddress
+from podwire.model.cni import TRY_LATER
 from podwire.plan.naming import host_veth
 from podwire.testing.memorycluster import DUAL, MemoryRuntime, node_address
 
 pytestmark = [pytest.mark.kernel, pytest.mark.needs("VXLAN devices", "bridge devices", "IPv6", "nftables")]
 
 PORTS = {"portMappings": [{"hostPort": 8000, "containerPort": 8080, "protocol": "tcp"}]}
+
+
+OTHER_PORTS = {"portMappings": [{"hostPort": 8001, "containerPort": 8080, "protocol": "tcp"}]}
 
 
 class Engine:
@@ -118,3 +123,44 @@ async def test_a_second_agent_is_refused(site: Site, engine: Engine) -> None:
             await kernel.close()
         assert (await engine.call("STATUS")).status == 0
         assert host_veth("cni:c1/eth0") in (await site.nodes[0].kernel.observe()).links
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_an_agent_that_begins_without_the_api_serves_by_what_the_node_remembers(site: Site, engine: Engine) -> None:
+    n1, n2 = site.nodes
+    quick = replace(n1, config=replace(n1.config, patience_seconds=0.1))
+    async with site.cluster.agent(n2):
+        async with site.cluster.agent(n1):
+            far, near = await site.pod("far", "n2"), await site.pod("near", "n1")
+            await engine.run("c1", runtimeConfig=PORTS)
+        async with AsyncExitStack() as outage:
+            await outage.enter_async_context(site.cluster.outage())
+            async with site.cluster.agent(quick, subnets=False) as agent:
+                await site.cluster.until(lambda: attached(engine, "c2"))
+                ips = await engine.run("c2")
+                assert (await engine.call("STATUS")).status == 0
+                assert agent.status().degraded.keys() == {"subnets"}
+                refused = await engine.call("ADD", "c3", runtimeConfig=OTHER_PORTS)
+                assert refused.code == TRY_LATER, "the Services are not known, so neither are host ports"
+                for family in DUAL:
+                    with echo_server(far.netns, family):
+                        assert await asyncio.to_thread(call, engine.netns["c2"], far.ips[family]), "peers stay"
+                    with echo_server(near.netns, family):
+                        assert await asyncio.to_thread(call, engine.netns["c2"], near.ips[family]), "pods stay"
+                    with echo_server(engine.netns["c1"], family):
+                        assert await asyncio.to_thread(call, site.netns[1], node_address(1, family), 8000), "ports stay"
+                assert (await engine.call("DEL", "c1")).status == 0
+                assert host_veth("cni:c1/eth0") not in (await n1.kernel.observe()).links
+                await outage.aclose()
+                await asyncio.wait_for(agent.ready(), 10)
+                assert not agent.status().degraded
+                for family in DUAL:
+                    with echo_server(engine.netns["c2"], family):
+                        assert await asyncio.to_thread(call, far.netns, ips[family])
+                    with pytest.raises(OSError, match="refused"):
+                        await asyncio.to_thread(call, site.netns[1], node_address(1, family), 8000)
+                await engine.run("c3", runtimeConfig=OTHER_PORTS)
+
+
+async def attached(engine: Engine, container: str) -> bool:
+    return (await engine.call("ADD", container)).status == 0

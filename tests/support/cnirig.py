@@ -37,7 +37,6 @@ class CniNode:
     attachments: Attachments
     plumbing: Plumbing
     reservations: Reservations
-    network: asyncio.Future[NodeNetwork]
     health: Health
     host_ports: dict[str, Pod | None] = field(default_factory=dict)
 
@@ -59,7 +58,6 @@ async def make_node(
     os.makedirs(directory, exist_ok=True)
     reservations = Reservations(directory / "reservations.db")
     plumbing, health = Plumbing(kernel), Health()
-    done: asyncio.Future[NodeNetwork] = asyncio.get_running_loop().create_future()
     host_ports: dict[str, Pod | None] = {}
     socket = directory / "cni.sock"
 
@@ -70,7 +68,6 @@ async def make_node(
         kernel=kernel,
         plumbing=plumbing,
         reservations=reservations,
-        network=done,
         set_host_ports=host_ports.__setitem__,
         host_ports_programmed=programmed,
         spool=Spool(directory / "cni.sock.spool"),
@@ -80,7 +77,7 @@ async def make_node(
         nsfs=nsfs,
     )
     attachments = Attachments(env)
-    node = CniNode(socket, attachments, plumbing, reservations, done, health, host_ports)
+    node = CniNode(socket, attachments, plumbing, reservations, health, host_ports)
     if network is not None:
         await give_network(node, network, tunnels=tunnels)
     return node
@@ -88,10 +85,9 @@ async def make_node(
 
 async def give_network(node: CniNode, network: NodeNetwork, *, tunnels: bool = True) -> None:
     base = plan_base(network if tunnels else replace(network, node_ips=()))
-    await node.plumbing.adopt(base, {}, (), await node.attachments.adoptable(network))
+    async with node.attachments.opening(network):
+        await node.plumbing.adopt(base, {}, (), await node.attachments.adoptable(network))
     await node.attachments.sweep()
-    await node.attachments.work_off()
-    node.network.set_result(network)
     await node.attachments.work_off()
 
 

@@ -11,7 +11,8 @@ import ipaddress
 import logging
 import os
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import astuple, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +31,7 @@ from podwire.agent.attachrecord import (
     result_of,
 )
 from podwire.agent.cnispool import Spool
+from podwire.agent.gate import Gate
 from podwire.agent.health import Health
 from podwire.agent.loopback import serve_loopback
 from podwire.agent.plumbing import EnginePod, Plumbing, PlumbingError, link_stands
@@ -76,7 +78,6 @@ class AttachmentEnvironment:
     kernel: Kernel
     plumbing: Plumbing
     reservations: Reservations
-    network: asyncio.Future[NodeNetwork]
     set_host_ports: Callable[[str, Pod | None], None]
     host_ports_programmed: Callable[[], Awaitable[None]]
     spool: Spool
@@ -100,8 +101,12 @@ class Attachments:
                 log.error("the record of attachment %s cannot be read and is left alone: %s", uid, error)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._listeners: list[Listener] = []
-        self._unwritten: dict[str, AttachmentKey] = {}
-        """Attachments that are gone, but not from the disk yet; by uid."""
+        self._unreleased: dict[str, AttachmentKey] = {}
+        """Attachments that are gone, whose addresses are not free yet; by uid."""
+        self._network: NodeNetwork | None = None
+        self._provisional = False
+        self._opened = asyncio.Event()
+        self._gate = Gate()
 
     def subscribe(self, listener: Listener) -> None:
         """`listener` is called at once for all that exist, then for each that comes or goes."""
@@ -120,16 +125,25 @@ class Attachments:
     @property
     def ready(self) -> bool:
         """Whether the node has its network: before, nothing is attached or removed."""
-        return self._env.network.done()
+        return self._network is not None
+
+    @asynccontextmanager
+    async def opening(self, network: NodeNetwork, *, provisional: bool = False) -> AsyncIterator[None]:
+        """In the block the node's links are adopted, and nothing of what this class does happens; behind it, engines are
+        served. `provisional`: the node's Services are not known yet, so that host ports are neither opened nor closed."""
+        async with self._gate.alone():
+            yield
+            self._network, self._provisional = network, provisional
+            self._opened.set()
 
     # --- the verbs ------------------------------------------------------------------------------------------------
 
     async def add(self, request: CniRequest, netns: int | None) -> CniResult:
         """Attach, or find attached. `netns` is the namespace's descriptor where the caller has it. Raises CniError."""
-        self._network()
+        self._network_or(TRY_LATER)
         fd = self._open_netns(request.netns, netns)
         try:
-            async with self._locked(request.key.uid):
+            async with self._gate.passing(), self._locked(request.key.uid):
                 self._env.spool.forget(request.key)
                 return await self._add(request, fd)
         finally:
@@ -137,13 +151,13 @@ class Attachments:
 
     async def delete(self, key: AttachmentKey, netns: int | None = None) -> None:
         """Detach; what is not attached is done. Raises CniError where the kernel refuses."""
-        async with self._locked(key.uid):
-            await self._delete(key, netns)
+        async with self._gate.passing():
+            await self._detach(key, netns)
 
     async def work_off(self) -> None:
         """Do the DELs that no agent was there for. One that fails stays for the next time."""
         for key in self._env.spool.waiting():
-            async with self._locked(key.uid):
+            async with self._gate.passing(), self._locked(key.uid):
                 if not self._env.spool.holds(key):
                     continue
                 log.info("container %s was detached while no agent ran: removing its interface %s", *astuple(key))
@@ -156,7 +170,7 @@ class Attachments:
         """Raises CniError that says what is not as it was left."""
         fd = self._open_netns(request.netns, netns)
         try:
-            async with self._locked(request.key.uid):
+            async with self._gate.passing(), self._locked(request.key.uid):
                 record = self._records.get(request.key.uid)
                 if record is None:
                     what = f"container {request.container} has no interface {request.ifname} in network {request.network}"
@@ -192,7 +206,7 @@ class Attachments:
 
     def status(self) -> None:
         """Raises CniError (50, 51) while ADD cannot be served."""
-        network = self._network(NOT_AVAILABLE)
+        network = self._network_or(NOT_AVAILABLE)
         trouble = self._env.health.degraded.get("links")
         if trouble:
             raise CniError(NOT_AVAILABLE_LIMITED, "the node's links are not as they should be", trouble)
@@ -225,6 +239,10 @@ class Attachments:
 
     async def sweep(self) -> int:
         """Free what belongs to namespaces that are no more; returns how many attachments that were."""
+        async with self._gate.passing():
+            return await self._sweep()
+
+    async def _sweep(self) -> int:
         observed = await self._env.kernel.observe()
         gone = 0
         for record in self.records:
@@ -232,24 +250,29 @@ class Attachments:
                 continue
             log.info("container %s is no more and was never detached: freeing its interface", record.container)
             try:
-                await self.delete(record.key)
+                await self._detach(record.key)
             except CniError as error:
                 log.warning("container %s: %s", record.container, error)
             else:
                 gone += 1
-        for key in tuple(self._unwritten.values()):
-            await self.delete(key)
+        for key in tuple(self._unreleased.values()):
+            await self._detach(key)
         return gone
 
     async def run(self) -> None:
-        """Look for forgotten DELs and dead containers, now and from time to time, until cancelled."""
+        """Look for forgotten DELs and dead containers, once engines are served and from time to time, until cancelled."""
+        await self._opened.wait()
         while True:
             try:
                 await self.work_off()
                 await self.sweep()
             except (KernelError, OSError) as error:
                 log.warning("looking for containers that are no more: %s", error)
-            await asyncio.sleep(RETRY_SECONDS if self._unwritten else SWEEP_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS if self._unreleased else SWEEP_SECONDS)
+
+    async def _detach(self, key: AttachmentKey, netns: int | None = None) -> None:
+        async with self._locked(key.uid):
+            await self._delete(key, netns)
 
     # --- inside: the attachment's lock is held --------------------------------------------------------------------
 
@@ -257,21 +280,23 @@ class Attachments:
         record = self._records.get(key.uid)
         if record is not None:
             await self._remove(record, netns)
-        elif key.uid in self._unwritten:
+        elif key.uid in self._unreleased and not self._provisional:
             await self._release(key)
-        if key.uid not in self._unwritten:
+        if key.uid not in self._unreleased:
             self._env.spool.forget(key)
 
     async def _add(self, request: CniRequest, fd: int) -> CniResult:
         record = self._new_record(request, fd)
         before = self._records.get(record.uid)
-        if before is not None and not before.same_but_for_time(record):
+        again = before is not None and before.same_but_for_time(record)
+        if record.ports and self._provisional and not again:
+            raise CniError(TRY_LATER, "the API has not answered since the agent's start: host ports cannot be opened before")
+        if before is not None and not again:
             # The engine never detached what had this name: an earlier life of the container, or other settings.
             await self._remove(before)
-            before = None
-        record = before or record
+        record = before if before is not None and again else record
         for other in self._displaced(record):
-            await self.delete(other.key)
+            await self._detach(other.key)
         await self._claim_ports(record)
         try:
             ips = await self._reserve_or_sweep(record, request.ips)
@@ -292,7 +317,7 @@ class Attachments:
             raise CniError(TRY_LATER, str(error)) from error
         for listener in self._listeners:
             listener(record, ips)
-        return result_of(record, self._network(), ips) if request.previous is None else request.previous
+        return result_of(record, self._network_or(TRY_LATER), ips) if request.previous is None else request.previous
 
     def _displaced(self, record: AttachmentRecord) -> list[AttachmentRecord]:
         """Whoever had this interface of this namespace before. The kernel gives a namespace's number to another one once it
@@ -314,16 +339,16 @@ class Attachments:
         try:
             return await self._reserve(record, wanted)
         except (AddressesExhausted, AddressTaken):
-            if not await self.sweep():
+            if not await self._sweep():
                 raise
         return await self._reserve(record, wanted)
 
     async def _reserve(self, record: AttachmentRecord, wanted: tuple[IPAddress, ...]) -> tuple[IPAddress, ...]:
-        env, network = self._env, self._network()
+        env, network = self._env, self._network_or(TRY_LATER)
         owner = Owner(record.uid, *record.title)
         prefixes = () if record.chained else network.pod_cidrs
         ips = await env.reservations.reserve(owner, prefixes, env.clock(), wanted=wanted, record=record.encode())
-        self._unwritten.pop(record.uid, None)
+        self._unreleased.pop(record.uid, None)
         return ips or self.addresses(record)
 
     async def _link(self, record: AttachmentRecord, ips: tuple[IPAddress, ...], netns: str) -> None:
@@ -332,13 +357,13 @@ class Attachments:
             await plumbing.compare(record.uid, netns, repair=True)
         else:
             path = record.netns if record.visible else ""
-            await plumbing.plumb(attachment_of(record, self._network(), ips), netns, engine_path=path)
+            await plumbing.plumb(attachment_of(record, self._network_or(TRY_LATER), ips), netns, engine_path=path)
 
     async def _claim_ports(self, record: AttachmentRecord) -> None:
         """Raises CniError where another container has one of the host ports. One that is dead gives them up."""
         for holder in self._rivals(record):
             if self._is_dead(holder, await self._env.kernel.observe()) and not self._locked(holder.uid).locked():
-                await self.delete(holder.key)
+                await self._detach(holder.key)
         for holder in self._rivals(record):
             wanted, held = set(occupied(record)), set(occupied(holder))
             ports = ", ".join(sorted({f"{p.port}/{p.protocol}" for p in wanted for q in held if p.clashes(q)}))
@@ -352,7 +377,7 @@ class Attachments:
                 yield other
 
     async def _program_ports(self, record: AttachmentRecord, ips: tuple[IPAddress, ...]) -> None:
-        if not record.ports:
+        if not record.ports or self._provisional:
             return
         self._env.set_host_ports(record.uid, host_port_pod(record, ips))
         try:
@@ -374,22 +399,28 @@ class Attachments:
             what = f"the interface of container {record.container} cannot be removed"
             raise CniError(KERNEL_REFUSED, what, str(error)) from error
         self._records.pop(uid, None)
-        await self._release(record.key)
+        if record.ports and self._provisional:
+            self._keep(record.key)  # the host's rules still lead to the addresses
+        else:
+            await self._release(record.key)
         for listener in self._listeners:
             listener(record, None)
 
     async def _release(self, key: AttachmentKey) -> None:
-        """Free the addresses. What the disk does not take now is tried again: it is no reason for an engine to keep asking.
-        The spool, which seldom lies on the same disk, tells the next agent of it."""
+        """Free the addresses. What the disk does not take now is tried again: it is no reason for an engine to keep asking."""
         try:
             await self._env.reservations.release(key.uid)
         except sqlite3.Error as error:
-            self._unwritten[key.uid] = key
             log.warning("the end of attachment %s cannot be written to disk: %s; tried again later", key.uid, error)
-            with contextlib.suppress(OSError):
-                self._env.spool.keep(key)
+            self._keep(key)
         else:
-            self._unwritten.pop(key.uid, None)
+            self._unreleased.pop(key.uid, None)
+
+    def _keep(self, key: AttachmentKey) -> None:
+        """Free the addresses later. The spool, which seldom lies on the disk of the addresses, tells the next agent of it."""
+        self._unreleased[key.uid] = key
+        with contextlib.suppress(OSError):
+            self._env.spool.keep(key)
 
     async def _check(self, request: CniRequest, record: AttachmentRecord, fd: int) -> None:
         if request.previous is not None and not record.imported:
@@ -430,10 +461,10 @@ class Attachments:
             raise CniError(INVALID_ENVIRONMENT, f"CNI_NETNS {path!r} is not a network namespace")
         return opened
 
-    def _network(self, code: int = TRY_LATER) -> NodeNetwork:
-        if not self._env.network.done():
+    def _network_or(self, code: int) -> NodeNetwork:
+        if self._network is None:
             raise CniError(code, "the node has no subnet yet, or its network is not up")
-        return self._env.network.result()
+        return self._network
 
     def _locked(self, uid: str) -> asyncio.Lock:
         lock = self._locks.get(uid)

@@ -24,6 +24,7 @@ class AgentConfig:
       service.kubernetes.io/service-proxy-name.
     mirror: show engines' containers as Pods in the API; not where a kubelet runs them, whose Pods they are.
     proxy_mode: what serves Services; another than nftables needs `NodeAgent`'s `modes`.
+    patience_seconds: after the start, before engines are served by what the node remembers of its network.
     service_route: see `plan.node.NodeNetwork`; wanted where the node has no default route.
     """
 
@@ -53,3 +54,4 @@ class AgentConfig:
     memory_bytes: int = 4 << 30
     heartbeat_seconds: float = 10.0
     lease_seconds: int = 40
+    patience_seconds: float = 2.0

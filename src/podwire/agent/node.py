@@ -22,6 +22,7 @@ from podwire.agent.config import AgentConfig
 from podwire.agent.guest import GuestPresence
 from podwire.agent.health import AgentStatus, Health
 from podwire.agent.healthchecks import HealthCheckPorts
+from podwire.agent.memory import NetworkMemory
 from podwire.agent.mirror import Mirror
 from podwire.agent.nodelock import NodeLock
 from podwire.agent.nodeoverlay import NodeOverlay, Overlay, SubnetsChanged
@@ -43,6 +44,7 @@ from podwire.client.backoff import Backoff
 from podwire.client.events import EventRecorder
 from podwire.client.informer import Change, Informer
 from podwire.kernel.port import Kernel
+from podwire.model.addr import IPNetwork
 from podwire.model.errors import PodwireError, Unsupported
 from podwire.model.ids import ObjectKey
 from podwire.model.netconf import NetConfig, VxlanBackend
@@ -86,6 +88,7 @@ class NodeAgent:
         self._clock, self._rng = clock, rng or Random()
         self._health = Health()
         self._ready = asyncio.Event()
+        self._memory: NetworkMemory | None = None
         self._presence: Presence | GuestPresence
         if config.guest:
             self._presence = GuestPresence(config, client, clock, self._rng)
@@ -160,11 +163,13 @@ class NodeAgent:
             stack.callback(NodeLock(self.config.state_dir).close)
             reservations = Reservations(self.config.state_dir / "reservations.db")
             stack.callback(reservations.close)
+            self._memory = NetworkMemory(reservations, read_machine().boot_id)
             while True:
                 try:
                     await self._run(reservations)
                 except* SubnetsChanged as changed:
                     log.warning("node %s begins anew: %s", self.config.node_name, changed.exceptions[0])
+                    await self._memory.forget()
                 self._begin()
 
     async def _run(self, reservations: Reservations) -> None:
@@ -214,6 +219,8 @@ class NodeAgent:
 
     def _hold_changed(self, why: str) -> None:
         """The node holds its subnets, or (`why`) does not at present: what runs goes on, but the peers may not send here."""
+        if self._memory is not None:
+            self._memory.touched()
         if why:
             self._health.failed("subnets", why)
             self._health.network_ready = False
@@ -233,7 +240,6 @@ class NodeAgent:
                 kernel=self._kernel,
                 plumbing=self._plumbing,
                 reservations=env.reservations,
-                network=env.network,
                 set_host_ports=sync.set_host_ports,
                 host_ports_programmed=sync.host_ports_programmed,
                 spool=Spool(socket.with_name(socket.name + ".spool")),
@@ -247,14 +253,17 @@ class NodeAgent:
         self, env: PodEnvironment, pods: Pods, engines: Attachments, sync: ServiceSync, overlay: NodeOverlay
     ) -> None:
         async with asyncio.TaskGroup() as group:
-            await self._presence.register()
-            group.create_task(self._presence.run())
-            network = await self._own_network(overlay)
+            group.create_task(engines.run())
+            joining = group.create_task(self._join(overlay, group))
+            await self._begin_by_memory(joining, env.reservations, engines, overlay)
+            network = await joining
             group.create_task(overlay.run())
             network = await self._adopt(network, pods, engines)
+            env.reservations.withheld = overlay.withheld
             env.network.set_result(network)
             self._adopted = True
-            group.create_task(engines.run())
+            if self._memory is not None:
+                group.create_task(self._memory.follow(lambda: overlay.manager.own, network.pod_mtu))
             if self.config.mirror:
                 mirror = Mirror(self.config, self._client, self._pod_informer, self._clock, self._rng)
                 engines.subscribe(mirror.attached)
@@ -276,9 +285,17 @@ class NodeAgent:
 
     # --- the node's own network -----------------------------------------------------------------------------------
 
+    async def _join(self, overlay: NodeOverlay, group: asyncio.TaskGroup) -> NodeNetwork:
+        await self._presence.register()
+        group.create_task(self._presence.run())
+        return await self._own_network(overlay)
+
     async def _own_network(self, overlay: NodeOverlay) -> NodeNetwork:
         """Wait until the node holds its subnets, those of all families at once."""
         cidrs = await overlay.join(self._overlay.backend if self._overlay else own_attrs(self.config))
+        return replace(self._network(cidrs), backend=overlay.backend)
+
+    def _network(self, cidrs: tuple[IPNetwork, ...]) -> NodeNetwork:
         config = self.config
         return NodeNetwork(
             name=config.node_name,
@@ -290,8 +307,32 @@ class NodeAgent:
             vni=config.vni,
             port=config.vxlan_port,
             service_route=config.service_route,
-            backend=overlay.backend,
         )
+
+    async def _begin_by_memory(
+        self, joining: asyncio.Task[NodeNetwork], reservations: Reservations, engines: Attachments, overlay: NodeOverlay
+    ) -> None:
+        """Serve container engines by what the node remembers, where nobody says soon which subnets it has. All that stands
+        stays as it is: the API alone knows the peers and the pods. Host ports wait for the Services."""
+        memory, remembered = self._memory, self._memory.recall() if self._memory else None
+        if memory is None or remembered is None:
+            return
+        await asyncio.wait((joining,), timeout=self.config.patience_seconds)
+        if joining.done():
+            return
+        network = replace(self._network(remembered.subnets), node_ips=(), known_mtu=remembered.mtu)
+        reservations.withheld = lambda: memory.withheld(remembered, overlay.manager.own)
+        try:
+            network = await self._bridged_or_routed(network)
+            async with engines.opening(network, provisional=True):
+                attached = await engines.adoptable(network)
+                await self._plumbing.adopt(plan_base(network), {}, (), attached, remove=False)
+        except PodwireError as error:
+            log.warning("node %s cannot serve container engines before the API answers: %s", self.config.node_name, error)
+            return
+        subnets = ", ".join(map(str, remembered.subnets))
+        log.warning("node %s: nobody answers, containers get addresses of %s as remembered", self.config.node_name, subnets)
+        self._health.failed("subnets", f"nobody answers; containers get addresses of {subnets} as remembered")
 
     async def _adopt(self, network: NodeNetwork, pods: Pods, engines: Attachments) -> NodeNetwork:
         """Take the node over; tries until the kernel agrees. Returns the network as it could be had."""
@@ -303,8 +344,9 @@ class NodeAgent:
                 network = await self._bridged_or_routed(network)
                 known = self._peers.wanted()
                 adopted = await pods.adoptable(network)
-                attached = await engines.adoptable(network)
-                await self._plumbing.adopt(plan_base(network), known, adopted, attached)
+                async with engines.opening(network):
+                    attached = await engines.adoptable(network)
+                    await self._plumbing.adopt(plan_base(network), known, adopted, attached)
                 await pods.clean_up()
                 await engines.sweep()
                 await engines.work_off()

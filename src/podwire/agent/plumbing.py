@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from podwire.agent.switches import RefusedSwitches
 from podwire.kernel.port import Kernel, KernelError, KernelEvent
 from podwire.model.errors import PodwireError
 from podwire.model.ids import HOST, NetnsName, pod_netns
@@ -43,6 +44,8 @@ from podwire.plan.node import Unit, union, union_units
 from podwire.plan.podlinks import PodAttachment, fresh_pod_namespace, plan_pod
 
 log = logging.getLogger(__name__)
+
+_REMOVALS = (DelAddress, DelFdb, DelLink, DelNeighbour, DelRoute, DelWireguardPeer)
 
 CARRIER_SECONDS = 1.0
 ECHO_SECONDS = 0.5
@@ -95,8 +98,12 @@ class Plumbing:
         self._touched: dict[tuple[str, bool], float] = {}
         """What we changed lately, as `_echoes` has it, and when (event loop's time)."""
         self._forgetting = False
-        self.refused_sysctls: dict[str, str] = {}
+        self._switches = RefusedSwitches()
+
+    @property
+    def refused_sysctls(self) -> Mapping[str, str]:
         """Switches that this kernel does not have or does not let us set, with its words."""
+        return self._switches.words
 
     @property
     def pods(self) -> frozenset[str]:
@@ -157,12 +164,15 @@ class Plumbing:
         peers: Mapping[str, NetState],
         pods: Iterable[tuple[PodAttachment, str]],
         engines: Iterable[EnginePod] = (),
+        *,
+        remove: bool = True,
     ) -> Mapping[str, str]:
         """Take the node over as it is and make it what it shall be: what is right already stays untouched.
 
         `pods` come with the path of their namespace; `engines` are those of container engines, whose paths may be out of
-        sight: while the node's end of the link stands, they live. Returns, by uid, the pods that could not be adopted, and
-        why; raises PlumbingError where the base or a peer could not be had."""
+        sight: while the node's end of the link stands, they live. `remove`: False while it is not known yet what else belongs
+        to the node: what is missing is made, and all that is there stays. Returns, by uid, the pods that could not be adopted,
+        and why; raises PlumbingError where the base or a peer could not be had."""
         lost: dict[str, str] = {}
         async with self._busy:
             self._base = base
@@ -177,7 +187,7 @@ class Plumbing:
                     del self._pods[uid]
                     lost[uid] = "its network namespace is gone"
             try:
-                _, failures = await self._reconcile(attached, observed)
+                _, failures = await self._reconcile(attached, observed, remove=remove)
             finally:
                 for uid in attached:
                     self._kernel.detach(pod_netns(uid))
@@ -284,8 +294,8 @@ class Plumbing:
                 raise PlumbingError(f"pod {uid}: its network namespace {netns} is gone", ())
             try:
                 seen = {ns: restrict(await self._kernel.observe(ns), wanted) for ns, wanted in pod.unit.items()}
-                plan = self._known(diff(pod.unit, seen))
-                failures = self._note(await self._execute(plan)) if plan and repair else ()
+                plan = self._switches.worth_trying(diff(pod.unit, seen))
+                failures = await self._carry_out(plan) if plan and repair else ()
             finally:
                 self._kernel.detach(pod_netns(uid))
         if failures:
@@ -327,23 +337,31 @@ class Plumbing:
     # --- inside: the lock is held ---------------------------------------------------------------------------------
 
     async def _reconcile(
-        self, uids: Collection[str], observed: NetState | None = None, without: Collection[str] = ()
+        self,
+        uids: Collection[str],
+        observed: NetState | None = None,
+        without: Collection[str] = (),
+        *,
+        remove: bool = True,
     ) -> tuple[Plan, tuple[Failure, ...]]:
         """Full comparison of HOST and of the namespaces of the pods `uids`, which are attached. Pods in `without` are left
         out: their namespace is gone, and the runtime will say so."""
         desired = self._desired(uids, without)
         seen = {HOST: observed or await self._kernel.observe()}
+        self._switches.devices(seen[HOST].links)
         for uid in uids:
             there, pod = await self._kernel.observe(pod_netns(uid)), self._pods[uid]
             seen[pod_netns(uid)] = restrict(there, pod.unit[pod_netns(uid)]) if pod.shared else there
-        plan = self._known(diff(desired, seen))
+        plan = self._switches.worth_trying(diff(desired, seen))
+        if not remove:
+            plan = tuple(op for op in plan if not isinstance(op, _REMOVALS))
         if not plan:
             return (), ()
-        failures = self._note(await self._execute(plan))
+        failures = await self._carry_out(plan)
         blocked = [f.op for f in failures if isinstance(f.op, SetRoute)]
         if blocked:
-            again = await self._execute(tuple(op for refused in blocked for op in _in_place_of_another(refused)))
-            failures = tuple(f for f in failures if f.op not in blocked) + self._note(again)
+            again = await self._carry_out(tuple(op for refused in blocked for op in _in_place_of_another(refused)))
+            failures = tuple(f for f in failures if f.op not in blocked) + again
         return plan, failures
 
     def _blame_engines(self, failures: Iterable[Failure]) -> dict[str, list[Failure]]:
@@ -370,20 +388,23 @@ class Plumbing:
 
     async def _change(self, new: Unit, old: Mapping[NetnsName, NetState]) -> tuple[Failure, ...]:
         """From one value of some units to another; if the kernel refuses, from what is really there."""
-        plan = self._known(diff(new, old))
+        plan = self._switches.worth_trying(diff(new, old))
         if not plan:
             return ()
-        applied = await self._execute(plan)
-        if not self._note(applied):
+        failures = await self._carry_out(plan)
+        if not failures:
             return ()
-        log.info("looking again after: %s", "; ".join(f"{describe(f.op)}: {f.message}" for f in applied.failures[:3]))
+        log.info("looking again after: %s", "; ".join(f"{describe(f.op)}: {f.message}" for f in failures[:3]))
         seen: dict[NetnsName, NetState] = {}
         for ns in new.keys() | old.keys():
             wanted, had = new.get(ns, EMPTY), old.get(ns, EMPTY)
             there = await self._kernel.observe(ns)
             seen[ns] = there if ns != HOST else _claimed(restrict(there, union([wanted, had])))
-        again = self._known(diff(new, seen))
-        return self._note(await self._execute(again)) if again else ()
+        again = self._switches.worth_trying(diff(new, seen))
+        return await self._carry_out(again) if again else ()
+
+    async def _carry_out(self, plan: Plan) -> tuple[Failure, ...]:
+        return self._switches.note(plan, await self._execute(plan))
 
     async def _execute(self, plan: Plan) -> Applied:
         self._touch(plan)
@@ -405,18 +426,6 @@ class Plumbing:
         finally:
             os.close(fd)
         return True
-
-    def _known(self, plan: Plan) -> Plan:
-        """The plan without switches that were refused before: trying again each time helps nobody."""
-        return tuple(op for op in plan if not (isinstance(op, SetSysctl) and op.key in self.refused_sysctls))
-
-    def _note(self, applied: Applied) -> tuple[Failure, ...]:
-        """A refused switch makes the node worse (and is told), not unusable; all other failures are returned."""
-        for failure in applied.failures:
-            if isinstance(failure.op, SetSysctl):
-                self.refused_sysctls[failure.op.key] = failure.message
-                log.warning("%s cannot be set on this machine: %s", failure.op.key, failure.message)
-        return tuple(f for f in applied.failures if not isinstance(f.op, SetSysctl))
 
 
 def kind_of(op: Op) -> str:

@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS reservation (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS last_given (prefix TEXT PRIMARY KEY, address TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS attachment (uid TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS network (one INTEGER PRIMARY KEY CHECK (one = 1), record BLOB NOT NULL);
 """
 
 _Statement = tuple[str, tuple[str | bytes, ...]]
@@ -80,6 +81,7 @@ class Reservations:
         given = self._db.execute("SELECT prefix, address FROM last_given").fetchall()
         self._last = {ipaddress.ip_network(prefix): ipaddress.ip_address(address) for prefix, address in given}
         self._records: dict[str, bytes] = dict(self._db.execute("SELECT uid, record FROM attachment").fetchall())
+        self._network: bytes | None = next((row[0] for row in self._db.execute("SELECT record FROM network")), None)
         self._pending: list[tuple[Sequence[_Statement], asyncio.Future[None]]] = []
         self._writing = asyncio.Lock()
         self._in_use = threading.Lock()
@@ -107,6 +109,21 @@ class Reservations:
     def records(self) -> Mapping[str, bytes]:
         """What was written down beside the addresses, by uid; for those alone that gave a record."""
         return self._records
+
+    @property
+    def remembered(self) -> bytes | None:
+        """What `remember` was given last."""
+        return self._network
+
+    async def remember(self, network: bytes | None) -> None:
+        """Keep what the node knows of its own network (see `memory`); None: forget it. On disk when this returns."""
+        if network == self._network:
+            return
+        statement: _Statement = ("DELETE FROM network", ())
+        if network is not None:
+            statement = ("INSERT OR REPLACE INTO network VALUES (1, ?)", (network,))
+        await self._write([statement])
+        self._network = network
 
     async def reserve(
         self,

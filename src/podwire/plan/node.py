@@ -35,6 +35,8 @@ class NodeNetwork:
     port: int = DEFAULT_PORT
     service_route: bool = False
     routed_pods: bool = False
+    known_mtu: int = 0
+    """Of pods' links, where it is known and how packets get to other nodes is not."""
     backend: Backend | None = None
     """How packets get to other nodes, where it is not by VXLAN as `vni` and `port` say."""
 
@@ -59,6 +61,8 @@ class NodeNetwork:
     @property
     def pod_mtu(self) -> int:
         """What fits through every tunnel that a pod's packet may take."""
+        if self.known_mtu:
+            return self.known_mtu
         if self.backend is not None:
             return self.backend.mtu
         return self.underlay_mtu - max((overhead(family_of(cidr)) for cidr in self.pod_cidrs), default=50)
