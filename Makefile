@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 # Programs that tests compare podwire with; podwire itself needs none of them.
-TEST_PACKAGES := nftables iptables iproute2 iperf3 etcd-server etcd-client containernetworking-plugins gcc libc6-dev podman crun conmon busybox-static
+TEST_PACKAGES := nftables iptables iproute2 iperf3 etcd-server etcd-client containernetworking-plugins gcc libc6-dev podman crun conmon busybox-static containerd runc
 
 PYTEST_STRICT := --allowed-skips tests/allowed-skips.txt
 
