@@ -19,6 +19,14 @@ for address in sys.argv[1:]:
 """
 """Whether each node's kubelet API answers."""
 
+FETCH = """
+import sys, urllib.request
+try:
+    urllib.request.urlopen(sys.argv[1], timeout=1).read()
+except OSError:
+    sys.exit(1)
+"""
+
 ADDRESSES = {"node-1": "198.18.0.11", "node-2": "198.18.0.12", "node-3": "198.18.0.13"}
 
 
@@ -74,8 +82,37 @@ def test_what_is_removed_is_put_back_and_named(lab: Lab) -> None:
     until(lambda: lab.podwire("paths", "--name", lab.name).status == 0)
 
 
+def test_a_node_that_the_api_server_cannot_be_reached_from_goes_on_alone_and_catches_up(lab: Lab) -> None:
+    """Its agent hears of nothing; its pods answer as before, also on a node that is cut off from everybody."""
+    place = json.dumps({"spec": {"nodeName": "node-1"}})
+    run = ("--image=web", "--port=8080", f"--overrides={place}")
+    lab.kubectl("run", "before", *run)
+    lab.kubectl("wait", "--for=condition=Ready", "pod/before", "--timeout=20s")
+    address = lab.kubectl("get", "pod", "before", "-o", "jsonpath={.status.podIP}")
+    fetch = (sys.executable, "-c", FETCH, f"http://{address}:8080/")
+    try:
+        fault(lab, "partition", "node-1", "--from", "api")
+        lab.kubectl("run", "meanwhile", *run)
+        elsewhere = json.dumps({"spec": {"nodeName": "node-2"}})
+        lab.kubectl("run", "elsewhere", "--image=web", "--port=8080", f"--overrides={elsewhere}")
+        lab.kubectl("wait", "--for=condition=Ready", "pod/elsewhere", "--timeout=20s")
+        assert lab.kubectl("get", "pod", "meanwhile", "-o", "jsonpath={.status.podIP}") == ""
+        assert lab.exec("node-2", *fetch).status == 0
+        fault(lab, "partition", "node-1")
+        assert lab.exec("node-2", *fetch).status == 1
+        assert lab.exec("node-1", *fetch).status == 0
+    finally:
+        fault(lab, "heal")
+    lab.kubectl("wait", "--for=condition=Ready", "pod/meanwhile", "--timeout=20s")
+    restarts = "jsonpath={.status.containerStatuses[0].restartCount}"
+    assert lab.kubectl("get", "pod", "before", "-o", restarts) == "0"
+    until(lambda: lab.podwire("paths", "--name", lab.name).status == 0)
+    lab.kubectl("delete", "pod", "before", "meanwhile", "elsewhere", "--wait=false")
+
+
 def test_what_cannot_be_broken_is_named(lab: Lab) -> None:
     for arguments, words in (
+        (("delay", "api", "--ms", "5"), "api has no cable of its own"),
         (("partition", "node-9"), "there is no node-9 in this lab"),
         (("stop", "world"), "world cannot be stopped"),
         (("remove", "node-1", "eth0"), "node-1 has no eth0 of an agent's"),

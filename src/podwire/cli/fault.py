@@ -19,8 +19,7 @@ def fault() -> None:
     """Break a lab on purpose: cut and slow cables, stop machines, remove what agents programmed; and heal it.
 
     Faults stay until `podwire lab fault heal`; several may be in force. NODE is a node's name; PLACE also `world`,
-    `balancer`, and the etcd members of a lab that has them (etcd-1, …). A partition cuts cables; the agents' own way to the
-    lab's API server is not one of them.
+    `balancer`, `api` (API server and controllers), and the etcd members of a lab that has them (etcd-1, …).
     """
 
 

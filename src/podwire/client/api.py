@@ -13,6 +13,7 @@ import aiohttp
 import msgspec
 
 from podwire.client.errors import Gone, TooManyRequests, Unavailable, error_from_status
+from podwire.client.sockets import SocketFactory, open_socket
 from podwire.model.meta import Json
 from podwire.model.resources import Resource
 
@@ -88,12 +89,14 @@ class ApiClient:
         ssl: ssl_module.SSLContext | None = None,
         unix_socket: str | None = None,
         user_agent: str = "podwire",
+        socket_factory: SocketFactory = open_socket,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self._headers = {"Accept": "application/json", "User-Agent": user_agent}
         self._token = token
         self.tls = ssl
         self._unix_socket = unix_socket
+        self._socket_factory = socket_factory
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -313,7 +316,8 @@ class ApiClient:
                 connector = aiohttp.UnixConnector(path=self._unix_socket, limit=0)
             else:
                 # A watch holds its connection for minutes, so the pool must not be bounded.
-                connector = aiohttp.TCPConnector(limit=0, ssl=self.tls if self.tls is not None else True)
+                tls = self.tls if self.tls is not None else True
+                connector = aiohttp.TCPConnector(limit=0, ssl=tls, socket_factory=self._socket_factory)
             self._session = aiohttp.ClientSession(connector=connector, auto_decompress=True)
         return self._session
 

@@ -11,9 +11,8 @@ authentication switched on, say user and password.
 
 import asyncio
 import logging
-import socket
 import ssl as ssl_module
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -42,6 +41,7 @@ from podwire.client.etcdmessages import (
     error_from,
     operation_document,
 )
+from podwire.client.sockets import SocketFactory, open_socket
 from podwire.model.errors import InvalidInput
 
 log = logging.getLogger(__name__)
@@ -50,12 +50,6 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 DEFAULT_TIMEOUT = 5.0
 """Seconds for one attempt at one endpoint. etcd itself gives up on a proposal after 5 s and two election time-outs."""
-
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 3), (socket.TCP_KEEPCNT, 3))
-"""A watch may be silent for hours; so that a peer that vanished is noticed (after 14 s), the kernel asks for it."""
-
-SocketFactory = Callable[[aiohttp.AddrInfoType], socket.socket]
-"""Makes the socket for an address; a lab makes it in the namespace of a node."""
 
 
 class _Token(msgspec.Struct):
@@ -104,7 +98,7 @@ class EtcdClient:
         tls: ssl_module.SSLContext | None = None,
         user: tuple[str, str] | None = None,
         timeout: float = DEFAULT_TIMEOUT,
-        socket_factory: SocketFactory | None = None,
+        socket_factory: SocketFactory = open_socket,
     ) -> None:
         """`user` is name and password. Raises InvalidInput for endpoints that are no URLs of etcd's kind."""
         self.endpoints = tuple(endpoint.strip().rstrip("/") for endpoint in endpoints)
@@ -236,7 +230,6 @@ class EtcdClient:
             async with response:
                 if response.status >= 400:
                     raise _refusal(await response.read(), response.status, endpoint)
-                _ask_for_signs_of_life(response)
                 async for chunk in response.content.iter_any():
                     *lines, rest = (rest + chunk).split(b"\n")
                     for line in lines:
@@ -356,15 +349,6 @@ def _watch_item(line: bytes, endpoint: str) -> WatchResponse:
         code = 7 if "permission" in reason else 14
         raise error_from({"message": reason, "code": code}, 500, endpoint)
     return response
-
-
-def _ask_for_signs_of_life(response: aiohttp.ClientResponse) -> None:
-    connection = response.connection
-    sock = connection.transport.get_extra_info("socket") if connection and connection.transport else None
-    if sock is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _refusal(data: bytes, status: int, endpoint: str) -> EtcdError:

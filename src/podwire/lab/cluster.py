@@ -21,6 +21,7 @@ from podwire.apiserver.server import ApiServer, Listener
 from podwire.client.api import ApiClient
 from podwire.client.errors import NotFound
 from podwire.client.etcd import EtcdClient
+from podwire.client.sockets import SocketFactory
 from podwire.controllers.config import ClusterCidr, ControllersConfig
 from podwire.controllers.run import run_controllers
 from podwire.kernel.linux import LinuxKernel
@@ -38,7 +39,7 @@ from podwire.lab.readiness import await_nodes
 from podwire.lab.settling import await_settled
 from podwire.lab.spec import MAX_NODES, LabSpec
 from podwire.lab.state import LabDirectory, write_private
-from podwire.lab.topology import API_PORT, Topology, node_index
+from podwire.lab.topology import API_PORT, NODES_PORT, Topology, node_index
 from podwire.model.addr import IPAddress
 from podwire.model.errors import Unsupported
 from podwire.model.kernelstate import NetState
@@ -144,8 +145,9 @@ class LabCluster:
         self._closing.push_async_callback(self.client.close)
         tls = self._credentials.server_context([*self.topology.fabric.values(), *(net[1] for net in services.values())])
         outside = socket.socket(fileno=self._listener)
-        inside = [_listen(str(address), API_PORT) for address in self.topology.fabric.values()]
-        await server.start([Listener(outside, tls), *(Listener(sock, tls) for sock in inside), Listener(self._listen_inside())])
+        inside = [Listener(_listen(str(address), API_PORT), tls) for address in self.topology.fabric.values()]
+        inside += [Listener(_listen(str(address), NODES_PORT)) for address in self.topology.fabric.values()]
+        await server.start([Listener(outside, tls), *inside, Listener(self._listen_inside())])
         port: int = outside.getsockname()[1]
         write_private(self._directory.kubeconfig, self._credentials.kubeconfig(f"podwire-{self.spec.name}", port))
 
@@ -171,6 +173,13 @@ class LabCluster:
     def _connect(self, user_agent: str) -> ApiClient:
         return ApiClient("http://lab", unix_socket=_INSIDE, token=self._credentials.inside_token, user_agent=user_agent)
 
+    def _connect_over_the_fabric(self, user_agent: str, sockets: SocketFactory) -> ApiClient:
+        """For a node, whose way to the API server shall be as good as its cable. Without TLS, whose buffers would double the
+        memory of a lab of fifty nodes: both ends of each connection are in this process."""
+        address = next(iter(self.topology.fabric.values()))
+        url = f"http://[{address}]:{NODES_PORT}" if address.version == 6 else f"http://{address}:{NODES_PORT}"
+        return ApiClient(url, token=self._credentials.inside_token, socket_factory=sockets, user_agent=user_agent)
+
     async def _controllers(self) -> None:
         prefixes = self.spec.pod_prefixes.values() if self.spec.subnet_manager == "kube" else ()
         config = ControllersConfig(
@@ -189,7 +198,9 @@ class LabCluster:
         asyncio.get_running_loop().add_reader(shim.pidfd, self._shim_ended, shim)
         self._closing.callback(self._stop_shim, shim)
         urls = tuple(client_url(member.place) for member in self._etcd.values())
-        self._environment = LabEnvironment(self.spec, root, shim.socket_path, self._connect, self._credentials, urls)
+        self._environment = LabEnvironment(
+            self.spec, root, shim.socket_path, self._connect_over_the_fabric, self._credentials, urls
+        )
 
     def _stop_shim(self, shim: ShimProcess) -> None:
         asyncio.get_running_loop().remove_reader(shim.pidfd)

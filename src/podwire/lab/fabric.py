@@ -9,7 +9,7 @@ from podwire.kernel import syscalls
 from podwire.kernel.netns import create_netns, current_netns, off_loop
 from podwire.kernel.port import Kernel
 from podwire.lab.errors import LabError
-from podwire.lab.topology import Place, Topology
+from podwire.lab.topology import API, Place, Topology
 from podwire.model.ops import Applied, DelLink, Plan
 
 
@@ -22,10 +22,10 @@ class Fabric:
         self.kernel = kernel
         self.topology = topology
         self._names = names
-        self._descriptors: dict[str, int] = {}
-        self._places: dict[str, Place] = {}
         self.own_descriptor = current_netns()
         """The lab's own namespace, where the bridge is."""
+        self._descriptors: dict[str, int] = {API: self.own_descriptor}
+        self._places: dict[str, Place] = {API: topology.api}
 
     async def start(self) -> None:
         """Make the bridge, the world and the balancer. Raises LabError."""
@@ -33,7 +33,7 @@ class Fabric:
         for place in (topology.world, topology.balancer):
             await self._make_namespace(place)
         await self._apply((*topology.plan_fabric(), *topology.plan_world(), *topology.plan_balancer()))
-        await self.introduce((topology.world, topology.balancer))
+        await self.introduce((topology.api, topology.world, topology.balancer))
 
     async def add_node(self, index: int) -> Place:
         """Make a node's machine: its namespace, its cable, its default route. Raises LabError."""
@@ -87,7 +87,6 @@ class Fabric:
             self._unname(name)
             os.close(self._descriptors.pop(name))
         self._places.clear()
-        os.close(self.own_descriptor)
 
     async def _make_namespace(self, place: Place) -> None:
         try:

@@ -11,7 +11,7 @@ from podwire.kernel.rtnlsocket import RtnlSocket
 from podwire.lab.errors import LabError
 from podwire.lab.fabric import Fabric, check
 from podwire.lab.faults import Fault, FaultKind, amount, cut_off, plan_rules
-from podwire.lab.topology import UPLINK, Place
+from podwire.lab.topology import API, UPLINK, Place
 from podwire.model.addr import Family
 from podwire.model.errors import Unsupported
 from podwire.model.kernelstate import Device, Link, NetState
@@ -59,6 +59,8 @@ class FaultInjector:
         async with self._busy:
             for name in (*fault.places, *fault.others):
                 self._fabric.place(name)
+            if fault.kind is FaultKind.DELAY and any(self._fabric.place(name).at_bridge for name in fault.places):
+                raise LabError(f"{API} has no cable of its own to be slow: delay the places that speak to it")
             if fault.kind is FaultKind.STOP:
                 for name in fault.places:
                     self._machine(name)

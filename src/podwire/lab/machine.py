@@ -11,14 +11,18 @@ from datetime import timedelta
 from pathlib import Path
 from random import Random
 
+import aiohttp
+
 from podwire.agent.config import AgentConfig
 from podwire.agent.node import NodeAgent
 from podwire.agent.nodeoverlay import Overlay
 from podwire.agent.proxymodes.modes import ProxyModes
 from podwire.client.api import ApiClient
 from podwire.client.backoff import Backoff
+from podwire.client.etcd import EtcdClient
+from podwire.client.sockets import SocketFactory, open_socket
 from podwire.kernel.linux import LinuxKernel
-from podwire.kernel.netns import in_netns, open_netns
+from podwire.kernel.netns import in_netns, open_netns, run_in_netns
 from podwire.lab.credentials import Credentials
 from podwire.lab.nodeoverlay import node_overlay
 from podwire.lab.spec import LabSpec
@@ -35,12 +39,13 @@ _STABLE = timedelta(seconds=30).total_seconds()
 
 @dataclass(frozen=True, slots=True)
 class LabEnvironment:
-    """What all nodes of a lab share. `connect(user agent)` makes a client of the API server, the receiver's to close."""
+    """What all nodes of a lab share. `connect(user agent, sockets)` makes a client of the API server, to be closed by whoever
+    asked for it."""
 
     spec: LabSpec
     root: Path
     shim_socket: Path
-    connect: Callable[[str], ApiClient]
+    connect: Callable[[str, SocketFactory], ApiClient]
     credentials: Credentials = field(repr=False)
     etcd_urls: tuple[str, ...] = ()
 
@@ -140,7 +145,7 @@ class LabNode:
         async with contextlib.AsyncExitStack() as stack:
             kernel = LinuxKernel(self._netns)
             stack.push_async_callback(kernel.close)
-            client = self._env.connect(f"podwire/{self.name}")
+            client = self._env.connect(f"podwire/{self.name}", self._open_socket)
             stack.push_async_callback(client.close)
             runtime = self._new_runtime()
             stack.push_async_callback(runtime.close)
@@ -158,7 +163,15 @@ class LabNode:
     def _overlay(self, client: ApiClient, stack: contextlib.AsyncExitStack) -> Overlay | None:
         env = self._env
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return node_overlay(env.spec, self.place, self._netns, self._root, client, env.etcd_urls, stack)
+        etcd = None
+        if env.etcd_urls:
+            etcd = EtcdClient(env.etcd_urls, socket_factory=self._open_socket)
+            stack.push_async_callback(etcd.close)
+        return node_overlay(env.spec, self.place, self._root, client, etcd)
+
+    def _open_socket(self, address: aiohttp.AddrInfoType) -> socket.socket:
+        """What the node asks of API server and etcd goes over its cable, as everything else that it sends."""
+        return run_in_netns(self._netns, lambda: open_socket(address))
 
     def _listen(self) -> socket.socket:
         """The kubelet API's socket, on the address by which the API server knows the node."""

@@ -1,12 +1,7 @@
 """Which subnet manager and back end the nodes of a lab use, made from the lab's spec."""
 
 import ipaddress
-import socket
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from pathlib import Path
-
-import aiohttp
 
 from podwire.agent.nodeoverlay import Overlay
 from podwire.agent.overlayd.files import wireguard_keys
@@ -16,7 +11,6 @@ from podwire.agent.subnets.port import SubnetManager
 from podwire.client.api import ApiClient
 from podwire.client.etcd import EtcdClient
 from podwire.client.informer import Informer
-from podwire.kernel.netns import run_in_netns
 from podwire.lab.spec import UNDERLAY, LabSpec
 from podwire.lab.topology import FABRIC_MTU, UPLINK, Place
 from podwire.model.netconf import NetConfig, WireguardBackend, parse_net_config
@@ -24,12 +18,9 @@ from podwire.model.objects import Node
 from podwire.plan.backends import Backend, Underlay, make_backend
 
 
-def node_overlay(
-    spec: LabSpec, place: Place, netns: int, folder: Path, client: ApiClient, etcd_urls: Sequence[str], stack: AsyncExitStack
-) -> Overlay | None:
-    """For one life of a node's agent; what it opens is closed with `stack`. None: the agent's own defaults will do.
-
-    etcd is reached from the node's namespace, so a partition cuts it off; `folder` keeps a WireGuard key."""
+def node_overlay(spec: LabSpec, place: Place, folder: Path, client: ApiClient, etcd: EtcdClient | None) -> Overlay | None:
+    """For one life of a node's agent; `client` and `etcd` (where that is the subnet manager) are the caller's to close.
+    None: the agent's own defaults will do. `folder` keeps a WireGuard key."""
     if not spec.own_overlay:
         return None
     addresses = tuple(place.addresses.items())
@@ -44,19 +35,13 @@ def node_overlay(
         keys = wireguard_keys(folder / "wgkey") if isinstance(config.backend, WireguardBackend) else None
         return make_backend(config, underlay, place.name, keys)
 
-    if spec.subnet_manager == "kube":
+    if etcd is None:
         config = parse_net_config(spec.network_config, source="lab network", leased=False)
 
         def kube(nodes: Informer[Node]) -> SubnetManager:
             return KubeSubnets(nodes, place.name, config, client=client)
 
         return Overlay(subnets=kube, backend=backend)
-
-    def from_the_node(info: aiohttp.AddrInfoType) -> socket.socket:
-        return run_in_netns(netns, lambda: socket.socket(info[0], info[1], info[2]))
-
-    etcd = EtcdClient(etcd_urls, socket_factory=from_the_node)
-    stack.push_async_callback(etcd.close)
 
     def leased(_: Informer[Node]) -> SubnetManager:
         return EtcdSubnets(etcd)

@@ -4,6 +4,8 @@
     balancer eth0 ┤  fabric (bridge)    198.18.2.1   2001:db8:1::2:1   picks a node for each LoadBalancer connection
     node-<i> eth0 ┘  198.18.0.1         198.18.0.(10+i)  2001:db8:1::(10+i)
 
+The bridge is in the lab's own namespace, where API server and controllers are: the place `api`.
+
 A node's place follows from its index alone, so nodes come and go without moving another.
 """
 
@@ -21,9 +23,12 @@ from podwire.model.ops import AddAddress, AddLink, ChangeLink, Op, Plan, SetNeig
 FABRIC = "fabric"
 WORLD = "world"
 BALANCER = "balancer"
+API = "api"
 UPLINK = "eth0"
 FABRIC_MTU = 1500
 API_PORT = 6443
+NODES_PORT = 8080
+"""Where the API server listens for the lab's own nodes, without TLS."""
 
 _FABRIC = {Family.IPV4: "198.18.0.1", Family.IPV6: "2001:db8:1::1"}
 _WORLD = {Family.IPV4: "198.18.1.1", Family.IPV6: "2001:db8:1::1:1"}
@@ -48,14 +53,21 @@ def node_index(name: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A namespace on the fabric. `netns` is its label at the fabric's kernel port; the port on the bridge is named `name`."""
+    """A namespace on the fabric. `netns` is its label at the fabric's kernel port; the port on the bridge is named `name`.
+
+    `at_bridge`: the lab's own namespace, which needs no cable."""
 
     name: str
     addresses: Mapping[Family, IPAddress]
+    at_bridge: bool = False
 
     @property
     def netns(self) -> NetnsName:
-        return NetnsName(f"place/{self.name}")
+        return HOST if self.at_bridge else NetnsName(f"place/{self.name}")
+
+    @property
+    def device(self) -> str:
+        return FABRIC if self.at_bridge else UPLINK
 
     @property
     def mac(self) -> str:
@@ -72,6 +84,10 @@ class Topology:
     @property
     def fabric(self) -> Mapping[Family, IPAddress]:
         return {f: ipaddress.ip_address(_FABRIC[f]) for f in self.families}
+
+    @property
+    def api(self) -> Place:
+        return Place(API, self.fabric, at_bridge=True)
 
     @property
     def world(self) -> Place:
@@ -94,7 +110,7 @@ class Topology:
     def plan_fabric(self) -> Plan:
         """The bridge in the lab's own namespace. Needs no other namespace."""
         ops: list[Op] = [ChangeLink(Link("lo", Device()))]
-        ops.append(AddLink(Link(FABRIC, Bridge(), mtu=FABRIC_MTU, alias=OWNER_ALIAS)))
+        ops.append(AddLink(Link(FABRIC, Bridge(), mtu=FABRIC_MTU, mac=self.api.mac, alias=OWNER_ALIAS)))
         ops += [AddAddress(Address(FABRIC, self._interface(ip))) for ip in self.fabric.values()]
         return tuple(ops)
 
@@ -123,7 +139,7 @@ class Topology:
         may raise it: a lab of 50 nodes that all talk to each other needs 2450."""
         new = {place.name for place in fresh}
         return tuple(
-            SetNeighbour(Neighbour(UPLINK, address, other.mac), place.netns)
+            SetNeighbour(Neighbour(place.device, address, other.mac), place.netns)
             for place in everybody
             for other in (everybody if place.name in new else fresh)
             if other.name != place.name
