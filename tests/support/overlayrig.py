@@ -67,6 +67,7 @@ class OverlayHost:
     kernel: LinuxKernel
     folder: Path
     etcd: FakeEtcd
+    fabric: LinuxKernel
     agent: OverlayAgent | None = None
     pod: int = -1
 
@@ -137,6 +138,20 @@ class OverlayHost:
         self.kernel.detach(label)
         assert applied.ok, applied.failures
 
+    async def plug(self, families: Sequence[Family] = tuple(Family)) -> None:
+        """Give the host an interface again after its own was removed."""
+        label, port = NetnsName(f"n{self.index}"), f"port{self.index}"
+        addresses = (Address("eth0", ipaddress.ip_interface(host_address(self.index, family))) for family in families)
+        ops = (
+            AddLink(
+                Link(port, Veth("eth0", label), master="fabric", alias="podwire"),
+                Link("eth0", Veth(port, HOST), mac=_host_mac(self.index)),
+            ),
+            *(AddAddress(address, label) for address in addresses),
+        )
+        applied = await self.fabric.apply(ops)
+        assert applied.ok, applied.failures
+
     async def close(self) -> None:
         await self.kernel.close()
         if self.pod >= 0:
@@ -178,7 +193,7 @@ async def overlay_hosts(
         for index, fd in fds.items():
             place = folder / f"n{index}"
             place.mkdir()
-            host = OverlayHost(index, fd, LinuxKernel(fd), place, etcd)
+            host = OverlayHost(index, fd, LinuxKernel(fd), place, etcd, fabric)
             stack.push_async_callback(host.close)
             hosts.append(host)
         yield hosts

@@ -101,7 +101,7 @@ class Plumbing:
         self._switches = RefusedSwitches()
 
     @property
-    def refused_sysctls(self) -> Mapping[str, str]:
+    def refused_sysctls(self) -> dict[str, str]:
         """Switches that this kernel does not have or does not let us set, with its words."""
         return self._switches.words
 

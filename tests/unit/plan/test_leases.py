@@ -258,4 +258,4 @@ def test_a_node_is_told_its_public_addresses() -> None:
         "flannel.alpha.coreos.com/node-public-ipv6": "2001:db8::9",
     }
     assert forced_addresses(node(told)) == (IPv4Address("203.0.113.9"), IPv6Address("2001:db8::9"))
-    assert forced_addresses(node({"flannel.alpha.coreos.com/node-public-ip": "?"})) == ()
+    assert forced_addresses(node({f"{prefix}/node-public-ip": "?"})) == ()
