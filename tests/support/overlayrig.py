@@ -142,7 +142,7 @@ class OverlayHost:
         """Give the host an interface again after its own was removed."""
         label, port = NetnsName(f"n{self.index}"), f"port{self.index}"
         addresses = (Address("eth0", ipaddress.ip_interface(host_address(self.index, family))) for family in families)
-        ops = (
+        ops: tuple[Op, ...] = (
             AddLink(
                 Link(port, Veth("eth0", label), master="fabric", alias="podwire"),
                 Link("eth0", Veth(port, HOST), mac=_host_mac(self.index)),

@@ -253,9 +253,7 @@ def test_a_prefix_may_have_a_slash_of_its_own(prefix: str, key: str) -> None:
 
 
 def test_a_node_is_told_its_public_addresses() -> None:
-    told = {
-        "flannel.alpha.coreos.com/node-public-ip": "203.0.113.9",
-        "flannel.alpha.coreos.com/node-public-ipv6": "2001:db8::9",
-    }
+    four, six = "flannel.alpha.coreos.com/node-public-ip", "flannel.alpha.coreos.com/node-public-ipv6"
+    told = {four: "203.0.113.9", six: "2001:db8::9"}
     assert forced_addresses(node(told)) == (IPv4Address("203.0.113.9"), IPv6Address("2001:db8::9"))
-    assert forced_addresses(node({f"{prefix}/node-public-ip": "?"})) == ()
+    assert forced_addresses(node({four: "?"})) == ()
