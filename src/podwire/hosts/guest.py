@@ -20,7 +20,9 @@ from podwire.client.kubeconfig import client_from_kubeconfig, in_cluster_client
 from podwire.hosts.node import uplink_of
 from podwire.hosts.systemd import notify
 from podwire.kernel.linux import LinuxKernel
+from podwire.kernel.port import Kernel
 from podwire.model.addr import IPAddress, IPNetwork
+from podwire.model.kernelstate import NetState
 from podwire.model.meta import Json
 from podwire.model.resources import NODES
 
@@ -58,7 +60,7 @@ async def run_guest(options: GuestOptions, *, on_ready: Callable[[], None] = lam
         stack.push_async_callback(client.close)
         kernel = LinuxKernel()
         stack.push_async_callback(kernel.close)
-        addresses = options.addresses or await _node_addresses(client, options.node)
+        addresses = options.addresses or await _node_addresses(client, options, kernel)
         uplink, mtu = await uplink_of(kernel, addresses[0])
         agent = NodeAgent(_config(options, addresses, uplink, mtu), kernel, client, NoRuntime())
         running = asyncio.create_task(agent.run(), name="agent")
@@ -88,17 +90,46 @@ def _client(options: GuestOptions) -> ApiClient:
     return in_cluster_client(os.environ, user_agent=agent)
 
 
-async def _node_addresses(client: ApiClient, node: str) -> tuple[IPAddress, ...]:
-    """The Node's InternalIPs, at most one of each family, once the kubelet has said them."""
+async def _node_addresses(client: ApiClient, options: GuestOptions, kernel: Kernel) -> tuple[IPAddress, ...]:
+    """The Node's InternalIPs, at most one of each family, once the kubelet has said them; where the API does not answer, those
+    that it gave an earlier agent, if the machine still has them."""
+    node, file = options.node, options.state / "node-addresses"
     while True:
         try:
             found = _internal_ips(await client.get(NODES, node))
             if found:
+                _remember(file, found)
                 return found
             log.info("node %s has no address in the API yet", node)
         except ApiError as error:
+            remembered = _still_held(_recall(file), await kernel.observe())
+            if remembered:
+                log.warning("node %s cannot be read: %s; its addresses are %s, as remembered", node, error, remembered)
+                return remembered
             log.warning("node %s cannot be read: %s; tried again", node, error)
         await asyncio.sleep(_NODE_SECONDS)
+
+
+def _remember(file: Path, addresses: tuple[IPAddress, ...]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        partial = file.with_suffix(".new")
+        partial.write_text("".join(f"{address}\n" for address in addresses), encoding="ascii")
+        partial.replace(file)
+    except OSError as error:
+        log.warning("the node's addresses cannot be kept for a start without the API: %s", error)
+
+
+def _recall(file: Path) -> tuple[IPAddress, ...]:
+    try:
+        return tuple(map(ipaddress.ip_address, file.read_text(encoding="ascii").split()))
+    except (OSError, ValueError):
+        return ()
+
+
+def _still_held(addresses: tuple[IPAddress, ...], machine: NetState) -> tuple[IPAddress, ...]:
+    """None of them where the machine does not have all any more."""
+    return addresses if {address.interface.ip for address in machine.addresses}.issuperset(addresses) else ()
 
 
 def _internal_ips(node: Json) -> tuple[IPAddress, ...]:

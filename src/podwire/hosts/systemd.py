@@ -24,9 +24,11 @@ def server_unit(command: Sequence[str]) -> str:
 
 
 def node_unit(command: Sequence[str]) -> str:
-    """The unit that runs `command`, a `podwire join …`. The pods' shim outlives the agent: only the main process is ended."""
-    more = ("Restart=always", "RestartSec=1", "KillMode=process", "Delegate=yes", "LimitNOFILE=1048576", "TasksMax=infinity")
-    return _unit("podwire node agent", command, more)
+    """The unit that runs `command`, a `podwire join …`. The pods' shim outlives the agent: only the main process is ended.
+    However long its API server is away, an agent that starts serves container engines meanwhile."""
+    start = ("Restart=always", "RestartSec=1", "TimeoutStartSec=infinity")
+    limits = ("KillMode=process", "Delegate=yes", "LimitNOFILE=1048576", "TasksMax=infinity")
+    return _unit("podwire node agent", command, start + limits)
 
 
 def _unit(description: str, command: Sequence[str], service: Sequence[str]) -> str:
