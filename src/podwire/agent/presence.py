@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import datetime
 from random import Random
 
 import msgspec
@@ -26,10 +26,10 @@ from podwire.model.resources import LEASES, NODES
 
 log = logging.getLogger(__name__)
 
-STATUS_EVERY = timedelta(minutes=5)
+STATUS_SECONDS = 300.0
 """How old an unchanged status may become (the kubelet's nodeStatusReportFrequency)."""
 
-TAKEOVER_GRACE = timedelta(seconds=10)
+TAKEOVER_SECONDS = 10.0
 """How long a new agent lets stand that the node is ready, if the one before said so: the pods and rules are there, and
 balancers would move connections away from a node that blinks."""
 
@@ -52,9 +52,9 @@ class Presence:
         self._clock, self._rng, self._annotate = clock, rng, annotate
         self._state = NodeState()
         self._written: NodeState | None = None
-        self._written_at: datetime | None = None
+        self._written_at: float | None = None
         self._conditions: tuple[Condition, ...] = ()
-        self._taken_over_until: datetime | None = None
+        self._taken_over_until: float | None = None
         self._uid = ""
         self._has_lease = False
         self._gone = False
@@ -131,7 +131,7 @@ class Presence:
             said = {key: value for key, value in document["metadata"].items() if key in ("labels", "annotations")}
             node = await self._client.patch(NODES, name, {"metadata": said})
             if msgspec.convert(node, Node).ready:
-                self._taken_over_until = self._clock() + TAKEOVER_GRACE
+                self._taken_over_until = asyncio.get_running_loop().time() + TAKEOVER_SECONDS
         self._uid = node["metadata"]["uid"]
 
     async def _renew(self) -> None:
@@ -150,15 +150,16 @@ class Presence:
         self._has_lease = True
 
     async def _write_status(self) -> None:
-        state, now = self._state, self._clock()
+        # By the event loop's clock, which nobody sets: the machine's may jump by hours.
+        state, now = self._state, asyncio.get_running_loop().time()
         if self._taken_over_until is not None:
             if not state.ready and now < self._taken_over_until:
                 return
             self._taken_over_until = None
-        fresh = self._written_at is not None and now - self._written_at < STATUS_EVERY
+        fresh = self._written_at is not None and now - self._written_at < STATUS_SECONDS
         if state == self._written and fresh:
             return
-        patch = node_status(self._config, self._machine, state, self._conditions, now)
+        patch = node_status(self._config, self._machine, state, self._conditions, self._clock())
         # Noted before the request: its echo through the watch may come before its answer.
         self._written, self._written_at = state, now
         try:

@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from podwire.agent.config import AgentConfig
-from podwire.agent.node import NodeAgent
+from podwire.agent.node import NodeAgent, utc_now
 from podwire.agent.nodeoverlay import Overlay
 from podwire.agent.ports import ConfigSource
 from podwire.apiserver.app import create_app
@@ -179,13 +180,18 @@ class MemoryCluster:
 
     @asynccontextmanager
     async def agent(
-        self, machine: Machine[Any], *, subnets: bool = True, overlay: Overlay | None = None
+        self,
+        machine: Machine[Any],
+        *,
+        subnets: bool = True,
+        overlay: Overlay | None = None,
+        clock: Callable[[], datetime] = utc_now,
     ) -> AsyncIterator[NodeAgent]:
         """Run an agent on the machine until the block is left, which is as abrupt as killing it. With `subnets`, the node
         gets podCIDRs (as the controller would give; with `overlay`, from its subnet manager) and is ready when the block
         begins."""
         async with ApiClient(self.url) as client:
-            agent = NodeAgent(machine.config, machine.kernel, client, machine.runtime, overlay=overlay)
+            agent = NodeAgent(machine.config, machine.kernel, client, machine.runtime, clock, overlay=overlay)
             task = asyncio.create_task(agent.run())
             try:
                 if subnets:
