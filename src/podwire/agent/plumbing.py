@@ -15,7 +15,7 @@ from podwire.agent.switches import RefusedSwitches
 from podwire.kernel.port import Kernel, KernelError, KernelEvent
 from podwire.model.errors import PodwireError
 from podwire.model.ids import HOST, NetnsName, pod_netns
-from podwire.model.kernelstate import OWNER_ALIAS, Bridge, Device, Link, NetState, Veth
+from podwire.model.kernelstate import OWNER_ALIAS, Bridge, Device, Link, NetState, Veth, Wireguard
 from podwire.model.ops import (
     AddAddress,
     AddLink,
@@ -333,6 +333,24 @@ class Plumbing:
         if failures:
             raise PlumbingError("repair", failures)
         return repaired
+
+    @property
+    def untold(self) -> tuple[str, ...]:
+        """Devices whose settings somebody can change without the kernel telling of it: WireGuard's, with their peers."""
+        return tuple(name for name, link in self._base.links.items() if isinstance(link.kind, Wireguard))
+
+    async def untold_changed(self) -> bool:
+        """Whether somebody has changed them: a look at these devices alone."""
+        async with self._busy:
+            found = await self._kernel.observe_wireguard(self.untold)
+            wanted = [peer for unit in (self._base, *self._peers.values()) for peer in unit.wireguard]
+        kinds = {name: kind for name, (kind, _) in found.items()}
+        if kinds != {name: self._base.links[name].kind for name in self.untold}:
+            return True
+        there = {(peer.dev, peer.public_key): peer for _, peers in found.values() for peer in peers}
+        return len(there) != len(wanted) or any(
+            replace(peer, endpoint=None) != there.get((peer.dev, peer.public_key)) for peer in wanted
+        )
 
     # --- inside: the lock is held ---------------------------------------------------------------------------------
 

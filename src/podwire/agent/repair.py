@@ -22,6 +22,9 @@ LAZY_SECONDS = 5.0
 """How soon the node is looked at when only expected things were heard; under them a stranger's change could hide."""
 WARY_SECONDS = 60.0
 """So long after a repair expected things are looked at as soon as others: who has changed something does it again."""
+POLL_SECONDS, POLL_SHARE = 0.4, 0.02
+"""How often WireGuard's devices are looked at, of which the kernel tells nothing: every so many seconds, or less often where it
+would take more than this part of the time."""
 AUDIT_SECONDS = 300.0
 """How often the node is looked at without being told of anything: notifications can be lost when a socket overflows."""
 
@@ -60,6 +63,8 @@ class Repair:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._listen())
             group.create_task(self._check_when_told())
+            if self._plumbing.untold:
+                group.create_task(self._look_for_the_untold())
 
     def request_check(self) -> None:
         """Compare soon, and until all is as it shall be."""
@@ -78,6 +83,18 @@ class Repair:
             self._rules.request_resync()
             self._links.set()
             await asyncio.sleep(CHECK_INTERVAL)
+
+    async def _look_for_the_untold(self) -> None:
+        """At what the kernel tells nobody of."""
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            try:
+                if await self._plumbing.untold_changed():
+                    self._links.set()
+            except KernelError as error:
+                log.warning("%s: %s", ", ".join(self._plumbing.untold), error)
+            await asyncio.sleep(max(POLL_SECONDS, (loop.time() - began) / POLL_SHARE))
 
     def _heard(self, event: KernelEvent) -> None:
         self._also(event)

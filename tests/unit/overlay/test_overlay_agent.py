@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from podwire.agent.overlayd.rules import ForwardRules, forward_text
 from podwire.agent.subnets.port import Holding
 from podwire.kernel.commands import Outcome
 from podwire.model.kernelstate import Wireguard
+from podwire.model.ops import ChangeLink, DelWireguardPeer, Op, SetWireguardPeer
 from podwire.plan.underlay import Wish
 
 THEIRS = "dGhlaXJrZXl0aGVpcmtleXRoZWlya2V5dGhlaXJrZXk="
@@ -109,6 +111,31 @@ async def test_wireguard_peers_follow_their_keys(site: Site) -> None:
         other = THEIRS.replace("dGhl", "AAAA")
         await site.lease("10.5.40.0/24", BackendType="wireguard", BackendData={"PublicKey": other})
         await until(lambda: {peer.public_key for peer in site.kernel.host.state().wireguard} == {other})
+
+
+async def test_wireguard_is_put_back_though_the_kernel_tells_nothing(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """A peer removed, one with other networks, a stranger's, another port: each within a second, and never without need."""
+    async with site.agent({"Type": "wireguard"}) as agent:
+        await site.lease("10.5.40.0/24", BackendType="wireguard", BackendData={"PublicKey": THEIRS})
+        await until(lambda: len(site.kernel.host.state().wireguard) == 1)
+        whole = site.kernel.host.state()
+        (peer,) = whole.wireguard
+        device = whole.links["flannel-wg"]
+        assert isinstance(device.kind, Wireguard)
+        stranger = replace(peer, public_key=THEIRS.replace("dGhl", "AAAA"), allowed=())
+        damages: tuple[Op, ...] = (
+            DelWireguardPeer(peer),
+            SetWireguardPeer(replace(peer, allowed=())),
+            SetWireguardPeer(stranger),
+            ChangeLink(replace(device, kind=replace(device.kind, port=7), master=None, hairpin=None)),
+        )
+        for damage in damages:
+            site.kernel.drift(damage)
+            assert site.kernel.host.state() != whole
+            async with asyncio.timeout(1.5):  # a second, and something for a machine that does other things
+                await until(lambda: site.kernel.host.state() == whole)
+        assert agent.status().repaired == {"tunnel-peer": 3, "device-setting": 1}
+        assert f"WireGuard peer {THEIRS} on flannel-wg" in caplog.text
 
 
 async def test_switches_touch_only_what_is_concerned(site: Site) -> None:
