@@ -28,14 +28,28 @@ class ScriptedServer:
 
         self._answers[method, path].append(respond)
 
-    def watch(self, path: str, *events: tuple[str, object], hold: bool = False, break_off: bool = False) -> None:
-        """The next watch of `path` sends `events` and then ends, hangs (`hold`) or breaks the connection (`break_off`)."""
+    def hang_up(self, method: str, path: str) -> None:
+        """The next such request has its connection broken instead of an answer."""
+
+        async def respond(request: web.Request) -> web.StreamResponse:
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response()
+
+        self._answers[method, path].append(respond)
+
+    def watch(
+        self, path: str, *events: tuple[str, object], hold: bool = False, break_off: bool = False, text: bytes = b""
+    ) -> None:
+        """The next watch of `path` sends `events` and then `text` as it is, and ends, hangs (`hold`) or breaks the connection
+        (`break_off`)."""
 
         async def respond(request: web.Request) -> web.StreamResponse:
             response = web.StreamResponse()
             await response.prepare(request)
             for type, obj in events:
                 await response.write(msgspec.json.encode({"type": type, "object": obj}) + b"\n")
+            await response.write(text)
             if hold:
                 await asyncio.Event().wait()
             if break_off and request.transport is not None:

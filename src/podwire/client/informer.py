@@ -25,6 +25,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T", bound=ApiObject)
 
 
+STEADY_SECONDS = 10.0
+"""A watch that lasted so long shows that all is well with the server, whether anything happened or not."""
+
+MAX_RETRY_AFTER = 30.0
+"""Seconds: a server that asks for more is asked again after so many all the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Change(Generic[T]):
     """What happened to one object: `old` is None when it appeared, `new` when it went. An object that was replaced by another
@@ -154,7 +161,7 @@ class Informer(Generic[T]):
                 if not isinstance(error, Unavailable | TooManyRequests):
                     # It may be the revision that the server objects to (one from before its data was restored, say).
                     self._watchable = False
-                delay = backoff.next()
+                delay = max(backoff.next(), min(error.retry_after, MAX_RETRY_AFTER))
                 log.warning("%s: %s; next attempt in %.2f s", self.resource.plural, error, delay)
                 await asyncio.sleep(delay)
 
@@ -180,13 +187,19 @@ class Informer(Generic[T]):
             label_selector=self._labels,
             field_selector=self._fields,
         )
-        got = False
-        async with aclosing(events):
-            async for event in events:
-                got = True
+        loop = asyncio.get_running_loop()
+        opened, good = loop.time(), False
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    good = True
+                    backoff.reset()
+                    self._event(event)
+        finally:
+            if loop.time() - opened >= STEADY_SECONDS:
+                good = True
                 backoff.reset()
-                self._event(event)
-        if not got:
+        if not good:
             # A server that ends watches at once must not be asked in a tight loop.
             await asyncio.sleep(backoff.next())
 

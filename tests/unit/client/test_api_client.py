@@ -13,6 +13,7 @@ from podwire.client.errors import (
     Invalid,
     NotFound,
     ServerError,
+    TooManyRequests,
     Unavailable,
     error_from_status,
 )
@@ -143,3 +144,26 @@ async def test_a_broken_watch_is_unavailable() -> None:
     async with server.serve() as client:
         with pytest.raises(Unavailable):
             await watch_pods(client, [])
+
+
+async def test_what_is_no_api_server_is_one_that_does_not_answer() -> None:
+    """A balancer with nobody behind it, or a page to log in at: it must not end who only wanted to watch."""
+    server = ScriptedServer()
+    server.answer("GET", "/api/v1/pods", "<html>welcome</html>")
+    server.watch("/api/v1/pods", ("ADDED", {}), text=b"upstream connect error\n")
+    async with server.serve() as client:
+        with pytest.raises(Unavailable, match="not of the Kubernetes API"):
+            await client.list(PODS)
+        seen: list[tuple[str, Any]] = []
+        with pytest.raises(Unavailable, match="not of the Kubernetes API"):
+            await watch_pods(client, seen)
+    assert len(seen) == 1
+
+
+async def test_a_busy_server_says_when_to_watch_again() -> None:
+    server = ScriptedServer()
+    server.answer("WATCH", "/api/v1/pods", {"code": 429}, 429, **{"Retry-After": "7"})
+    async with server.serve() as client:
+        with pytest.raises(TooManyRequests) as caught:
+            await watch_pods(client, [])
+    assert caught.value.retry_after == 7
