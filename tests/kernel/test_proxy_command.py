@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from proxysite import METRICS, WEB, Site, proxy_site, remove_rules, until
+from proxysite import HEALTH, METRICS, WEB, Site, proxy_site, remove_rules, until
 from servicerig import FACTS
 
 from podwire.kernel.iptables import Flavour, find_programs
@@ -61,6 +61,22 @@ async def test_a_proxy_serves_repairs_and_leaves(site: Site) -> None:
     assert cleaner.returncode == 0, said
     assert not await site.answers()
     assert not (await site.rig.kernel.observe_nft(TABLE)).tables
+
+
+async def test_all_addresses_are_those_of_both_families(site: Site) -> None:
+    async with site.proxy("--metrics-bind-address", "[::]:10249"):
+        for port, path in ((HEALTH, "/livez"), (METRICS, "/proxyMode")):
+            for host in ("127.0.0.1", "::1"):
+                assert (await site.get("node", host, port, path))[0] == 200
+
+
+async def test_switches_that_cannot_be_set_are_said(site: Site) -> None:
+    """A namespace of its own may not set the machine's size of the connection table."""
+    status, said = await site.outcome(site.command("--init-only", "--conntrack-min=1000"))
+    assert (status, "Error: setting net/netfilter/nf_conntrack_max to" in said) == (1, True), said
+    liberal = ("--conntrack-max-per-core=0", "--conntrack-tcp-be-liberal")
+    status, said = await site.outcome(site.command("--init-only", *liberal))
+    assert (status, "nf_conntrack_tcp_be_liberal to 1" in said) == (0, True), said
 
 
 async def test_a_datagrams_client_follows_its_service(site: Site) -> None:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import yaml
 from aiohttp import web
 
 from podwire.agent.nodelock import AnotherAgent
@@ -24,9 +26,10 @@ from podwire.client.api import ApiClient
 from podwire.client.kubeconfig import client_from_kubeconfig, in_cluster_client
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import current_netns
+from podwire.kernel.port import KernelError
 from podwire.model.errors import InvalidInput, PodwireError
 from podwire.model.ops import SetSysctl
-from podwire.model.proxyconfig import ProxyConfig, conntrack_switches, host_and_port, networks, parse_proxy_config
+from podwire.model.proxyconfig import ProxyConfig, config_document, conntrack_switches, networks, parse_proxy_config
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class Invocation:
     """The options. `overrides`: fields of the configuration that flags set."""
 
     config_file: Path | None = None
+    written: Path | None = None
     kubeconfig: Path | None = None
     master: str = ""
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -58,9 +62,12 @@ def run_proxy(options: Invocation) -> None:
     )
     for name in ("aiohttp", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    config = load(options)
+    if options.written is not None:
+        _write(config, options.written)
+        return
     if os.geteuid() != 0:
         raise InvalidInput("podwire proxy changes this host's rules: run it as root")
-    config = load(options)
     with _alone():
         asyncio.run(_until_signal(options, config))
 
@@ -78,6 +85,14 @@ def load(options: Invocation) -> ProxyConfig:
     for warning in warnings:
         log.warning("%s", warning)
     return config
+
+
+def _write(config: ProxyConfig, path: Path) -> None:
+    try:
+        path.write_text(yaml.safe_dump(config_document(config), sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be written ({error.strerror}); see --write-config-to") from error
+    log.info("wrote the configuration to %s", path)
 
 
 def _alone() -> socket.socket:
@@ -119,8 +134,7 @@ async def serve(options: Invocation, config: ProxyConfig) -> None:
             log.info("removed: %s", ", ".join(found) or "nothing, there was nothing of ours")
             return
         if options.init_only:
-            switches = conntrack_switches(config.conntrack, cpus=os.cpu_count() or 1)
-            await kernel.apply(tuple(SetSysctl(key, value) for key, value in switches.items()))
+            await _set_switches(kernel, config)
             return
         async with _client(options, config) as client:
             agent = ProxyAgent(
@@ -144,6 +158,15 @@ async def serve(options: Invocation, config: ProxyConfig) -> None:
         os.close(netns)
 
 
+async def _set_switches(kernel: LinuxKernel, config: ProxyConfig) -> None:
+    """All of them, or KernelError that names those that could not be."""
+    switches = conntrack_switches(config.conntrack, cpus=os.cpu_count() or 1)
+    applied = await kernel.apply(tuple(SetSysctl(key, value) for key, value in switches.items()))
+    if applied.failures:
+        raise KernelError("; ".join(failure.message for failure in applied.failures), applied.failures[0].errno)
+    log.info("set: %s", ", ".join(f"{key} to {value}" for key, value in switches.items()) or "nothing is asked for")
+
+
 def _mode_options(config: ProxyConfig) -> ModeOptions:
     return ModeOptions(
         masquerade_bit=config.iptables.masquerade_bit,
@@ -153,12 +176,26 @@ def _mode_options(config: ProxyConfig) -> ModeOptions:
 
 
 def _client(options: Invocation, config: ProxyConfig) -> ApiClient:
-    if options.master:
-        return ApiClient(options.master, user_agent=USER_AGENT)
+    master = _master(options.master) if options.master else ""
     path = options.kubeconfig or (Path(config.client_connection.kubeconfig) if config.client_connection.kubeconfig else None)
     if path is not None:
-        return client_from_kubeconfig(path, user_agent=USER_AGENT)
+        return client_from_kubeconfig(path, user_agent=USER_AGENT, server=master)
+    if master:
+        return ApiClient(master, user_agent=USER_AGENT)
     return in_cluster_client(os.environ, user_agent=USER_AGENT)
+
+
+def _master(text: str) -> str:
+    """A URL; `host:port` is one of HTTP, as client-go takes it."""
+    url = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not url.split()[1:]
+    except ValueError:
+        good = False
+    if not good:
+        raise InvalidInput(f"--master: {text!r} is no URL of an API server such as http://127.0.0.1:8080")
+    return url.rstrip("/")
 
 
 def _apps(config: ProxyConfig, agent: ProxyAgent) -> list[tuple[tuple[str, int], web.Application]]:
@@ -166,8 +203,7 @@ def _apps(config: ProxyConfig, agent: ProxyAgent) -> list[tuple[tuple[str, int],
     metrics = agent.metrics
     health = health_app(agent.health, lambda: datetime.now(UTC), metrics.healthz, metrics.livez)
     numbers = metrics_app(lambda: agent.mode, agent.metrics_text, agent.endpoints_text, lambda: agent.health().healthy)
-    wanted = ((config.healthz_bind_address, health), (config.metrics_bind_address, numbers))
-    return [(address, app) for text, app in wanted if (address := host_and_port(text)) is not None]
+    return [(address, app) for address, app in ((config.healthz_at, health), (config.metrics_at, numbers)) if address]
 
 
 async def _keep_serving(address: tuple[str, int], app: web.Application, *, hard: bool) -> None:
@@ -187,9 +223,16 @@ async def _keep_serving(address: tuple[str, int], app: web.Application, *, hard:
             await asyncio.sleep(_AGAIN_SECONDS)
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """As Go does: 0.0.0.0 and :: are each all addresses of both families, where there are both."""
+    if host in ("0.0.0.0", "::") and socket.has_dualstack_ipv6():
+        return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=64)
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=64)
+
+
 @asynccontextmanager
 async def _serving(host: str, port: int, app: web.Application) -> AsyncIterator[None]:
-    sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=64)
+    sock = _listen(host, port)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
     try:
         await runner.setup()

@@ -18,14 +18,16 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where a pod finds its account: ca.crt, namespace, token (which the kubelet replaces before it expires)."""
 
 
-def client_from_kubeconfig(path: Path, context: str | None = None, *, user_agent: str = "podwire") -> ApiClient:
-    """The client that kubectl with `--kubeconfig path --context context` would be. Raises InvalidInput."""
+def client_from_kubeconfig(
+    path: Path, context: str | None = None, *, user_agent: str = "podwire", server: str = ""
+) -> ApiClient:
+    """The client that kubectl with `--kubeconfig path --context context --server server` would be. Raises InvalidInput."""
     document = _load(path)
     context = context or str(document.get("current-context") or "")
     chosen = _named(document, "contexts", "context", context, path)
     cluster = _named(document, "clusters", "cluster", str(chosen.get("cluster", "")), path)
     user = _named(document, "users", "user", str(chosen["user"]), path) if chosen.get("user") else {}
-    server = str(cluster.get("server", ""))
+    server = server or str(cluster.get("server", ""))
     if not server.startswith(("http://", "https://")):
         raise InvalidInput(f"{path}: cluster {chosen.get('cluster')!r} has no server URL; set clusters[].cluster.server")
     return ApiClient(

@@ -1,5 +1,6 @@
 """kube-proxy's configuration (kubeproxy.config.k8s.io/v1alpha1) as a value: what a drop-in has to understand of it."""
 
+import contextlib
 import ipaddress
 import re
 from collections.abc import Iterator, Mapping
@@ -14,8 +15,12 @@ from podwire.model.objects import View
 from podwire.model.proxymode import ProxyMode
 
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
+HEALTHZ_PORT, METRICS_PORT = 10256, 10249
 PRIMARY = "primary"
 """In nodePortAddresses: the node's own addresses as its Node object says them."""
+
+IPVS_SCHEDULERS = ("rr", "wrr", "lc", "wlc", "lblc", "lblcr", "sh", "dh", "sed", "nq", "mh", "fo", "ovf", "twos")
+"""The kernel's (net/netfilter/ipvs)."""
 
 _DURATION = re.compile(r"(\d+(?:\.\d*)?)(ns|us|µs|ms|s|m|h)")
 _UNIT_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -81,8 +86,8 @@ class ProxyConfig(View, frozen=True):
     client_connection: ClientConnection = ClientConnection()
     hostname_override: str = ""
     bind_address: str = "0.0.0.0"
-    healthz_bind_address: str = "0.0.0.0:10256"
-    metrics_bind_address: str = "127.0.0.1:10249"
+    healthz_bind_address: str = ""
+    metrics_bind_address: str = ""
     bind_address_hard_fail: bool = False
     mode: str = ""
     iptables: IptablesOptions = IptablesOptions()
@@ -104,6 +109,23 @@ class ProxyConfig(View, frozen=True):
         except ValueError:
             served = ", ".join(ProxyMode)
             raise InvalidInput(f"proxy mode {self.mode!r} is not served; there are: {served}") from None
+
+    @property
+    def healthz_at(self) -> tuple[str, int] | None:
+        """Where /healthz and /livez are served; None: nowhere. Raises InvalidInput."""
+        return _listening(self.healthz_bind_address, "healthzBindAddress", ("::" if self._ipv6 else "0.0.0.0"), HEALTHZ_PORT)
+
+    @property
+    def metrics_at(self) -> tuple[str, int] | None:
+        """Where /metrics and /proxyMode are served; None: nowhere. Raises InvalidInput."""
+        return _listening(self.metrics_bind_address, "metricsBindAddress", ("::1" if self._ipv6 else "127.0.0.1"), METRICS_PORT)
+
+    @property
+    def _ipv6(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.bind_address or "0.0.0.0").version == 6
+        except ValueError:
+            raise InvalidInput(f"bindAddress: {self.bind_address!r} is no IP address") from None
 
     @property
     def cluster_cidrs(self) -> tuple[IPNetwork, ...]:
@@ -135,9 +157,12 @@ def parse_proxy_config(text: str, source: str, overrides: Mapping[str, Any] | No
 
     overrides: {"field.subfield": value} on top. Raises InvalidInput that names `source` and the field."""
     try:
-        document = yaml.safe_load(text) if text.strip() else {}
+        documents = [one for one in yaml.safe_load_all(text) if one is not None]
     except yaml.YAMLError as error:
         raise InvalidInput(f"{source}: is not YAML ({error})") from error
+    if len(documents) > 1:
+        raise InvalidInput(f"{source}: has {len(documents)} YAML documents; there can be one KubeProxyConfiguration")
+    document = documents[0] if documents else {}
     if not isinstance(document, dict):
         raise InvalidInput(f"{source}: is no KubeProxyConfiguration; it must be a mapping")
     for name, wanted in (("kind", "KubeProxyConfiguration"), ("apiVersion", API_VERSION)):
@@ -145,9 +170,10 @@ def parse_proxy_config(text: str, source: str, overrides: Mapping[str, Any] | No
             raise InvalidInput(f"{source}: {name} is {document[name]!r}, not {wanted}")
     document = _without_nulls(document)
     warnings = [f"{source}: field {name} is not known and left out" for name in _unknown(document, ProxyConfig, "")]
-    for path, value in (overrides or {}).items():
-        _put(document, path.split("."), value)
     try:
+        msgspec.convert(document, ProxyConfig)  # by itself first: flags are put into sections, which have to be there
+        for path, value in (overrides or {}).items():
+            _put(document, path.split("."), value)
         config = msgspec.convert(document, ProxyConfig)
     except msgspec.ValidationError as error:
         raise InvalidInput(f"{source}: {error}") from error
@@ -155,13 +181,33 @@ def parse_proxy_config(text: str, source: str, overrides: Mapping[str, Any] | No
     return config, warnings
 
 
+def config_document(config: ProxyConfig) -> dict[str, Any]:
+    """A KubeProxyConfiguration in which every field has the value that is used."""
+    document = _with_defaults(config)
+    for name, at, host in (
+        ("healthzBindAddress", config.healthz_at, "0.0.0.0"),
+        ("metricsBindAddress", config.metrics_at, "127.0.0.1"),
+    ):
+        address, port = at or (host, 0)
+        document[name] = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    document["mode"] = str(config.proxy_mode)
+    return {"apiVersion": API_VERSION, "kind": "KubeProxyConfiguration", **document}
+
+
+def _with_defaults(view: View) -> dict[str, Any]:
+    found = {}
+    for field in msgspec.structs.fields(view):
+        value = getattr(view, field.name)
+        found[field.encode_name] = _with_defaults(value) if isinstance(value, View) else msgspec.to_builtins(value)
+    return found
+
+
 def _check(config: ProxyConfig, source: str) -> None:
     """What would otherwise fail later, or be misunderstood."""
     try:
-        _ = config.proxy_mode, config.cluster_cidrs, config.node_port_networks
+        _ = config.proxy_mode, config.cluster_cidrs, config.node_port_networks, config.healthz_at, config.metrics_at
         conntrack_switches(config.conntrack, cpus=1)
-        for name in ("healthz_bind_address", "metrics_bind_address"):
-            host_and_port(getattr(config, name))
+        _check_sections(config)
     except InvalidInput as error:
         raise InvalidInput(f"{source}: {error}") from error
     if config.detect_local_mode not in ("", "ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"):
@@ -175,6 +221,22 @@ def _check(config: ProxyConfig, source: str) -> None:
         )
     if config.detect_local_mode == "BridgeInterface" and not config.detect_local.bridge_interface:
         raise InvalidInput(f"{source}: detectLocalMode BridgeInterface needs detectLocal.bridgeInterface")
+
+
+def _check_sections(config: ProxyConfig) -> None:
+    for section, bit in (("iptables", config.iptables.masquerade_bit), ("nftables", config.nftables.masquerade_bit)):
+        if not 0 <= bit <= 31:
+            raise InvalidInput(f"{section}.masqueradeBit: {bit} is not between 0 and 31")
+    sections = (("iptables", config.iptables), ("nftables", config.nftables), ("ipvs", config.ipvs))
+    for section, options in sections:
+        duration_seconds(options.sync_period, f"{section}.syncPeriod")
+        duration_seconds(options.min_sync_period, f"{section}.minSyncPeriod")
+    if config.ipvs.scheduler and config.ipvs.scheduler not in IPVS_SCHEDULERS:
+        known = ", ".join(IPVS_SCHEDULERS)
+        raise InvalidInput(f"ipvs.scheduler: {config.ipvs.scheduler!r} is not known; there are: {known}")
+    for name, number in (("maxPerCore", config.conntrack.max_per_core), ("min", config.conntrack.min)):
+        if number < 0:
+            raise InvalidInput(f"conntrack.{name}: {number} is less than 0, which leaves the kernel's value as it is")
 
 
 def networks(texts: tuple[str, ...] | list[str], what: str) -> tuple[IPNetwork, ...]:
@@ -194,19 +256,20 @@ def duration_seconds(text: str, what: str) -> float:
     return sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
 
 
-def host_and_port(text: str) -> tuple[str, int] | None:
-    """`0.0.0.0:10256`, `[::]:10256`, a bare address (kube-proxy's old form: its default port is the caller's to know, so it
-    is refused). None for an empty text or port 0: not served."""
+def _listening(text: str, what: str, host: str, port: int) -> tuple[str, int] | None:
+    """`0.0.0.0:10256`, `[::]:10256`, or as much of it as is not `host` and `port`: an address, or nothing. None for port 0."""
     if not text:
-        return None
-    host, colon, port = text.rpartition(":")
+        return host, port
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(text)), port
+    before, _, after = text.rpartition(":")
     try:
-        number = int(port)
-        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        address = ipaddress.ip_address(before.removeprefix("[").removesuffix("]") if before[:1] == "[" else before)
+        number = int(after) if after.isascii() and after.isdecimal() else -1
     except ValueError:
-        colon = ""
-    if not colon or not 0 <= number < 1 << 16:
-        raise InvalidInput(f"{text!r} is no address and port such as 0.0.0.0:10256")
+        number = -1
+    if not 0 <= number < 1 << 16 or (address.version == 6) != (before[:1] == "["):
+        raise InvalidInput(f"{what}: {text!r} is no address and port such as 0.0.0.0:10256 or [::]:10256")
     return (str(address), number) if number else None
 
 

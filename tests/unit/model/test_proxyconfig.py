@@ -1,7 +1,8 @@
 import pytest
+import yaml
 
 from podwire.model.errors import InvalidInput
-from podwire.model.proxyconfig import conntrack_switches, duration_seconds, host_and_port, parse_proxy_config
+from podwire.model.proxyconfig import config_document, conntrack_switches, duration_seconds, parse_proxy_config
 from podwire.model.proxymode import ProxyMode
 
 # As kubeadm writes it: much is null, much is of other back ends.
@@ -63,8 +64,8 @@ def test_what_kubeadm_writes_is_understood() -> None:
     assert config.proxy_mode is ProxyMode.NFTABLES
     assert [str(n) for n in config.cluster_cidrs] == ["10.244.0.0/16", "fd00:10:244::/56"]
     assert config.masquerade_all
-    assert host_and_port(config.healthz_bind_address) is None
-    assert host_and_port(config.metrics_bind_address) == ("127.0.0.1", 10249)
+    assert config.healthz_at == ("0.0.0.0", 10256), "empty is not off"
+    assert config.metrics_at == ("127.0.0.1", 10249)
     assert conntrack_switches(config.conntrack, cpus=8) == {
         "net/netfilter/nf_conntrack_max": "262144",
         "net/netfilter/nf_conntrack_tcp_timeout_established": "86400",
@@ -74,7 +75,30 @@ def test_what_kubeadm_writes_is_understood() -> None:
 
 def test_an_empty_file_is_kube_proxys_defaults() -> None:
     config, _ = parse_proxy_config("", "flags")
-    assert host_and_port(config.healthz_bind_address) == ("0.0.0.0", 10256)
+    assert config.healthz_at == ("0.0.0.0", 10256)
+    assert config.metrics_at == ("127.0.0.1", 10249)
+
+
+@pytest.mark.parametrize(
+    ("text", "healthz", "metrics"),
+    [
+        ("bindAddress: '::'", ("::", 10256), ("::1", 10249)),
+        ("{healthzBindAddress: 192.0.2.1, metricsBindAddress: 0.0.0.0}", ("192.0.2.1", 10256), ("0.0.0.0", 10249)),
+        ("{healthzBindAddress: '::1', metricsBindAddress: '[::]:1'}", ("::1", 10256), ("::", 1)),
+        ("{healthzBindAddress: '0.0.0.0:0', metricsBindAddress: '[::]:0'}", None, None),
+    ],
+)
+def test_where_it_listens(text: str, healthz: tuple[str, int] | None, metrics: tuple[str, int] | None) -> None:
+    config, _ = parse_proxy_config(text, "f")
+    assert (config.healthz_at, config.metrics_at) == (healthz, metrics)
+
+
+@pytest.mark.parametrize("text", [KUBEADM, "", "{healthzBindAddress: '[::1]:0', mode: ipvs}"])
+def test_a_configuration_that_is_written_reads_as_it_was(text: str) -> None:
+    document = config_document(parse_proxy_config(text, "f")[0])
+    assert {"masqueradeBit", "masqueradeAll", "localhostNodePorts"} <= document["iptables"].keys(), "defaults are written, too"
+    again, warnings = parse_proxy_config(yaml.safe_dump(document), "g")
+    assert (config_document(again), warnings) == (document, [])
 
 
 def test_flags_win_over_the_file() -> None:
@@ -98,7 +122,19 @@ def test_unknown_fields_are_said() -> None:
         ("mode: userspace", "'userspace' is not served; there are: nftables"),
         ("clusterCIDR: 10.0.0.0/99", "clusterCIDR"),
         ("nodePortAddresses: [everything]", "nodePortAddresses"),
-        ("healthzBindAddress: here", "is no address and port"),
+        ("a: 1\n---\na: 2", "has 2 YAML documents"),
+        ("healthzBindAddress: here", "healthzBindAddress: 'here' is no address and port"),
+        ("metricsBindAddress: '::1:10249x'", "is no address and port"),
+        ("metricsBindAddress: '[127.0.0.1]:1'", "is no address and port"),
+        ("bindAddress: here", "bindAddress: 'here' is no IP address"),
+        ("iptables: []", r"\$\.iptables"),
+        ("iptables: 3", r"\$\.iptables"),
+        ("iptables: {masqueradeBit: -1}", r"iptables\.masqueradeBit: -1 is not between 0 and 31"),
+        ("nftables: {masqueradeBit: 32}", r"nftables\.masqueradeBit: 32 is not between 0 and 31"),
+        ("iptables: {syncPeriod: 1 fortnight}", r"iptables\.syncPeriod: '1 fortnight' is no duration"),
+        ("conntrack: {maxPerCore: -1}", r"conntrack\.maxPerCore: -1 is less than 0"),
+        ("conntrack: {tcpEstablishedTimeout: -1s}", "'-1s' is no duration"),
+        ("ipvs: {scheduler: fairest}", "'fairest' is not known"),
         ("iptables: {masqueradeBit: none}\n", r"iptables\.masqueradeBit"),
         ("conntrack: {udpTimeout: soon}", "'soon' is no duration"),
         ("detectLocalMode: Magic", "none of ClusterCIDR"),
@@ -108,7 +144,7 @@ def test_unknown_fields_are_said() -> None:
 )
 def test_what_is_wrong_is_said(text: str, message: str) -> None:
     with pytest.raises(InvalidInput, match=message) as caught:
-        parse_proxy_config(text, "the-file")
+        parse_proxy_config(text, "the-file", {"iptables.masqueradeAll": True})
     assert str(caught.value).startswith("the-file: ")
 
 
