@@ -2,6 +2,7 @@
 
 import asyncio
 import enum
+import http
 import ssl as ssl_module
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -12,7 +13,8 @@ from typing import Any, Self
 import aiohttp
 import msgspec
 
-from podwire.client.errors import Gone, TooManyRequests, Unavailable, error_from_status
+from podwire.client.errors import ApiError, Gone, TooManyRequests, Unavailable, error_from_status
+from podwire.client.servers import Servers, never_sent
 from podwire.client.sockets import SocketFactory, open_socket
 from podwire.model.meta import Json
 from podwire.model.resources import Resource
@@ -74,16 +76,20 @@ _list_decoder = msgspec.json.Decoder(RawList)
 
 
 class ApiClient:
-    """A connection pool to one API server. `async with ApiClient(…) as client:`, or `close()` at the end.
+    """A connection pool to one API server, or to several of one cluster. `async with ApiClient(…) as client:`, or `close()`
+    at the end.
 
     `base_url` is `https://host:port` (or `http://…`); with `unix_socket` (a path, or an abstract name starting with NUL) its
     host is only a name. `token` that is callable is asked before each request: tokens of accounts are replaced within the hour.
+
+    Of several servers, one is used until it fails (no connection, no answer in time, 503). What cannot have reached it, or only
+    reads, is asked of the next at once; other requests and streams fail with Unavailable, and go to the next when made again.
     All methods raise `ApiError` and its branches.
     """
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | Sequence[str],
         *,
         token: str | Callable[[], str] | None = None,
         ssl: ssl_module.SSLContext | None = None,
@@ -91,13 +97,20 @@ class ApiClient:
         user_agent: str = "podwire",
         socket_factory: SocketFactory = open_socket,
     ) -> None:
-        self.base_url = base_url.rstrip("/")
+        self._servers = Servers(base_url)
         self._headers = {"Accept": "application/json", "User-Agent": user_agent}
         self._token = token
         self.tls = ssl
         self._unix_socket = unix_socket
         self._socket_factory = socket_factory
         self._session: aiohttp.ClientSession | None = None
+        self._flows: set[tuple[str, aiohttp.StreamReader]] = set()
+        """The streams that are being read, by server."""
+
+    @property
+    def base_url(self) -> str:
+        """Of the server in use."""
+        return self._servers.current
 
     async def __aenter__(self) -> Self:
         return self
@@ -176,6 +189,8 @@ class ApiClient:
         while True:
             try:
                 page = _list_decoder.decode(await self.request("GET", path, params=params))
+            except msgspec.DecodeError as error:
+                raise self._not_an_api_server(path, error) from error
             except Gone:
                 if "continue" not in params:
                     raise
@@ -270,7 +285,10 @@ class ApiClient:
             async for chunk in chunks:
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
-                    event = _event_decoder.decode(line)
+                    try:
+                        event = _event_decoder.decode(line)
+                    except msgspec.DecodeError as error:
+                        raise self._not_an_api_server(path, error) from error
                     if event.type == "ERROR":
                         raise error_from_status(bytes(event.object), 500, f"WATCH {path}")
                     yield event
@@ -279,32 +297,40 @@ class ApiClient:
         self, method: str, path: str, *, params: Mapping[str, str] | None = None, silence: float | None = None
     ) -> AsyncGenerator[bytes, None]:
         """A response body as it comes. More than `silence` seconds without a byte count as a broken connection."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT, sock_read=silence)
+        server, connecting = self.base_url, self._servers.connect_seconds or REQUEST_TIMEOUT
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=connecting, sock_read=silence)
         try:
             async with self._open().request(
-                method, self.base_url + path, params=params, headers=self._identified(), timeout=timeout
+                method, server + path, params=params, headers=self._identified(), timeout=timeout
             ) as response:
                 if response.status >= 400:
-                    raise error_from_status(await response.read(), response.status, f"{method} {path}")
-                async for chunk in response.content.iter_any():
-                    yield chunk
+                    raise self._refused(server, response, await response.read(), f"{method} {path}")
+                flow = (server, response.content)
+                self._flows.add(flow)
+                try:
+                    async for chunk in response.content.iter_any():
+                        yield chunk
+                finally:
+                    self._flows.discard(flow)
         except aiohttp.ClientPayloadError as error:
-            raise Unavailable(f"{self._where()} broke the connection off") from error
+            self._servers.failed(server, "broke the connection off")
+            raise Unavailable(f"{self._where(server)} broke the connection off") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._unavailable(error) from error
+            raise self._failed(server, error) from error
 
     async def websocket(
         self, path: str, *, params: Sequence[tuple[str, str]], protocols: tuple[str, ...]
     ) -> aiohttp.ClientWebSocketResponse:
         """An open WebSocket to e.g. `/api/v1/namespaces/n/pods/p/exec`; the caller closes it."""
+        server = self.base_url
         try:
             return await self._open().ws_connect(
-                self.base_url + path, params=params, protocols=protocols, headers=self._identified(), max_msg_size=0
+                server + path, params=params, protocols=protocols, headers=self._identified(), max_msg_size=0
             )
         except aiohttp.WSServerHandshakeError as error:
             raise error_from_status(error.message.encode(), error.status, f"GET {path}") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._unavailable(error) from error
+            raise self._failed(server, error) from error
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -324,34 +350,59 @@ class ApiClient:
     async def _once(
         self, method: str, path: str, params: Mapping[str, str], data: bytes | None, headers: dict[str, str]
     ) -> bytes:
-        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)
+        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT, sock_connect=self._servers.connect_seconds)
         headers = self._identified() | headers
         if data is None:
             headers.pop("Content-Type")
-        try:
-            async with self._open().request(
-                method, self.base_url + path, params=params, data=data, headers=headers, timeout=timeout
-            ) as response:
-                body = await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._unavailable(error) from error
-        if response.status < 400:
-            return body
-        failure = error_from_status(body, response.status, f"{method} {path}")
-        retry_after = response.headers.get("Retry-After", "")
-        if retry_after.isdigit() and not failure.retry_after:
-            failure.details = {**failure.details, "retryAfterSeconds": int(retry_after)}
-        raise failure
+        others = len(self._servers.urls) - 1
+        while True:
+            server = self.base_url
+            try:
+                async with self._open().request(
+                    method, server + path, params=params, data=data, headers=headers, timeout=timeout
+                ) as response:
+                    body = await response.read()
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                failure = self._failed(server, error)
+                again = never_sent(error) or (method == "GET" and not isinstance(error, TimeoutError))
+                if not others or not again:
+                    raise failure from error
+                others -= 1
+                continue
+            if response.status < 400:
+                return body
+            raise self._refused(server, response, body, f"{method} {path}")
 
     def _identified(self) -> dict[str, str]:
         token = self._token() if callable(self._token) else self._token
         return self._headers | {"Authorization": f"Bearer {token}"} if token else self._headers
 
-    def _unavailable(self, error: Exception) -> Unavailable:
-        return Unavailable(f"{self._where()} did not answer ({str(error) or type(error).__name__})")
+    def _failed(self, server: str, error: Exception) -> Unavailable:
+        """Go on with the next server, if there is one. Of one that keeps its connections and says nothing, no stream can be
+        expected to say anything either: all are broken off."""
+        why = str(error) or type(error).__name__
+        changed = self._servers.failed(server, why)
+        if changed and isinstance(error, TimeoutError) and not never_sent(error):
+            for source, content in tuple(self._flows):
+                if source == server:
+                    content.set_exception(aiohttp.ClientPayloadError(why))
+        return Unavailable(f"{self._where(server)} did not answer ({why})")
 
-    def _where(self) -> str:
-        return f"the API server at {self.base_url if self._unix_socket is None else f'Unix socket {self._unix_socket!r}'}"
+    def _refused(self, server: str, response: aiohttp.ClientResponse, body: bytes, what: str) -> ApiError:
+        failure = error_from_status(body, response.status, what)
+        retry_after = response.headers.get("Retry-After", "")
+        if retry_after.isdigit() and not failure.retry_after:
+            failure.details = {**failure.details, "retryAfterSeconds": int(retry_after)}
+        if response.status == http.HTTPStatus.SERVICE_UNAVAILABLE:
+            self._servers.failed(server, failure)
+        return failure
+
+    def _not_an_api_server(self, path: str, error: Exception) -> Unavailable:
+        """Something on the way that answers in its stead, a balancer with nobody behind it say."""
+        return Unavailable(f"{self._where(self.base_url)} answered {path} with what is not of the Kubernetes API ({error})")
+
+    def _where(self, server: str) -> str:
+        return f"the API server at {server if self._unix_socket is None else f'Unix socket {self._unix_socket!r}'}"
 
 
 def _document(data: bytes | msgspec.Raw) -> Json:
