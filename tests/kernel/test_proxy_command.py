@@ -122,6 +122,9 @@ async def test_another_mode_takes_over_with_the_next_start(site: Site) -> None:
     async with site.proxy("--proxy-mode", "iptables"):
         await _leads(site)
         assert (await site.get("node", "127.0.0.1", METRICS, "/proxyMode"))[1] == "iptables"
+        assert await site.metric('podwire_service_connections_total{namespace="default",service="web"') == 60
+        assert await site.metric("podwire_endpoint_connections_total", "/metrics/endpoints") == 60
+        assert await site.metric('kubeproxy_sync_proxy_rules_iptables_total{ip_family="IPv4",table="nat"}') > 20
 
         async def alone() -> bool:
             return not (await site.rig.kernel.observe_nft(TABLE)).tables

@@ -30,13 +30,15 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def text(self, name: str, text: str) -> str:
+    def text(self, name: str, text: str, series: Iterable[Mapping[str, str]] = ({},)) -> str:
+        """`series`: the labels of each series; all show the same."""
         lines = [f"# HELP {name} {text}", f"# TYPE {name} histogram"]
-        total = 0
-        for bound, count in zip((*self._bounds, None), self._counts, strict=True):
-            total += count
-            lines.append(_sample(f"{name}_bucket", {"le": "+Inf" if bound is None else f"{bound:g}"}, total))
-        lines += [_sample(f"{name}_sum", {}, self._sum), _sample(f"{name}_count", {}, total)]
+        for labels in series:
+            total = 0
+            for bound, count in zip((*self._bounds, None), self._counts, strict=True):
+                total += count
+                lines.append(_sample(f"{name}_bucket", {**labels, "le": "+Inf" if bound is None else f"{bound:g}"}, total))
+            lines += [_sample(f"{name}_sum", labels, self._sum), _sample(f"{name}_count", labels, total)]
         return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,9 @@
 """What others may know of `ServiceSync`: each round of changes that reached the kernel, and what was read back from there."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.servicetable import ServiceTable
@@ -31,7 +32,7 @@ class Round:
 
     changed: Services that changed since the last success. full: the whole was compared with the kernel. commands: how many
     it took; `repaired`: they undid what somebody else did. seconds: how long it took. queued: when (loop time) the first of
-    the changes was heard of. forgotten: UDP connections removed, in forget_seconds."""
+    the changes was heard of. forgotten: UDP connections removed by family, in forget_seconds."""
 
     changed: Mapping[ObjectKey, Served]
     full: bool
@@ -39,7 +40,7 @@ class Round:
     queued: float
     commands: int = 0
     repaired: bool = False
-    forgotten: int = 0
+    forgotten: Mapping[Family, int] = field(default_factory=dict)
     forget_seconds: float = 0.0
     error: str = ""
 

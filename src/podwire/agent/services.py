@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from random import Random
 
@@ -15,7 +17,9 @@ from podwire.agent.rounds import OnRound, Round, Served, Versions
 from podwire.client.backoff import Backoff
 from podwire.client.informer import Change, Informer
 from podwire.kernel.port import Kernel, KernelError
+from podwire.model.addr import Family, family_of
 from podwire.model.errors import Unsupported
+from podwire.model.flow import Flow
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.proxymode import ProxyMode
@@ -72,7 +76,8 @@ class ServiceSync:
         """What the kernel said that others changed, since the last comparison."""
         self._new_facts: NodeFacts | None = None
         """What the back end in use has still to be told."""
-        self._refitted = False
+        self._differs = False
+        """The kernel is not as planned, and it is our own doing."""
         self._localhost = LocalhostSwitch(kernel, health)
         self._busy = True
         self._stale = StaleFlows()
@@ -183,6 +188,8 @@ class ServiceSync:
                 self._tell(Round(changed={}, full=self._resync, seconds=0.0, queued=started, error=str(error)))
                 self._host_ports_asked += asked
                 self._resync = True
+                # Where the kernel lacks what was to be changed, it was others who took it away.
+                self._differs |= not (isinstance(error, KernelError) and error.errno == errno.ENOENT)
                 self._health.failed("services", error)
                 delay = backoff.next()
                 log.warning("services: %s; planning in full again in %.2f s", error, delay)
@@ -310,7 +317,7 @@ class ServiceSync:
         log.info("services: planned anew, since node %s changed", new.name)
         rules.set_facts(new)
         self._ports = {uid: (pod, host_port_table(pod, new)) for uid, (pod, _) in self._ports.items()}
-        self._resync = self._refitted = True
+        self._resync = self._differs = True
         return new
 
     async def _sync(self, rules: ServiceRules, facts: NodeFacts) -> None:
@@ -320,7 +327,7 @@ class ServiceSync:
         if full:
             if not facts.loopback:
                 await self._localhost.forbid()
-            expected, self._resync, self._refitted = self._refitted, False, False
+            expected, self._resync, self._differs = self._differs, False, False
             commands = await rules.compare()
             if commands and self._health.services_ready and not expected:
                 self._health.repairs += 1
@@ -334,7 +341,7 @@ class ServiceSync:
         if commands:
             self._health.commits += 1
         programmed = asyncio.get_running_loop().time()
-        forgotten = await self._forget_stale() if self._stale else 0
+        forgotten = await self._forget_stale() if self._stale else {}
         reached, self._reached = self._reached, {}
         queued, self._queued = self._queued if self._queued is not None else started, None
         self._tell(
@@ -375,20 +382,28 @@ class ServiceSync:
         if not self._programmed.is_set():
             self._stale.note_all(facts.service_cidrs)
 
-    async def _forget_stale(self) -> int:
+    async def _forget_stale(self) -> Mapping[Family, int]:
         """After the rules have changed: before, a client's next packet would lead to the old endpoint again."""
         stale = self._stale.take()
+        families: Counter[Family] = Counter()
+
+        def wanted(flow: Flow) -> bool:
+            if stale.matches(flow):
+                families[family_of(flow.original.dst)] += 1
+                return True
+            return False
+
         try:
-            forgotten = await self._kernel.forget_flows(stale.matches)
+            forgotten = await self._kernel.forget_flows(wanted)
         except KernelError as error:
             self._stale.restore(stale)
             self._health.failed("conntrack", error)
             log.warning("services: stale UDP connections stay for now: %s", error)
-            return 0
+            return {}
         self._health.works("conntrack")
         if forgotten:
             log.info("services: %d UDP connections to endpoints that are gone were forgotten", forgotten)
-        return forgotten
+        return families
 
     def _service_changed(self, change: Change[Service]) -> None:
         self._touch(change.key)

@@ -124,6 +124,10 @@ class IptablesClient:
         """All tables' rules. Tables that are not in use are not loaded by asking."""
         return self._run([self._programs.save[family]], "")
 
+    def count(self, family: Family, table: str) -> str:
+        """One table's rules, each with its counters in front: `[packets:bytes] -A …`."""
+        return self._run([self._programs.save[family], "-c", "-t", table], "")
+
     def restore(self, family: Family, text: str) -> None:
         """Carry out a text: all of a table's part or nothing. What it does not name stays. Raises TooLarge where the kernel
         takes no text of that size from this user."""

@@ -18,10 +18,12 @@ _ABSENT = (errno.ESRCH, errno.ENOENT)
 
 @dataclass(slots=True)
 class IpvsState:
-    """`servers`: virtual servers with their real ones; `connections`: how many each real server has, ending ones too."""
+    """`servers`: virtual servers with their real ones; `connections`: how many each real server has, ending ones too;
+    `accepted`: how many it was ever given."""
 
     servers: dict[VirtualKey, VirtualServer] = field(default_factory=dict)
     connections: dict[tuple[VirtualKey, Backend], int] = field(default_factory=dict)
+    accepted: dict[tuple[VirtualKey, Backend], int] = field(default_factory=dict)
 
 
 class IpvsClient:
@@ -54,6 +56,7 @@ class IpvsClient:
             servers = {r.server: r.weight for r in real}
             state.servers[held.key] = VirtualServer(held.scheduler, held.persistence_s, servers)
             state.connections |= {(held.key, r.server): r.connections for r in real}
+            state.accepted |= {(held.key, r.server): r.accepted for r in real}
         return state
 
     def close(self) -> None:

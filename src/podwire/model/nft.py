@@ -29,6 +29,10 @@ class NftConflict(ValueError):
     """A batch that the kernel would refuse: it names something that is not there, or is there already with other content."""
 
 
+class NftMissing(NftConflict):
+    """It is not there."""
+
+
 class FieldType(enum.Enum):
     """One component of a set's key or data: its name in nft, its length in bytes, libnftables' type number."""
 
@@ -404,7 +408,7 @@ class _Draft:
     def run(self, command: Command) -> None:
         ref = command.table
         if ref not in self._tables and not isinstance(command, AddTable):
-            raise NftConflict(f"{command}: there is no table {ref}")
+            raise NftMissing(f"{command}: there is no table {ref}")
         match command:
             case AddTable():
                 self._tables.setdefault(ref, TableState())
@@ -440,13 +444,13 @@ class _Draft:
             match command:
                 case AddElements():
                     if isinstance(data, Verdict) and data.chain and data.chain not in self._chain_book(ref):
-                        raise NftConflict(f"{command}: there is no chain {data.chain}")
+                        raise NftMissing(f"{command}: there is no chain {data.chain}")
                     if book.setdefault(key, data) != data:
                         raise NftConflict(
                             f"{state.set.element_text((key, data))} in {command.set.name}: is there with other data"
                         )
                 case _ if key not in book:
-                    raise NftConflict(f"{state.set.element_text((key, data))} in {command.set.name}: no such element")
+                    raise NftMissing(f"{state.set.element_text((key, data))} in {command.set.name}: no such element")
                 case DelElements():
                     del book[key]
                 case ReplaceElements():
@@ -473,10 +477,10 @@ class _Draft:
         try:
             return self._chain_book(ref)[name]
         except KeyError:
-            raise NftConflict(f"there is no chain {name} in table {ref}") from None
+            raise NftMissing(f"there is no chain {name} in table {ref}") from None
 
     def _set(self, ref: TableRef, name: str) -> SetState:
         try:
             return self._set_book(ref)[name]
         except KeyError:
-            raise NftConflict(f"there is no set {name} in table {ref}") from None
+            raise NftMissing(f"there is no set {name} in table {ref}") from None

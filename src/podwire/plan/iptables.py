@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from podwire.model.addr import Family
-from podwire.model.servicetable import Frontend, NodeFacts, Pool
+from podwire.model.servicetable import Backend, Frontend, NodeFacts, Pool
 from podwire.plan import iptables_rules as rules
 from podwire.plan.iptables_rules import FILTER, HOOKS, NAT, PREFIX, TABLES, Rules
 from podwire.plan.serviceledger import ServiceLedger
@@ -40,6 +40,11 @@ class TableChanges:
 
     def __bool__(self) -> bool:
         return bool(self.changed or self.hooks or self.gone)
+
+    @property
+    def rules(self) -> int:
+        """How many it writes."""
+        return sum(map(len, self.changed.values())) + len(self.hooks)
 
     def text(self) -> str:
         # Naming a chain makes it, or empties it. A chain that goes must be empty, so that it leads to no other.
@@ -113,6 +118,30 @@ class IptablesPlanner(ServiceLedger["FamilyChains"]):
     def desired(self) -> dict[Family, Chains]:
         """All that the kernel shall hold."""
         return {chains.family: chains.desired() for chains in self._maps.values()}
+
+    def rule_counts(self) -> dict[tuple[Family, str], int]:
+        """How many rules the kernel shall hold, by family and table."""
+        found = {(family, table): 0 for family in Family for table in TABLES}
+        for family, chains in self.desired().items():
+            for held in (chains.rules, chains.jumps):
+                for (table, _), lines in held.items():
+                    found[family, table] += len(lines)
+        return found
+
+    def counted(
+        self, texts: Mapping[Family, str], *, endpoints: bool
+    ) -> tuple[dict[bytes, int], dict[tuple[bytes, Backend], int]]:
+        """The nat tables as `iptables-save -c` shows them → packets by frontend's key, or by that and endpoint. To the nat
+        table a connection is one packet."""
+        frontends: dict[bytes, int] = {}
+        chosen: dict[tuple[bytes, Backend], int] = {}
+        for chains in self._maps.values():
+            seen = _counters(texts.get(chains.family, ""))
+            if endpoints:
+                chosen |= chains.count_endpoints(seen)
+            else:
+                frontends |= chains.count_frontends(seen)
+        return frontends, chosen
 
 
 class _CountedAddresses:
@@ -192,6 +221,23 @@ class FamilyChains:
             for packed in pool.backends:
                 name = rules.endpoint_chain(key, packed, outside=outside)
                 found[NAT, name] = rules.endpoint_rules(of, name, packed)
+        return found
+
+    def count_frontends(self, seen: Mapping[tuple[str, str], int]) -> dict[bytes, int]:
+        """`seen`: see `_counters`."""
+        names = {key: [rules.service_chain(key, outside=outside) for outside in (False, True)] for key in self._frontends}
+        return {key: sum(seen.get(("", name), 0) for name in pair) for key, pair in names.items()}
+
+    def count_endpoints(self, seen: Mapping[tuple[str, str], int]) -> dict[tuple[bytes, Backend], int]:
+        """`seen`: see `_counters`."""
+        found: dict[tuple[bytes, Backend], int] = {}
+        for key, (frontend, _) in self._frontends.items():
+            for outside in (False, True):
+                pool = _pool(frontend, outside=outside)
+                main = rules.service_chain(key, outside=outside)
+                for packed in pool.backends if pool else ():
+                    name = rules.endpoint_chain(key, packed, outside=outside) if frontend.affinity_s else main
+                    found[key, packed] = found.get((key, packed), 0) + seen.get((name, rules.destination(packed)), 0)
         return found
 
     def counted(self, kind: str, key: bytes) -> None:
@@ -338,3 +384,20 @@ def parse_save(text: str) -> Chains:
             elif f"-j {PREFIX}" in rule or f"-g {PREFIX}" in rule:
                 jumps.setdefault((table, name), []).append(rule)
     return Chains({ref: tuple(lines) for ref, lines in found.items()}, {ref: tuple(lines) for ref, lines in jumps.items()})
+
+
+def _counters(text: str) -> dict[tuple[str, str], int]:
+    """Packets by ("", chain of a frontend that a rule leads to) and by (chain, destination that it writes)."""
+    found: dict[tuple[str, str], int] = {}
+    for line in text.splitlines():
+        if not line.startswith("["):
+            continue
+        counter, _, name, rule = line.split(" ", 3)
+        if " --to-destination " in rule:
+            ref = name, rule.rsplit(" ", 1)[1]
+        elif " -g " in rule:
+            ref = "", rule.rsplit(" ", 1)[1]
+        else:
+            continue
+        found[ref] = found.get(ref, 0) + int(counter[1:].split(":", 1)[0])
+    return found

@@ -212,7 +212,7 @@ def _marks(frontend: Frontend, facts: NodeFacts, mark: str) -> Iterator[str]:
 def _picks(frontend: Frontend, pool: Pool) -> Iterator[str]:
     protocol = _PROTOCOLS[frontend.protocol]
     for chance, packed in zip(_chances(len(pool.backends)), pool.backends, strict=True):
-        yield f"-p {protocol} {chance}-j DNAT --to-destination {_destination(packed)}"
+        yield f"-p {protocol} {chance}-j DNAT --to-destination {destination(packed)}"
 
 
 def _sticky(frontend: Frontend, key: bytes, pool: Pool, outside: bool) -> Iterator[str]:
@@ -227,7 +227,7 @@ def _sticky(frontend: Frontend, key: bytes, pool: Pool, outside: bool) -> Iterat
 def endpoint_rules(frontend: Frontend, name: str, packed: Backend) -> Rules:
     """The chain of one backend of a frontend with affinity: the client is noted, then led there."""
     recent = _recent(frontend.address, "--set", name)
-    return (f"-p {_PROTOCOLS[frontend.protocol]} {recent} -j DNAT --to-destination {_destination(packed)}",)
+    return (f"-p {_PROTOCOLS[frontend.protocol]} {recent} -j DNAT --to-destination {destination(packed)}",)
 
 
 def _recent(address: bytes, what: str, name: str) -> str:
@@ -252,7 +252,8 @@ def _host(address: bytes) -> str:
     return f"{ipaddress.ip_address(address)}/{8 * len(address)}"
 
 
-def _destination(packed: Backend) -> str:
+def destination(packed: Backend) -> str:
+    """As DNAT takes it."""
     address = ipaddress.ip_address(backend_address(packed))
     text = f"[{address}]" if address.version == 6 else str(address)
     return f"{text}:{backend_port(packed)}"

@@ -82,6 +82,10 @@ class IpvsPlanner(ServiceLedger["IpvsMaps"]):
         """All virtual servers that the kernel shall hold."""
         return {key: server for maps in self._maps.values() for key, server in maps.servers.items()}
 
+    def served(self) -> dict[VirtualKey, bytes]:
+        """Virtual servers, and the keys of the frontends that are left to them."""
+        return {_virtual(maps.frontend(key)): key for maps in self._maps.values() for key in maps.left_to_ipvs}
+
     def bound(self) -> frozenset[bytes]:
         """The addresses that the node must take for its own beside those it has."""
         return frozenset(address for maps in self._maps.values() for address in maps.bound)
@@ -123,6 +127,11 @@ class IpvsMaps(FamilyMaps):
     def bound(self) -> Iterable[bytes]:
         return self._bound.elements
 
+    @property
+    def left_to_ipvs(self) -> Iterable[bytes]:
+        """Keys of frontends."""
+        return self._left
+
     def frontend(self, key: bytes) -> Frontend:
         return self._originals[key]
 
@@ -150,7 +159,7 @@ class IpvsMaps(FamilyMaps):
         served = new or old
         if served is None:
             return
-        key = VirtualKey(served.address, served.protocol, served.port)
+        key = _virtual(served)
         held = self.servers.get(key)
         if new is None:
             self.servers.pop(key, None)
@@ -186,6 +195,10 @@ def _reset() -> Rule:
     also the client's: the reset would be refused like the connection was, and the process left waiting."""
     flags = (Payload(PayloadBase.TRANSPORT, _TCP_FLAGS, 1, 0), Bitwise(0, 0, _RST, bytes(1)), Cmp(CmpOp.NEQ, 0, bytes(1)))
     return Rule((*is_protocol(_TCP), *flags, Immediate(RETURN)), "the answer to a refused connection")
+
+
+def _virtual(frontend: Frontend) -> VirtualKey:
+    return VirtualKey(frontend.address, frontend.protocol, frontend.port)
 
 
 def _left_to_ipvs(frontend: Frontend) -> str:

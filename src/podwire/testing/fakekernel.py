@@ -12,7 +12,7 @@ from podwire.kernel.port import KernelError, KernelEvent
 from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import Address, FdbEntry, Link, Neighbour, NetState, Route, Veth, Wireguard, WireguardPeer
-from podwire.model.nft import Data, NftConflict, NftSet, Ruleset, TableRef
+from podwire.model.nft import Data, NftConflict, NftMissing, NftSet, Ruleset, TableRef
 from podwire.model.ops import (
     AddAddress,
     AddLink,
@@ -310,7 +310,8 @@ def _run(space: FakeNetns, op: Op) -> None:
             try:
                 space.ruleset = space.ruleset.apply(batch)
             except NftConflict as conflict:
-                raise Refused(errno.EINVAL, str(conflict)) from conflict
+                code = errno.ENOENT if isinstance(conflict, NftMissing) else errno.EINVAL
+                raise Refused(code, str(conflict)) from conflict
         case AddLink():
             raise AssertionError("AddLink concerns two namespaces")
 

@@ -1,6 +1,7 @@
 """IPVS' generic netlink family, sans-IO: `model.ipvs` to requests, and back. Layout: linux/{genetlink,ip_vs}.h."""
 
 import struct
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ _SVC_AF, _SVC_PROTOCOL, _SVC_ADDR, _SVC_PORT, _SVC_FWMARK = 1, 2, 3, 4, 5
 _SVC_SCHED_NAME, _SVC_FLAGS, _SVC_TIMEOUT, _SVC_NETMASK = 6, 7, 8, 9
 _DEST_ADDR, _DEST_PORT, _DEST_FWD_METHOD, _DEST_WEIGHT = 1, 2, 3, 4
 _DEST_U_THRESH, _DEST_L_THRESH, _DEST_ACTIVE, _DEST_INACTIVE = 5, 6, 7, 8
+_DEST_STATS64, _STATS_CONNECTIONS = 12, 1
 _FLAGS = struct.Struct("=II")
 _PERSISTENT = 0x0001
 _MASQUERADING = 0
@@ -56,11 +58,12 @@ class HeldVirtual:
 
 @dataclass(frozen=True, slots=True)
 class HeldReal:
-    """A real server; `connections`: those that are open or ending."""
+    """A real server; `connections`: those that are open or ending; `accepted`: all there have been."""
 
     server: Backend
     weight: int
     connections: int
+    accepted: int
 
 
 def get_family() -> bytes:
@@ -161,5 +164,7 @@ def read_real(key: VirtualKey, messages: Iterable[Message]) -> list[HeldReal]:
             continue
         server = backend(attrs[_DEST_ADDR][: len(key.address)], as_be(attrs[_DEST_PORT]))
         connections = as_u32(attrs[_DEST_ACTIVE]) + as_u32(attrs[_DEST_INACTIVE])
-        found.append(HeldReal(server, as_u32(attrs[_DEST_WEIGHT]), connections))
+        stats = parse_attrs(attrs.get(_DEST_STATS64, b""))
+        accepted = int.from_bytes(stats.get(_STATS_CONNECTIONS, b""), sys.byteorder)
+        found.append(HeldReal(server, as_u32(attrs[_DEST_WEIGHT]), connections, accepted))
     return found

@@ -191,7 +191,9 @@ async def test_a_refused_transaction_is_unhealthy_only_after_a_while(cluster: Me
         await cluster.until(lambda: "services" in agent.health().why)
         assert agent.health().healthy
         await cluster.until(lambda: elements(kernel, "endpoints") == 1)
-        assert "kubeproxy_sync_proxy_rules_nftables_sync_failures_total 3" in await agent.metrics_text()
+        text = await agent.metrics_text()
+        assert 'kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family="IPv4"} 3' in text
+        assert "podwire_proxy_repairs_total 0" in text, "it undid nobody's doing"
 
 
 async def test_health_check_node_ports(cluster: MemoryCluster) -> None:

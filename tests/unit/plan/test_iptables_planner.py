@@ -10,8 +10,10 @@ from service_cases import FACTS, key, load_cases, service_of, slice_of
 
 from podwire.model.addr import Family
 from podwire.model.objects import EndpointSlice, Service
+from podwire.model.servicetable import FrontendKind
 from podwire.plan.iptables import ChainRef, Chains, IptablesPlanner, Restore, parse_save, restore
 from podwire.plan.iptables_rules import HOOKS, PREFIX
+from podwire.plan.services_maps import frontend_key
 
 Tables = dict[ChainRef, list[str]]
 
@@ -188,3 +190,27 @@ def test_incremental_equals_from_scratch(changes: list[tuple[int, set[int], dict
     assert planner.desired()[Family.IPV4] == wanted
     if changes:
         assert held(tables) == wanted
+
+
+@pytest.mark.parametrize("spec", [{}, {"sessionAffinity": "ClientIP"}])
+def test_counters_are_put_to_frontends_and_endpoints(spec: dict[str, Any]) -> None:
+    planner = IptablesPlanner(FACTS)
+    planner.set_service(key("web"), *web((1, 2), type="NodePort", ports=[{"port": 80, "nodePort": 30080}], **spec))
+    (frontend,) = [f for f in planner.frontends(key("web")) if f.kind is FrontendKind.CLUSTER_IP]
+    lines = [
+        f"[{5 if ' -g ' in line else 2}:900] -A {name} {line}"
+        for (table, name), rules in planner.desired()[Family.IPV4].rules.items()
+        if table == "nat"
+        for line in rules
+    ]
+    text = {Family.IPV4: "\n".join(("*nat", ":PREROUTING ACCEPT [7:420]", *lines, "COMMIT"))}
+    frontends, nothing = planner.counted(text, endpoints=False)
+    assert not nothing
+    assert frontends[frontend_key(frontend)] == 5
+    _, endpoints = planner.counted(text, endpoints=True)
+    assert {packed: endpoints[frontend_key(frontend), packed] for packed in frontend.inside.backends} == dict.fromkeys(
+        frontend.inside.backends, 2
+    )
+    counts = planner.rule_counts()
+    assert counts[Family.IPV4, "nat"] == len(lines) + 3
+    assert counts[Family.IPV6, "nat"] < counts[Family.IPV4, "nat"]

@@ -1,6 +1,7 @@
 """IPVS' netlink family: requests as the kernel reads them, answers as it gives them."""
 
 import struct
+import sys
 
 from podwire.model.ipvs import DelReal, DelVirtual, SetReal, SetVirtual, VirtualKey
 from podwire.model.servicetable import backend
@@ -64,6 +65,7 @@ def test_answers() -> None:
     (held,) = ipvs.read_virtual([message(nested(1, *identity, *rest)), by_mark])
     assert held == ipvs.HeldVirtual(V4, "rr", 600)
     dest = nested(
-        2, attr(1, bytes((10, 244, 1, 2)) + bytes(12)), attr_be16(2, 6443), attr_u32(4, 1), attr_u32(7, 3), attr_u32(8, 4)
-    )
-    assert ipvs.read_real(V4, [message(dest)]) == [ipvs.HeldReal(SERVER, 1, 7)]
+        2, attr(1, bytes((10, 244, 1, 2)) + bytes(12)), attr_be16(2, 6443), attr_u32(4, 1), attr_u32(7, 3), attr_u32(8, 4),
+        nested(12, attr(1, (9).to_bytes(8, sys.byteorder)))
+    )  # fmt: skip
+    assert ipvs.read_real(V4, [message(dest)]) == [ipvs.HeldReal(SERVER, 1, 7, 9)]

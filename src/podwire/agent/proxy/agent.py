@@ -18,9 +18,10 @@ from podwire.agent.acknowledge import Acknowledger
 from podwire.agent.health import Health
 from podwire.agent.healthchecks import HealthCheckPorts
 from podwire.agent.localnet import concerns_rules
-from podwire.agent.proxy.metrics import ProxyMetrics, endpoint_connections, service_connections
+from podwire.agent.proxy.connections import endpoint_connections, localhost_connections, service_connections
+from podwire.agent.proxy.metrics import ProxyMetrics, rule_counts
 from podwire.agent.proxy.status import ProxyHealth
-from podwire.agent.proxymodes.port import MakeRules
+from podwire.agent.proxymodes.port import CountsRules, MakeRules, ServiceRules
 from podwire.agent.services import SERVICE_SELECTOR, SLICE_SELECTOR, CleanUp, ServiceSync
 from podwire.client.api import ApiClient
 from podwire.client.backoff import Backoff
@@ -79,12 +80,15 @@ class ProxyAgent:
         self._services = Informer(client, SERVICES, Service, label_selector=SERVICE_SELECTOR, rng=rng)
         self._slices = Informer(client, ENDPOINTSLICES, EndpointSlice, label_selector=SLICE_SELECTOR, rng=rng)
         self._sync = ServiceSync(
-            env.kernel, self._services, self._slices, self._health, rng, make_rules=env.make_rules, clean_up=env.clean_up
+            env.kernel, self._services, self._slices, self._health, rng, make_rules=self._make_rules, clean_up=env.clean_up
         )
+        self._rules: ServiceRules | None = None
         self.metrics = ProxyMetrics(
             wall=lambda: env.clock().timestamp(), loop_time=time.monotonic, mode=lambda: self._sync.mode
         )
         self._sync.subscribe(self.metrics.round)
+        self._services.subscribe(self.metrics.service_heard)
+        self._slices.subscribe(self.metrics.slice_heard)
         self._ports = HealthCheckPorts(self._sync, env.kernel, lambda: self.health().healthy)
         self._acknowledger = Acknowledger(client, env.node, self._sync, env.clock, rng)
         self._node_seen = asyncio.Event()
@@ -122,15 +126,23 @@ class ProxyAgent:
     async def metrics_text(self) -> str:
         """For /metrics. Raises KernelError."""
         text = self.metrics.text(self._health.repaired, self._health.degraded, self._acknowledger.last)
-        if self._sync.mode is ProxyMode.NFTABLES:
-            text += await service_connections(self._env.kernel, self.metrics.tables)
+        if self._rules is None:
+            return text
+        counted, tables = await self._rules.connections(endpoints=False), self.metrics.tables
+        text += service_connections(counted, tables)
+        if isinstance(self._rules, CountsRules):
+            text += rule_counts(self._rules.rule_counts()) + localhost_connections(counted, tables)
         return text
 
     async def endpoints_text(self) -> str:
         """For /metrics/endpoints. Raises KernelError."""
-        if self._sync.mode is not ProxyMode.NFTABLES:
+        if self._rules is None:
             return ""
-        return await endpoint_connections(self._env.kernel, self.metrics.tables)
+        return endpoint_connections(await self._rules.connections(endpoints=True), self.metrics.tables)
+
+    def _make_rules(self, facts: NodeFacts) -> ServiceRules:
+        self._rules = self._env.make_rules(facts)
+        return self._rules
 
     def _eligible(self) -> bool:
         node = self._nodes.get(ObjectKey("", self._env.node))

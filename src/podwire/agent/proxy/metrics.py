@@ -1,27 +1,25 @@
-"""A proxy's metrics: kube-proxy's, under their names and with their meaning, and our own.
+"""A proxy's metrics: kube-proxy's, under their names, types and labels, and our own.
 
-Both families are one transaction here, so what kube-proxy counts for each has no label ip_family.
+Both families are one transaction here, so what kube-proxy measures for each is the same under both `ip_family`.
 """
 
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from podwire.agent.exposition import Histogram, Samples, exponential, family
+from podwire.agent.proxymodes.port import RuleCount
 from podwire.agent.rounds import Round, Versions
-from podwire.kernel.port import Kernel
+from podwire.client.informer import Change
 from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.proxymode import ProxyMode
-from podwire.model.servicetable import Frontend, ServiceTable, backend_address, backend_port
+from podwire.model.servicetable import ServiceTable
 from podwire.model.timestamps import parse_time
-from podwire.plan.services_maps import frontend_key
-from podwire.plan.services_rules import sets_of, table_ref
 
 LAST_CHANGE = "endpoints.kubernetes.io/last-change-trigger-time"
-_PROTOCOLS = {6: "TCP", 17: "UDP", 132: "SCTP"}
+_FAMILIES = tuple({"ip_family": of.value} for of in Family)
 _SYNC_BOUNDS = exponential(0.001, 2, 15)
 _PROGRAMMING_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 4, 5, 10, 20, 30, 60, 120, 300)
 _RECONCILE_BOUNDS = exponential(0.001, 2, 15)
@@ -29,14 +27,14 @@ _RECONCILE_BOUNDS = exponential(0.001, 2, 15)
 
 @dataclass(slots=True)
 class ProxyMetrics:
-    """Give every `Round` to `round`. `started` and `wall` are seconds since the epoch; changes before the start are not
-    counted as programmed late."""
+    """Give every `Round` to `round`, and every change that is heard of to `service_heard` and `slice_heard` before.
+
+    `started` and `wall` are seconds since the epoch; changes before the start are not counted as programmed late."""
 
     wall: Callable[[], float]
     loop_time: Callable[[], float]
     mode: Callable[[], ProxyMode | None]
     started: float = field(init=False)
-    services: dict[ObjectKey, Service] = field(default_factory=dict)
     tables: dict[ObjectKey, ServiceTable] = field(default_factory=dict)
     last_success: float = 0.0
     last_queued: float = 0.0
@@ -49,10 +47,27 @@ class ProxyMetrics:
     _programming: Histogram = field(default_factory=lambda: Histogram(_PROGRAMMING_BOUNDS))
     _reconcile: Histogram = field(default_factory=lambda: Histogram(_RECONCILE_BOUNDS))
     _totals: Counter[str] = field(default_factory=Counter)
+    _forgotten: Counter[Family] = field(default_factory=Counter)
     _triggers: dict[ObjectKey, float] = field(default_factory=dict)
+    _pending_services: dict[ObjectKey, str] = field(default_factory=dict)
+    """Those heard of and not programmed yet: the revision, "" for one that is gone."""
+    _pending_slices: dict[ObjectKey, dict[ObjectKey, str]] = field(default_factory=dict)
+    """The same, by Service."""
 
     def __post_init__(self) -> None:
         self.started = self.wall()
+
+    def service_heard(self, change: Change[Service]) -> None:
+        self._totals["service changes"] += 1
+        self._pending_services[change.key] = change.new.metadata.resource_version if change.new else ""
+
+    def slice_heard(self, change: Change[EndpointSlice]) -> None:
+        self._totals["endpoint changes"] += 1
+        for version in (change.old, change.new):
+            if version is not None and version.service:
+                of = ObjectKey(change.key.namespace, version.service)
+                revision = version.metadata.resource_version if version is change.new else ""
+                self._pending_slices.setdefault(of, {})[change.key] = revision
 
     def round(self, done: Round) -> None:
         """Take note of a round of `ServiceSync`."""
@@ -68,7 +83,7 @@ class ProxyMetrics:
         self._sync.observe(done.seconds)
         (self._full if done.full else self._partial).observe(done.seconds)
         self._reconcile.observe(done.forget_seconds)
-        self._totals["forgotten"] += done.forgotten
+        self._forgotten.update(done.forgotten)
         self._totals["commands"] += done.commands
         self._totals["repairs"] += done.repaired
         for key, served in done.changed.items():
@@ -77,15 +92,11 @@ class ProxyMetrics:
     def _changed(
         self, key: ObjectKey, service: Service | None, table: ServiceTable, slices: Sequence[EndpointSlice], now: float
     ) -> None:
-        if self.services.get(key) != service:
-            self._totals["service changes"] += 1
-        if self.tables.get(key, ServiceTable()) != table:
-            self._totals["endpoint changes"] += 1
         if service is None:
-            self.services.pop(key, None)
             self.tables.pop(key, None)
         else:
-            self.services[key], self.tables[key] = service, table
+            self.tables[key] = table
+        self._settle(key, service, slices)
         for piece in slices:
             triggered = _triggered(piece)
             if triggered is None or triggered == self._triggers.get(piece.key):
@@ -94,55 +105,94 @@ class ProxyMetrics:
             if triggered >= self.started:
                 self._programming.observe(max(0.0, now - triggered))
 
-    def no_local_endpoints(self) -> dict[str, int]:
+    def _settle(self, key: ObjectKey, service: Service | None, slices: Sequence[EndpointSlice]) -> None:
+        """What was programmed is not pending any more, unless there is something newer."""
+        if self._pending_services.get(key) == (service.metadata.resource_version if service else ""):
+            del self._pending_services[key]
+        programmed = {piece.key: piece.metadata.resource_version for piece in slices}
+        pending = self._pending_slices.get(key, {})
+        left = {name: revision for name, revision in pending.items() if programmed.get(name, "") != revision}
+        if left:
+            self._pending_slices[key] = left
+        else:
+            self._pending_slices.pop(key, None)
+
+    @property
+    def pending(self) -> tuple[int, int]:
+        """Changes of Services, and of EndpointSlices, that are heard of and not programmed."""
+        return len(self._pending_services), sum(map(len, self._pending_slices.values()))
+
+    def no_local_endpoints(self) -> Counter[tuple[str, Family]]:
         """Frontends by the policy that leaves them without endpoints here, though there are some elsewhere."""
-        found = {"internal": 0, "external": 0}
+        found: Counter[tuple[str, Family]] = Counter()
         for table in self.tables.values():
             for frontend in table.frontends:
-                found["internal"] += not frontend.inside.backends and frontend.inside.drop
-                found["external"] += frontend.outside is not None and not frontend.outside.backends and frontend.outside.drop
+                of = Family.IPV4 if len(frontend.address) == 4 else Family.IPV6
+                inside, outside = frontend.inside, frontend.outside
+                found["internal", of] += not inside.backends and inside.drop
+                found["external", of] += outside is not None and not outside.backends and outside.drop
         return found
 
     def text(self, repaired: Mapping[str, int], degraded: Mapping[str, str], acknowledged: Versions | None) -> str:
-        """Everything but the counters that are read from the kernel."""
-        return "".join((*self._kube_proxys(), *self._ours(repaired, degraded, acknowledged)))
+        """Everything but what is read from the kernel."""
+        parts = (
+            self._rounds(),
+            self._changes(),
+            self._failures(),
+            self._serving(),
+            self._ours(repaired, degraded, acknowledged),
+        )
+        return "".join(text for part in parts for text in part)
 
-    def _kube_proxys(self) -> Iterator[str]:
-        name, total = "kubeproxy_sync_proxy_rules", self._totals
-        yield self._sync.text(f"{name}_duration_seconds", "Time that a round of changes took.")
-        yield self._full.text("kubeproxy_sync_full_proxy_rules_duration_seconds", "Rounds that compared everything.")
-        yield self._partial.text("kubeproxy_sync_partial_proxy_rules_duration_seconds", "Rounds of what had changed.")
+    def _rounds(self) -> Iterator[str]:
+        name = "kubeproxy_sync_proxy_rules"
+        for histogram, what, text in (
+            (self._sync, "proxy_rules", "Time that a round of changes took."),
+            (self._full, "full_proxy_rules", "Rounds that compared everything."),
+            (self._partial, "partial_proxy_rules", "Rounds of what had changed."),
+        ):
+            yield histogram.text(f"kubeproxy_sync_{what}_duration_seconds", text, _FAMILIES)
         yield self._programming.text(
-            "kubeproxy_network_programming_duration_seconds", "From the change of a pod or Service to the rules."
+            "kubeproxy_network_programming_duration_seconds", "From the change of a pod or Service to the rules.", _FAMILIES
         )
-        yield family(f"{name}_endpoint_changes_pending", "gauge", "Changes that are not programmed yet.", [({}, 0)])
-        yield family(f"{name}_endpoint_changes_total", "counter", "Changes of endpoints.", [({}, total["endpoint changes"])])
-        yield family(f"{name}_service_changes_pending", "gauge", "Changes that are not programmed yet.", [({}, 0)])
-        yield family(f"{name}_service_changes_total", "counter", "Changes of Services.", [({}, total["service changes"])])
-        yield family(f"{name}_last_timestamp_seconds", "gauge", "When rules were last right.", [({}, self.last_success)])
+        yield family(f"{name}_last_timestamp_seconds", "gauge", "When rules were last right.", _both(self.last_success))
         yield family(
-            f"{name}_last_queued_timestamp_seconds", "gauge", "When the last change was heard of.", [({}, self.last_queued)]
+            f"{name}_last_queued_timestamp_seconds", "gauge", "When the last change was heard of.", _both(self.last_queued)
         )
-        mode = self.mode()
-        if mode is ProxyMode.NFTABLES:
-            yield family(f"{name}_nftables_sync_failures_total", "counter", "Refused transactions.", [({}, total["failures"])])
-            yield family(
-                f"{name}_nftables_cleanup_failures_total", "counter", "Always 0: one transaction does both.", [({}, 0)]
+
+    def _changes(self) -> Iterator[str]:
+        for what, pending in zip(("service", "endpoint"), self.pending, strict=True):
+            name = f"kubeproxy_sync_proxy_rules_{what}_changes"
+            yield family(f"{name}_pending", "gauge", "Changes that are not programmed yet.", [({}, pending)])
+            yield family(f"{name}_total", "counter", "Changes that were heard of.", [({}, self._totals[f"{what} changes"])])
+
+    def _failures(self) -> Iterator[str]:
+        name, failures = "kubeproxy_sync_proxy_rules", _both(self._totals["failures"])
+        if self.mode() is ProxyMode.NFTABLES:
+            yield family(f"{name}_nftables_sync_failures_total", "counter", "Refused transactions.", failures)
+            text = "Always 0: one transaction does both."
+            yield family(f"{name}_nftables_cleanup_failures_total", "counter", text, _both(0))
+        if self.mode() is ProxyMode.IPTABLES:
+            yield family(f"{name}_iptables_restore_failures_total", "counter", "Refused iptables-restore.", failures)
+            yield family(f"{name}_iptables_partial_restore_failures_total", "counter", "The same.", failures)
+
+    def _serving(self) -> Iterator[str]:
+        policies: Samples = [
+            ({"ip_family": of.value, "traffic_policy": policy}, count)
+            for (policy, of), count in sorted(
+                self.no_local_endpoints().items(), key=lambda item: (item[0][0], item[0][1].value)
             )
-        if mode is ProxyMode.IPTABLES:
-            yield family(
-                f"{name}_iptables_restore_failures_total", "counter", "Refused iptables-restore.", [({}, total["failures"])]
-            )
-            yield family(f"{name}_iptables_partial_restore_failures_total", "counter", "The same.", [({}, total["failures"])])
-        policies: Samples = [({"traffic_policy": policy}, count) for policy, count in self.no_local_endpoints().items()]
-        yield family(f"{name}_no_local_endpoints_total", "gauge", "Frontends without local endpoints, by policy.", policies)
+        ]
+        # kube-proxy's is a gauge too, whatever its name says.
+        name = "kubeproxy_sync_proxy_rules_no_local_endpoints_total"
+        yield family(name, "gauge", "Frontends without local endpoints, by policy.", policies)
         for probe, counts in (("healthz", self.healthz), ("livez", self.livez)):
             codes: Samples = [({"code": str(code)}, count) for code, count in sorted(counts.items())]
             yield family(f"kubeproxy_proxy_{probe}_total", "counter", f"Answers of /{probe} by status.", codes)
-        yield self._reconcile.text("kubeproxy_conntrack_reconciler_sync_duration_seconds", "Time to forget stale UDP flows.")
-        yield family(
-            "kubeproxy_conntrack_reconciler_deleted_entries_total", "counter", "Stale UDP flows.", [({}, total["forgotten"])]
-        )
+        name = "kubeproxy_conntrack_reconciler"
+        yield self._reconcile.text(f"{name}_sync_duration_seconds", "Time to forget stale UDP flows.", _FAMILIES)
+        forgotten: Samples = [({"ip_family": of.value}, self._forgotten[of]) for of in Family]
+        yield family(f"{name}_deleted_entries_total", "counter", "Stale UDP flows.", forgotten)
 
     def _ours(self, repaired: Mapping[str, int], degraded: Mapping[str, str], acknowledged: Versions | None) -> Iterator[str]:
         name, total = "podwire_proxy", self._totals
@@ -171,57 +221,16 @@ def _triggered(piece: EndpointSlice) -> float | None:
         return None
 
 
-# --- counters of the kernel ---------------------------------------------------------------------------------------
+def _both(value: float) -> Samples:
+    return [(labels, value) for labels in _FAMILIES]
 
 
-async def service_connections(kernel: Kernel, tables: Mapping[ObjectKey, ServiceTable]) -> str:
-    """New connections by Service and frontend: the counters of the elements they were looked up by (nftables only)."""
-    counts: dict[bytes, int] = {}
-    for fam in Family:
-        sets = sets_of(fam)
-        for of in (sets.services, sets.outside):
-            for key, (_, (packets, _)) in (await kernel.count_nft(table_ref(fam), of)).items():
-                counts[key] = counts.get(key, 0) + packets
-    samples = [
-        (_labels(key, frontend), counts[frontend_key(frontend)])
-        for key, table in sorted(tables.items())
-        for frontend in table.frontends
-        if frontend_key(frontend) in counts
-    ]
-    return family("podwire_service_connections_total", "counter", "New connections to a Service's addresses.", samples)
-
-
-async def endpoint_connections(kernel: Kernel, tables: Mapping[ObjectKey, ServiceTable]) -> str:
-    """New connections by Service, frontend and endpoint; those that follow an affinity are not among them."""
-    counts: dict[tuple[bytes, bytes], int] = {}
-    for fam in Family:
-        sets = sets_of(fam)
-        for of in (sets.endpoints, sets.local_endpoints):
-            for key, (data, (packets, _)) in (await kernel.count_nft(table_ref(fam), of)).items():
-                if isinstance(data, bytes):
-                    counts[key[:-4], data] = counts.get((key[:-4], data), 0) + packets
-    samples = []
-    for service, table in sorted(tables.items()):
-        for frontend in table.frontends:
-            outside = frontend.outside.backends if frontend.outside else ()
-            for packed in dict.fromkeys((*frontend.inside.backends, *outside)):
-                found = counts.get((frontend_key(frontend), packed))
-                if found is not None:
-                    endpoint = f"{_address(backend_address(packed))}:{backend_port(packed)}"
-                    samples.append(({**_labels(service, frontend), "endpoint": endpoint}, found))
-    return family("podwire_endpoint_connections_total", "counter", "New connections to an endpoint.", samples)
-
-
-def _labels(key: ObjectKey, frontend: Frontend) -> dict[str, str]:
-    return {
-        "namespace": key.namespace,
-        "service": key.name,
-        "port_name": frontend.port_name,
-        "protocol": _PROTOCOLS.get(frontend.protocol, str(frontend.protocol)),
-        "kind": frontend.kind.value,
-        "address": f"{_address(frontend.address)}:{frontend.port}",
-    }
-
-
-def _address(packed: bytes) -> str:
-    return socket.inet_ntop(socket.AF_INET, packed) if len(packed) == 4 else f"[{socket.inet_ntop(socket.AF_INET6, packed)}]"
+def rule_counts(counts: Mapping[tuple[Family, str], RuleCount]) -> str:
+    """How many iptables rules there are by family and table, and how many were written last."""
+    name = "kubeproxy_sync_proxy_rules_iptables"
+    labelled = [({"ip_family": of.value, "table": table}, count) for (of, table), count in counts.items()]
+    total: Samples = [(labels, count.total) for labels, count in labelled]
+    last: Samples = [(labels, count.last) for labels, count in labelled]
+    return family(f"{name}_total", "gauge", "Rules of ours.", total) + family(
+        f"{name}_last", "gauge", "Rules written last.", last
+    )

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from podwire.agent.proxymodes.port import Connections, RuleCount
 from podwire.kernel.iptables import Flavour, IptablesClient, TooLarge, choose_programs
 from podwire.kernel.netns import off_loop, off_loop_to_the_end
 from podwire.model.addr import Family
@@ -12,7 +13,7 @@ from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts, ServiceTable
 from podwire.plan.iptables import Chains, IptablesPlanner, Restore, parse_save, restore
-from podwire.plan.iptables_rules import MASQUERADE_BIT
+from podwire.plan.iptables_rules import MASQUERADE_BIT, NAT
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class IptablesRules:
         self._planner = IptablesPlanner(facts, masquerade_bit=masquerade_bit)
         self._client: IptablesClient | None = None
         self._fingerprint = b""
+        self._written: dict[tuple[Family, str], int] = {}
 
     @property
     def flavour(self) -> Flavour | None:
@@ -73,9 +75,20 @@ class IptablesRules:
         await off_loop_to_the_end(lambda: remove(client))
         self._fingerprint = await off_loop(client.fingerprint)
 
+    async def connections(self, *, endpoints: bool) -> Connections:
+        client = await self._opened()
+        texts = await off_loop(lambda: {family: client.count(family, NAT) for family in client.families})
+        frontends, chosen = self._planner.counted(texts, endpoints=endpoints)
+        return Connections(frontends, chosen)
+
+    def rule_counts(self) -> Mapping[tuple[Family, str], RuleCount]:
+        totals = self._planner.rule_counts()
+        return {ref: RuleCount(total, self._written.get(ref, 0)) for ref, total in totals.items()}
+
     async def _restore(self, texts: Iterable[Restore]) -> int:
         client = await self._opened()
         texts = [text for text in texts if text.family in client.families]
+        self._written = {(text.family, part.table): part.rules for text in texts for part in text.tables}
         try:
             for text in texts:
                 await off_loop_to_the_end(lambda text=text: carry_out(client, text))  # type: ignore[misc]

@@ -5,9 +5,11 @@ import ipaddress
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import TypeVar
 
-from podwire.agent.proxymodes.nft import commit, remove_tables
+from podwire.agent.proxymodes.nft import commit, count_connections, remove_tables
+from podwire.agent.proxymodes.port import Connections
 from podwire.kernel.ipvs import IpvsClient, IpvsState
 from podwire.kernel.netns import off_loop_to_the_end
 from podwire.kernel.port import Kernel, KernelError
@@ -125,6 +127,18 @@ class IpvsRules:
             await asyncio.sleep(LOOK_SECONDS if self._held else 0)
         await self._apply([DelLink(DEVICE)])
         self._bound.clear()
+
+    async def connections(self, *, endpoints: bool) -> Connections:
+        counted = await count_connections(self._kernel, TABLE, endpoints=endpoints)
+        if not endpoints:
+            return counted
+        keys = self._planner.served()
+        state = await self._with_client(lambda client: client.observe(keys))
+        chosen = dict(counted.endpoints)
+        for (virtual, packed), accepted in state.accepted.items():
+            pair = keys[virtual], packed
+            chosen[pair] = chosen.get(pair, 0) + accepted
+        return replace(counted, endpoints=chosen)
 
     # --- steps --------------------------------------------------------------------------------------------------------
 

@@ -4,17 +4,23 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
+from podwire.agent.proxymodes.port import Connections
 from podwire.kernel.port import Kernel, KernelError
+from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
-from podwire.model.nft import Batch, DelTable
+from podwire.model.nft import Batch, DelTable, TableRef
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.ops import CommitNft
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts, ServiceTable
 from podwire.plan.readback import questions
 from podwire.plan.services import TABLE, ServicePlanner
+from podwire.plan.services_rules import sets_of
 
 log = logging.getLogger(__name__)
+
+_INDEX_BYTES = 4
+"""What follows a frontend's key in an endpoint's."""
 
 _FEW = 200
 """So many Services are read back one by one; for more, reading everything is cheaper."""
@@ -63,11 +69,30 @@ class NftRules:
     async def remove(self) -> None:
         await remove_tables(self._kernel, TABLE)
 
+    async def connections(self, *, endpoints: bool) -> Connections:
+        return await count_connections(self._kernel, TABLE, endpoints=endpoints)
+
 
 async def remove_tables(kernel: Kernel, name: str) -> bool:
     """Take the nftables tables of that name, of both families, out of the kernel. Whether there were any."""
     held = await kernel.observe_nft(name)
     return bool(await commit(kernel, Batch(tuple(DelTable(table) for table in held.tables))))
+
+
+async def count_connections(kernel: Kernel, name: str, *, endpoints: bool) -> Connections:
+    """By the counters of the elements that connections were looked up by, in the tables of that name."""
+    frontends: dict[bytes, int] = {}
+    chosen: dict[tuple[bytes, bytes], int] = {}
+    for family in Family:
+        sets, table = sets_of(family), TableRef(family, name)
+        for of in (sets.endpoints, sets.local_endpoints) if endpoints else (sets.services, sets.outside):
+            for key, (data, (packets, _)) in (await kernel.count_nft(table, of)).items():
+                if not endpoints:
+                    frontends[key] = frontends.get(key, 0) + packets
+                elif isinstance(data, bytes):
+                    pair = key[:-_INDEX_BYTES], data
+                    chosen[pair] = chosen.get(pair, 0) + packets
+    return Connections(frontends, chosen)
 
 
 async def commit(kernel: Kernel, batch: Batch) -> int:

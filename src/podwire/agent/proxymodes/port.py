@@ -1,12 +1,23 @@
 """What a back end for Services is to the agent: fed with objects, it plans; told to, it brings the kernel up to date."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.proxymode import ProxyMode
-from podwire.model.servicetable import NodeFacts, ServiceTable
+from podwire.model.servicetable import Backend, NodeFacts, ServiceTable
+
+
+@dataclass(frozen=True, slots=True)
+class Connections:
+    """New connections that the kernel has counted: by frontend's key (`services_maps.frontend_key`), and by that and the
+    endpoint. Counters of rules that are made anew start again."""
+
+    frontends: Mapping[bytes, int] = field(default_factory=dict)
+    endpoints: Mapping[tuple[bytes, Backend], int] = field(default_factory=dict)
 
 
 class ServiceRules(Protocol):
@@ -50,6 +61,10 @@ class ServiceRules(Protocol):
         """Take everything of this back end out of the kernel; connections that are tracked go on."""
         ...
 
+    async def connections(self, *, endpoints: bool) -> Connections:
+        """What the kernel has counted, by frontend; with `endpoints` by endpoint instead. Raises KernelError."""
+        ...
+
 
 @runtime_checkable
 class ReadsBack(Protocol):
@@ -57,6 +72,23 @@ class ReadsBack(Protocol):
 
     async def holds(self, keys: Sequence[ObjectKey]) -> bool:
         """Whether the kernel, read back, serves these Services as is planned. Raises KernelError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RuleCount:
+    """Rules of ours in one table: `total` that are planned, `last` that were written by the last round."""
+
+    total: int
+    last: int
+
+
+@runtime_checkable
+class CountsRules(Protocol):
+    """A back end that has rules for each Service."""
+
+    def rule_counts(self) -> Mapping[tuple[Family, str], RuleCount]:
+        """By family and table."""
         ...
 
 
