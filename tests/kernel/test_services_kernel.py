@@ -387,12 +387,14 @@ async def test_nft_shows_the_rules_to_a_human(rig: ServiceRig) -> None:
     shown = run_in_netns(rig.fds["node"], listing)
     assert shown.returncode == 0, shown.stderr
     for line in (
-        '10.96.0.10 . tcp . 80 counter packets 0 bytes 0 comment "shop/web" : goto sticky-2',
+        '10.96.0.10 . tcp . 80 counter packets 0 bytes 0 comment "shop/web"',
+        "10.96.0.10 . tcp . 80 : 2",
         "dnat ip to ip daddr . meta l4proto . th dport . numgen random mod 2 map @endpoints",
         "ip saddr 10.244.1.0/24 goto inside",
         "ct status dnat jump rewritten",
         'masquerade fully-random comment "pod to outside the cluster"',
         "reject with tcp reset",
-        'fd00:10:96::a . tcp . 80 counter packets 0 bytes 0 comment "shop/web6" : goto pick-1',
+        'fd00:10:96::a . tcp . 80 counter packets 0 bytes 0 comment "shop/web6"',
+        "fd00:10:96::a . tcp . 80 : 1",
     ):
         assert line in shown.stdout, shown.stdout

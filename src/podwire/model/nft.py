@@ -42,6 +42,8 @@ class FieldType(enum.Enum):
     PORT = ("inet_service", 2, 13)
     INDEX = ("mark", 4, 19)
     """A host-order number, as `numgen` leaves it in a register; nft prints type `mark` as one."""
+    NUMBER = ("integer", 4, 4)
+    """A number in network order, which nft prints in decimal."""
 
     def __init__(self, nft_name: str, length: int, type_id: int) -> None:
         self.nft_name, self.length, self.type_id = nft_name, length, type_id
@@ -57,7 +59,7 @@ class FieldType(enum.Enum):
                 return str(ipaddress.ip_address(packed))
             case FieldType.PROTO:
                 return PROTOCOL_NAMES.get(packed[0], str(packed[0]))
-            case FieldType.PORT:
+            case FieldType.PORT | FieldType.NUMBER:
                 return str(int.from_bytes(packed, "big"))
             case FieldType.INDEX:
                 return str(int.from_bytes(packed, sys.byteorder))

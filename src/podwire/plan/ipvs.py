@@ -15,7 +15,6 @@ from podwire.model.addr import Family
 from podwire.model.ipvs import DelReal, DelVirtual, IpvsOp, SetReal, SetVirtual, VirtualKey, VirtualServer
 from podwire.model.nft import Batch, NftSet, Rule, Ruleset, TableRef, ip_field
 from podwire.model.nftexpr import (
-    ACCEPT,
     RETURN,
     Bitwise,
     Cmp,
@@ -32,7 +31,7 @@ from podwire.plan.nftdiff import diff_ruleset, order_changes
 from podwire.plan.nftexprs import Fields, is_protocol
 from podwire.plan.serviceledger import ServiceLedger
 from podwire.plan.services_maps import CountedBook, FamilyMaps, Programmed
-from podwire.plan.services_rules import REFUSE, Sets, sets_of
+from podwire.plan.services_rules import LEFT, REFUSE, Number, Numbered, Sets, pack_number, sets_of
 from podwire.plan.services_table import LOOPBACK
 
 TABLE = "podwire-ipvs"
@@ -116,11 +115,13 @@ class IpvsMaps(FamilyMaps):
         self.servers: dict[VirtualKey, VirtualServer] = {}
         self._scheduler = scheduler
         self._own = {ip.packed for ip in facts.node_ips}
+        for chain in (Numbered.PICK, Numbered.PICK_LOCAL):
+            self._numbers.use(Number(chain, LEFT))
         self._bound = CountedBook(self._ipvs_sets.bound)
         self._books[self._ipvs_sets.bound.name] = self._bound
         self._originals: dict[bytes, Frontend] = {}
         self._left: dict[bytes, str] = {}
-        """Keys → the map whose verdict is to leave the packet to IPVS."""
+        """Keys → the map that says to leave the packet to IPVS."""
         self._changed: dict[VirtualKey, VirtualServer | None] = {}
 
     @property
@@ -171,14 +172,14 @@ class IpvsMaps(FamilyMaps):
     def _lead(self, key: bytes, new: Programmed, old: Programmed | None) -> None:
         super()._lead(key, new, old)
         if key in self._left:
-            self._books[self._left[key]].put(key, ACCEPT)
+            self._books[self._left[key]].put(key, pack_number(LEFT))
 
     def take_servers(self) -> dict[VirtualKey, VirtualServer | None]:
         changed, self._changed = self._changed, {}
         return changed
 
-    def _fixed_rules(self) -> dict[str, tuple[Rule, ...]]:
-        rules = super()._fixed_rules()
+    def _rules(self) -> dict[str, tuple[Rule, ...]]:
+        rules = super()._rules()
         address = Fields(self.family).daddr(0)
         refuse = Rule((address, Lookup(self._ipvs_sets.bound.name, 0), Immediate(goto(REFUSE))), "no such port on this address")
         # To conntrack, what IPVS leads elsewhere is not "dnat", so every first packet is asked for its original destination.
@@ -205,7 +206,7 @@ def _left_to_ipvs(frontend: Frontend) -> str:
     """The map in which the frontend's packets are left to IPVS; "" where the maps serve it alone."""
     if frontend.kind is FrontendKind.HOST_PORT or frontend.address == LOOPBACK or not _served_pool(frontend).backends:
         return ""
-    return "services" if frontend.outside is None else "outside"
+    return "pools" if frontend.outside is None else "local-pools"
 
 
 def _served_pool(frontend: Frontend) -> Pool:
@@ -214,7 +215,7 @@ def _served_pool(frontend: Frontend) -> Pool:
 
 def _without_pool(frontend: Frontend, left: str) -> Frontend:
     """What is left for the maps to do."""
-    if left == "services":
+    if left == "pools":
         return msgspec.structs.replace(frontend, inside=Pool(), affinity_s=0)
     return msgspec.structs.replace(frontend, outside=Pool())
 
@@ -291,12 +292,12 @@ def ours(
     wanted = planner.servers()
     left = set()
     for state in observed.tables.values():
-        for name in ("services", "outside"):
+        for name in ("pools", "local-pools"):
             elements = state.sets[name].elements if name in state.sets else {}
-            left |= {_virtual(key) for key, verdict in elements.items() if verdict == ACCEPT}
+            left |= {_virtual_at(key) for key, number in elements.items() if number == pack_number(LEFT)}
     return frozenset(key for key in held if key in wanted or key in left or key.address in bound)
 
 
-def _virtual(key: bytes) -> VirtualKey:
+def _virtual_at(key: bytes) -> VirtualKey:
     """A map's key (address . protocol . port) → the virtual server's."""
     return VirtualKey(key[:-8], key[-8], int.from_bytes(key[-4:-2], "big"))

@@ -2,7 +2,7 @@
 
 nftables takes a transaction whole. It may still have to be cut (a socket's buffer has an end), so commands stand in an order
 in which each prefix leaves working rules: first what others refer to (sets, chains, and the elements that no packet finds
-yet), then the maps of verdicts that lead packets there, last what nobody is led to any more.
+yet), then the elements whose change leads packets there, last what nobody is led to any more.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +25,7 @@ from podwire.model.nft import (
     Element,
     NftSet,
     ReplaceElements,
+    Rule,
     Ruleset,
     SetRules,
     SetState,
@@ -53,35 +54,32 @@ class ElementChanges:
 
 
 @dataclass(frozen=True, slots=True)
-class ChainChanges:
-    """Chains that come (each with its rules, those that others lead to first) and go (in the reverse order)."""
+class RuleChanges:
+    """Chains whose rules change, with all their rules: as they have to be before elements change (whatever led a packet
+    somewhere before, or will, does), and after it."""
 
-    added: tuple[ChainState, ...] = ()
-    gone: tuple[str, ...] = ()
+    before: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
+    after: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
 
 
 def order_changes(
-    table: TableRef, creates: Sequence[Command], chains: ChainChanges, elements: Iterable[ElementChanges]
+    table: TableRef, creates: Sequence[Command], rules: RuleChanges, elements: Iterable[ElementChanges]
 ) -> tuple[list[Command], list[Command], list[Command]]:
     """(make, lead, remove): three phases. Over several tables, run each phase for all of them before the next."""
-    make: list[Command] = list(creates)
-    make += [AddChain(table, c.chain) for c in chains.added]
-    make += [SetRules(table, c.chain.name, c.rules) for c in chains.added]
+    make: list[Command] = [*creates, *(SetRules(table, chain, found) for chain, found in rules.before.items())]
     lead: list[Command] = []
     remove: list[Command] = []
     for change in elements:
         of = change.set
-        target = lead if of.verdicts else make
         if change.added:
-            target.append(AddElements(table, of, tuple(change.added), change.said_of(change.added)))
+            make.append(AddElements(table, of, tuple(change.added), change.said_of(change.added)))
         if change.replaced:
             lead.append(ReplaceElements(table, of, tuple(change.replaced), change.said_of(change.replaced)))
         if change.gone:
-            (lead if of.verdicts else remove).append(DelElements(table, of, tuple(change.gone)))
-    # Sets are listed with what restricts others last (restricted after its ranges): it goes first on the way out.
+            remove.append(DelElements(table, of, tuple(change.gone)))
+    # Sets are listed with what leads to others last (services after its endpoints): it goes first on the way out.
     remove.reverse()
-    remove += [SetRules(table, name, ()) for name in chains.gone]
-    remove += [DelChain(table, name) for name in chains.gone]
+    remove += [SetRules(table, chain, found) for chain, found in rules.after.items()]
     return make, lead, remove
 
 
@@ -104,10 +102,15 @@ def _diff_table(ref: TableRef, desired: TableState, observed: TableState | None)
         anew.append(AddTable(ref))
         observed = TableState()
     creates = [*anew, *(AddSet(ref, s.set) for name, s in desired.sets.items() if name not in observed.sets)]
-    chains, changed = _diff_chains(desired.chains, observed.chains)
+    added = [c for name, c in desired.chains.items() if name not in observed.chains]
+    creates += [AddChain(ref, c.chain) for c in added]
+    creates += [SetRules(ref, c.chain.name, c.rules) for c in added]
     elements = [_diff_elements(s, observed.sets.get(name)) for name, s in desired.sets.items() if not s.set.dynamic]
-    make, lead, remove = order_changes(ref, creates, chains, [e for e in elements if e])
-    lead += [SetRules(ref, c.chain.name, c.rules) for c in changed]
+    make, lead, remove = order_changes(ref, creates, RuleChanges(), [e for e in elements if e])
+    lead += _changed_rules(ref, desired.chains, observed.chains)
+    gone = [name for name in observed.chains if name not in desired.chains]
+    remove += [SetRules(ref, name, ()) for name in gone]
+    remove += [DelChain(ref, name) for name in gone]
     remove += [DelSet(ref, name) for name in observed.sets if name not in desired.sets]
     return make, lead, remove
 
@@ -119,14 +122,9 @@ def _compatible(desired: TableState, observed: TableState) -> bool:
     return all(sets) and all(chains)
 
 
-def _diff_chains(
-    desired: Mapping[str, ChainState], observed: Mapping[str, ChainState]
-) -> tuple[ChainChanges, list[ChainState]]:
-    """(chains that come and go, those whose rules change). Rules are set only when all chains exist."""
-    added = tuple(c for name, c in desired.items() if name not in observed)
-    gone = tuple(name for name in observed if name not in desired)
-    changed = [c for name, c in desired.items() if name in observed and observed[name].rules != c.rules]
-    return ChainChanges(added, gone), changed
+def _changed_rules(ref: TableRef, desired: Mapping[str, ChainState], observed: Mapping[str, ChainState]) -> Iterable[SetRules]:
+    held = {name: observed[name].rules for name in desired if name in observed}
+    return (SetRules(ref, name, c.rules) for name, c in desired.items() if held.get(name, c.rules) != c.rules)
 
 
 def _diff_elements(desired: SetState, observed: SetState | None) -> ElementChanges:

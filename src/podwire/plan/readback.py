@@ -11,7 +11,7 @@ from podwire.model.addr import Family
 from podwire.model.nft import Data, NftSet, TableRef
 from podwire.model.servicetable import Frontend, Pool
 from podwire.plan.services_maps import frontend_key
-from podwire.plan.services_rules import DROPPED, REFUSED, ChainKey, ChainKind, chain_verdict, sets_of, table_ref
+from podwire.plan.services_rules import pack_number, pool_number, sets_of, table_ref
 
 
 class Question(NamedTuple):
@@ -27,21 +27,25 @@ def questions(frontends: Iterable[Frontend]) -> Iterator[Question]:
     for frontend in frontends:
         family = Family.IPV4 if len(frontend.address) == 4 else Family.IPV6
         table, sets, key = table_ref(family), sets_of(family), frontend_key(frontend)
-        sticky = frontend.affinity_s > 0
-        kinds = (ChainKind.STICKY, ChainKind.STICKY_LOCAL) if sticky else (ChainKind.PICK, ChainKind.PICK_LOCAL)
-        yield from _pool(table, sets.services, sets.endpoints, key, frontend.inside, kinds[0])
+        yield _element(table, sets.services, key)
+        yield from _pool(table, sets.pools, sets.endpoints, key, frontend.inside)
         if frontend.outside is not None:
-            yield from _pool(table, sets.outside, sets.local_endpoints, key, frontend.outside, kinds[1])
+            yield _element(table, sets.outside, key)
+            yield from _pool(table, sets.local_pools, sets.local_endpoints, key, frontend.outside)
+        if frontend.affinity_s:
+            yield _element(table, sets.sticky, key, pack_number(frontend.affinity_s))
 
 
-def _pool(table: TableRef, leads: NftSet, endpoints: NftSet, key: bytes, pool: Pool, kind: ChainKind) -> Iterator[Question]:
+def _pool(table: TableRef, numbers: NftSet, endpoints: NftSet, key: bytes, pool: Pool) -> Iterator[Question]:
     backends = pool.backends
-    nobody = DROPPED if pool.drop else REFUSED
-    verdict = chain_verdict(ChainKey(kind, len(backends))) if backends else nobody
-    yield Question(table, leads, (key,), lambda found: found.get(key) == verdict)
+    yield _element(table, numbers, key, pool_number(pool))
     if backends:
         keys = tuple(key + index.to_bytes(4, sys.byteorder) for index in range(len(backends)))
         yield Question(table, endpoints, keys, lambda found: _same(found, keys, backends))
+
+
+def _element(table: TableRef, of: NftSet, key: bytes, data: Data = None) -> Question:
+    return Question(table, of, (key,), lambda found: key in found and found[key] == data)
 
 
 def _same(found: Mapping[bytes, Data], keys: Sequence[bytes], backends: Sequence[bytes]) -> bool:

@@ -17,7 +17,6 @@ from podwire.model.nft import (
     AddChain,
     AddSet,
     AddTable,
-    Chain,
     ChainState,
     Command,
     Data,
@@ -29,27 +28,22 @@ from podwire.model.nft import (
     SetState,
     TableState,
 )
-from podwire.model.nftexpr import Verdict
-from podwire.model.servicetable import Frontend, FrontendKind, NodeFacts, Pool
-from podwire.plan.nftdiff import ChainChanges, ElementChanges
+from podwire.model.servicetable import Frontend, FrontendKind, NodeFacts
+from podwire.plan.nftdiff import ElementChanges, RuleChanges
 from podwire.plan.services_rules import (
-    DROPPED,
-    REFUSED,
-    ChainKey,
-    ChainKind,
+    Number,
+    Numbered,
     Sets,
-    chain_verdict,
     fixed_chains,
     fixed_rules,
-    needed_by,
-    numbered_chain_rules,
+    numbered_rules,
+    pack_number,
+    pool_number,
     sets_of,
     table_ref,
 )
 
 _ABSENT: Final = object()
-_ALWAYS = 8
-"""Pools of up to so many backends have their chain at all times."""
 
 
 @lru_cache(maxsize=1 << 16)
@@ -131,45 +125,44 @@ class CountedBook(ElementBook):
             self.drop(key)
 
 
-class ChainBook:
-    """The chains that exist once for each number in use."""
+class NumberBook:
+    """The numbers that have a rule, and how many frontends need each."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        # A new chain makes the kernel check the whole table again (5 ms at 10,000 Services): the usual ones are always there.
-        self._users = Counter({_chain_key(ChainKind.PICK, n): 1 for n in range(1, _ALWAYS + 1)})
-        self._taken: set[ChainKey] = set()
+        self._users: Counter[Number] = Counter()
+        self._taken: frozenset[Number] = frozenset()
 
-    @property
-    def in_use(self) -> Iterable[ChainKey]:
-        return self._users.keys()
+    def use(self, number: Number) -> None:
+        self._users[number] += 1
 
-    def use(self, key: ChainKey) -> None:
-        needed = needed_by(key)
-        if needed is not None:
-            self._users[needed] += 1
-        self._users[key] += 1
+    def release(self, number: Number) -> None:
+        self._users[number] -= 1
+        if not self._users[number]:
+            del self._users[number]
 
-    def release(self, key: ChainKey) -> None:
-        for k in filter(None, (key, needed_by(key))):
-            self._users[k] -= 1
-            if not self._users[k]:
-                del self._users[k]
+    def rules(self) -> dict[str, tuple[Rule, ...]]:
+        """All of the numbered chains."""
+        return _numbered_rules(self._family, frozenset(self._users))
 
-    def rules(self, key: ChainKey) -> tuple[Rule, ...]:
-        return numbered_chain_rules(self._family, key)
-
-    def take(self) -> ChainChanges:
-        """Chains that came and went since the last call."""
-        now = set(self._users)
-        # A sticky chain leads to its pick chain, which must be there first.
-        added = sorted(now - self._taken, key=lambda k: (needed_by(k) is not None, k.name))
-        gone = sorted(self._taken - now, key=lambda k: (needed_by(k) is None, k.name))
+    def take(self) -> RuleChanges:
+        """Rules that came and went since the last call."""
+        now = frozenset(self._users)
+        if now == self._taken:
+            return RuleChanges()
+        before, both, after = (_numbered_rules(self._family, n) for n in (self._taken, self._taken | now, now))
         self._taken = now
-        return ChainChanges(
-            tuple(ChainState(Chain(k.name), self.rules(k)) for k in added),
-            tuple(k.name for k in gone),
+        return RuleChanges(
+            {chain: rules for chain, rules in both.items() if rules != before[chain]},
+            {chain: rules for chain, rules in after.items() if rules != both[chain]},
         )
+
+
+def _numbered_rules(family: Family, numbers: Iterable[Number]) -> dict[str, tuple[Rule, ...]]:
+    in_use: dict[Numbered, list[int]] = {chain: [] for chain in Numbered}
+    for number in numbers:
+        in_use[number.chain].append(number.value)
+    return numbered_rules(family, in_use)
 
 
 class Programmed(msgspec.Struct, gc=False):
@@ -179,20 +172,19 @@ class Programmed(msgspec.Struct, gc=False):
     cluster: Sequence[bytes]
     local: Sequence[bytes]
 
-    def chains(self) -> Iterator[ChainKey]:
-        """Those that its elements lead to: from `services`, `outside` and `sticky`."""
-        sticky = self.frontend.affinity_s > 0
+    def numbers(self) -> Iterator[Number]:
+        """Those that need a rule."""
         if self.cluster:
-            yield _chain_key(ChainKind.STICKY if sticky else ChainKind.PICK, len(self.cluster))
+            yield _number(Numbered.PICK, len(self.cluster))
         if self.local:
-            yield _chain_key(ChainKind.STICKY_LOCAL if sticky else ChainKind.PICK_LOCAL, len(self.local))
-        if sticky:
-            yield _chain_key(ChainKind.REMEMBER, self.frontend.affinity_s)
+            yield _number(Numbered.PICK_LOCAL, len(self.local))
+        if self.frontend.affinity_s:
+            yield _number(Numbered.REMEMBER, self.frontend.affinity_s)
 
 
 @lru_cache(maxsize=4096)
-def _chain_key(kind: ChainKind, number: int) -> ChainKey:
-    return ChainKey(kind, number)
+def _number(chain: Numbered, value: int) -> Number:
+    return Number(chain, value)
 
 
 def arrange(order: Sequence[bytes], wanted: Sequence[bytes]) -> Sequence[bytes]:
@@ -220,7 +212,7 @@ def arrange(order: Sequence[bytes], wanted: Sequence[bytes]) -> Sequence[bytes]:
 
 
 class FamilyMaps:
-    """All elements and numbered chains of one family's table."""
+    """All elements and numbered rules of one family's table."""
 
     def __init__(self, family: Family, facts: NodeFacts, sets: Sets | None = None) -> None:
         self.family, self.table = family, table_ref(family)
@@ -231,8 +223,9 @@ class FamilyMaps:
         self._books |= {b.set.name: b for b in (self.hairpin, self.cluster_ips)}
         self._services, self._outside = self._books["services"], self._books["outside"]
         self._endpoints, self._local = self._books["endpoints"], self._books["local-endpoints"]
+        self._pools, self._local_pools = self._books["pools"], self._books["local-pools"]
         self._sticky = self._books["sticky"]
-        self._chains = ChainBook(family)
+        self._numbers = NumberBook(family)
         self._programmed: dict[bytes, Programmed] = {}
         self._prune: dict[bytes, frozenset[bytes]] = {}
         self._built = False
@@ -262,8 +255,8 @@ class FamilyMaps:
             new = Programmed(frontend, arrange(old.cluster, frontend.inside.backends), arrange(old.local, outside))
             self._move(self._endpoints, key, old.cluster, new.cluster)
             self._move(self._local, key, old.local, new.local)
-        for chain in new.chains():
-            self._chains.use(chain)
+        for number in new.numbers():
+            self._numbers.use(number)
         self._lead(key, new, old)
         self._flags(key, old.frontend if old else None, frontend)
         if old is not None:
@@ -280,17 +273,18 @@ class FamilyMaps:
             book.drop(key + _pack_index(index))
 
     def _lead(self, key: bytes, new: Programmed, old: Programmed | None) -> None:
-        """The maps of verdicts: where packets to this frontend go."""
+        """Where packets to this frontend go."""
         frontend = new.frontend
-        sticky = frontend.affinity_s > 0
-        kind = ChainKind.STICKY if sticky else ChainKind.PICK
-        self._services.put(key, _verdict(frontend.inside, kind))
+        self._pools.put(key, pool_number(frontend.inside))
+        self._services.put(key)
         if frontend.outside is not None:
-            self._outside.put(key, _verdict(frontend.outside, ChainKind.STICKY_LOCAL if sticky else ChainKind.PICK_LOCAL))
+            self._local_pools.put(key, pool_number(frontend.outside))
+            self._outside.put(key)
         elif old is not None:
             self._outside.drop(key)
-        if sticky:
-            self._sticky.put(key, chain_verdict(_chain_key(ChainKind.REMEMBER, frontend.affinity_s)))
+            self._local_pools.drop(key)
+        if frontend.affinity_s:
+            self._sticky.put(key, pack_number(frontend.affinity_s))
         elif old is not None:
             self._sticky.drop(key)
 
@@ -317,13 +311,12 @@ class FamilyMaps:
             book.put(key + first + key + last)
 
     def _clear(self, key: bytes, old: Programmed) -> None:
-        self._services.drop(key)
         del self._services.comments[key]
-        self._outside.drop(key)
+        for leads in (self._services, self._outside, self._pools, self._local_pools, self._sticky):
+            leads.drop(key)
         for book, order in ((self._endpoints, old.cluster), (self._local, old.local)):
             for index in range(len(order)):
                 book.drop(key + _pack_index(index))
-        self._sticky.drop(key)
         for name in _flags_of(old.frontend):
             self._books[name].drop(key)
         for first, last in old.frontend.source_ranges or ():
@@ -334,8 +327,8 @@ class FamilyMaps:
         del self._programmed[key]
 
     def _release(self, old: Programmed) -> None:
-        for chain in old.chains():
-            self._chains.release(chain)
+        for number in old.numbers():
+            self._numbers.release(number)
 
     def adopt_order(self, observed: Ruleset) -> None:
         """Give every pool the indices that its backends have in the kernel, so that nothing is moved for nothing."""
@@ -357,20 +350,22 @@ class FamilyMaps:
 
     # --- results ----------------------------------------------------------------------------------------------
 
-    def take_changes(self) -> tuple[list[Command], ChainChanges, list[ElementChanges]]:
-        """(what has to exist first, numbered chains, elements) changed since the last call; affinities: `take_prune`."""
+    def take_changes(self) -> tuple[list[Command], RuleChanges, list[ElementChanges]]:
+        """(what has to exist first, numbered rules, elements) changed since the last call; affinities: `take_prune`."""
         creates: list[Command] = []
+        rules = self._numbers.take()
         if not self._built:
             self._built = True
-            creates = self._fixed_commands()
+            creates, rules = self._commands(), RuleChanges()
         changes = [self._books[of.name].take() for of in self._sets.all() if not of.dynamic]
-        return creates, self._chains.take(), [c for c in changes if c]
+        return creates, rules, [c for c in changes if c]
 
-    def _fixed_rules(self) -> dict[str, tuple[Rule, ...]]:
-        return fixed_rules(self.family, self._facts)
+    def _rules(self) -> dict[str, tuple[Rule, ...]]:
+        """Those of every chain, chains that are jumped to first."""
+        return self._numbers.rules() | fixed_rules(self.family, self._facts)
 
-    def _fixed_commands(self) -> list[Command]:
-        rules = self._fixed_rules()
+    def _commands(self) -> list[Command]:
+        rules = self._rules()
         chains = {c.name: c for c in fixed_chains()}
         return [
             AddTable(self.table),
@@ -392,18 +387,10 @@ class FamilyMaps:
 
     def state(self) -> TableState:
         chains = {c.name: ChainState(c) for c in fixed_chains()}
-        for name, rules in self._fixed_rules().items():
+        for name, rules in self._rules().items():
             chains[name] = ChainState(chains[name].chain, rules)
-        for key in self._chains.in_use:
-            chains[key.name] = ChainState(Chain(key.name), self._chains.rules(key))
         books = {name: SetState(b.set, dict(b.elements), dict(b.comments)) for name, b in self._books.items()}
         return TableState(chains, {of.name: books.get(of.name, SetState(of)) for of in self._sets.all()})
-
-
-def _verdict(pool: Pool, kind: ChainKind) -> Verdict:
-    if not pool.backends:
-        return DROPPED if pool.drop else REFUSED
-    return chain_verdict(_chain_key(kind, len(pool.backends)))
 
 
 def _flags_of(frontend: Frontend) -> tuple[str, ...]:

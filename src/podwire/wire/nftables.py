@@ -259,9 +259,9 @@ def _key_head(n: int) -> bytes:
 
 
 def _encode_elements(of: NftSet, elements: tuple[Element, ...], comments: Mapping[bytes, str]) -> list[bytes]:
-    """NFTA_LIST_ELEM attributes with data."""
-    if of.verdicts:
-        return _verdict_elements(of.key_length, elements, comments)
+    """NFTA_LIST_ELEM attributes with data, verdicts and comments."""
+    if of.verdicts or (comments and not of.interval):
+        return _various_elements(of, elements, comments)
     if not of.data:
         return _encode_keys(of, elements)
     n, m = of.key_length, sum(f.padded for f in of.data)
@@ -270,25 +270,29 @@ def _encode_elements(of: NftSet, elements: tuple[Element, ...], comments: Mappin
     return [b"".join((prefix, key, middle, data)) for key, data in elements]  # type: ignore[arg-type]  # a map's are bytes
 
 
-def _verdict_elements(n: int, elements: tuple[Element, ...], comments: Mapping[bytes, str]) -> list[bytes]:
-    """Each verdict is encoded once, and so is each comment: a Service's frontends share it."""
-    verdicts: dict[Data, bytes] = {}
+def _various_elements(of: NftSet, elements: tuple[Element, ...], comments: Mapping[bytes, str]) -> list[bytes]:
+    """Each its own length. A verdict is encoded once, and so is a comment: a Service's frontends share it."""
+    encoded: dict[Data, bytes] = {None: b""}
     remarks: dict[str, bytes] = {"": b""}
-    head = _key_head(n)
+    n, head = of.key_length, _key_head(of.key_length)
     out = []
     for key, data in elements:
-        verdict = verdicts.get(data)
-        if verdict is None:
-            if not isinstance(data, Verdict):
-                raise TypeError(f"element data {data!r} in a map of verdicts")
-            verdict = verdicts[data] = encode_verdict(_ELEM_DATA, data)
+        target = encoded.get(data)
+        if target is None:
+            target = encoded[data] = _element_data(data)
         comment = comments.get(key, "")
         remark = remarks.get(comment)
         if remark is None:
             remark = remarks[comment] = attr(_ELEM_USERDATA, _comment_udata(comment))
-        size = _ATTR.pack(12 + n + len(verdict) + len(remark), _LIST_ELEM | NLA_F_NESTED)
-        out.append(b"".join((size, head, key, verdict, remark)))
+        size = _ATTR.pack(12 + n + len(target) + len(remark), _LIST_ELEM | NLA_F_NESTED)
+        out.append(b"".join((size, head, key, target, remark)))
     return out
+
+
+def _element_data(data: Data) -> bytes:
+    if isinstance(data, Verdict):
+        return encode_verdict(_ELEM_DATA, data)
+    return nested(_ELEM_DATA, attr(1, data)) if data is not None else b""
 
 
 def _interval_element(n: int, key: bytes) -> bytes:

@@ -9,15 +9,16 @@ from service_cases import FACTS, key, load_cases, service_of, slice_of
 from podwire.model.addr import Family
 from podwire.model.ipvs import DelReal, DelVirtual, IpvsOp, SetReal, SetVirtual, VirtualKey, VirtualServer
 from podwire.model.nft import Ruleset, TableRef
-from podwire.model.nftexpr import ACCEPT
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.servicetable import backend
 from podwire.plan.ipvs import TABLE, IpvsPlanner, after, introduce, ours, retire
 from podwire.plan.services_maps import frontend_key
+from podwire.plan.services_rules import LEFT, pack_number
 
 A, B, C = (backend(bytes((10, 244, n, 2)), 8080) for n in (1, 2, 3))
 CLUSTER_IP, BALANCER, NODE = bytes((10, 96, 0, 10)), bytes((203, 0, 113, 1)), bytes((198, 18, 0, 11))
 WEB = VirtualKey(CLUSTER_IP, 6, 80)
+LEFT_TO_IPVS = pack_number(LEFT)
 
 
 def web(nodes: tuple[int, ...], **spec: Any) -> tuple[Service, tuple[EndpointSlice, ...]]:
@@ -32,7 +33,7 @@ def planned(*nodes: int, **spec: Any) -> IpvsPlanner:
     return planner
 
 
-def verdicts(planner: IpvsPlanner, name: str) -> dict[bytes, object]:
+def numbers(planner: IpvsPlanner, name: str) -> dict[bytes, object]:
     state = Ruleset().apply(planner.take().batch)
     return dict(state.tables[TableRef(Family.IPV4, TABLE)].sets[name].elements)
 
@@ -41,7 +42,7 @@ def test_a_pool_for_everyone_is_served_by_ipvs() -> None:
     planner = planned(1, 2, sessionAffinity="ClientIP")
     assert planner.servers() == {WEB: VirtualServer("rr", 10800, {A: 1, B: 1})}
     assert planner.bound() == {CLUSTER_IP}
-    assert set(verdicts(planner, "services").values()) == {ACCEPT}
+    assert set(numbers(planner, "pools").values()) == {LEFT_TO_IPVS}
 
 
 def test_where_pools_differ_ipvs_serves_those_outside() -> None:
@@ -53,16 +54,16 @@ def test_where_pools_differ_ipvs_serves_those_outside() -> None:
     assert servers[WEB].servers.keys() == {A, B}
     assert planner.bound() == {CLUSTER_IP, BALANCER}, "the node's own address needs no device"
     table = Ruleset().apply(planner.take().batch).tables[TableRef(Family.IPV4, TABLE)]
-    inside = {k: v for k, v in table.sets["services"].elements.items() if v != ACCEPT}
+    inside = {k: v for k, v in table.sets["pools"].elements.items() if v != LEFT_TO_IPVS}
     assert {k[:4] for k in inside} == {BALANCER, NODE}, "the node's own clients go to all, by the map"
-    assert set(table.sets["outside"].elements.values()) == {ACCEPT}
+    assert set(table.sets["local-pools"].elements.values()) == {LEFT_TO_IPVS}
 
 
 def test_nobody_to_serve_it_is_the_rules_business() -> None:
     planner = planned()
     assert planner.servers() == {}
     assert planner.bound() == frozenset()
-    assert ACCEPT not in verdicts(planner, "services").values()
+    assert LEFT_TO_IPVS not in numbers(planner, "pools").values()
 
 
 def test_every_case_comes_and_goes_without_a_trace() -> None:

@@ -19,13 +19,14 @@ from podwire.model.nft import (
     Prune,
     ReplaceElements,
     Ruleset,
+    SetRules,
     TableRef,
 )
-from podwire.model.nftexpr import goto
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.services import TABLE, ServicePlanner
 from podwire.plan.services_maps import arrange
+from podwire.plan.services_rules import pack_number, sets_of
 
 IPV4, IPV6 = TableRef(Family.IPV4, TABLE), TableRef(Family.IPV6, TABLE)
 
@@ -64,15 +65,18 @@ def test_nothing_changed_is_an_empty_batch() -> None:
     assert not planner.take_batch()
 
 
-def test_one_endpoint_more_adds_one_element_and_moves_the_service() -> None:
+def test_one_endpoint_more_adds_one_element_and_says_so() -> None:
     planner = ServicePlanner(FACTS)
     planner.set_service(key("web"), *web(3))
+    planner.set_service(key("other"), *web(4, clusterIP="10.96.0.20"))
     planner.take_batch()
     planner.set_service(key("web"), *web(4))
     batch = planner.take_batch()
     assert elements(batch, AddElements) == {"endpoints": ["10.96.0.10 . tcp . 80 . 3 : 10.244.4.2 . 8080"]}
-    assert elements(batch, ReplaceElements) == {"services": ["10.96.0.10 . tcp . 80 : goto pick-4"]}
-    assert len(batch.commands) == 2
+    assert elements(batch, ReplaceElements) == {"pools": ["10.96.0.10 . tcp . 80 : 4"]}
+    assert len(batch.commands) == 3
+    (rules,) = [c for c in batch.commands if isinstance(c, SetRules)]
+    assert [rule.comment for rule in rules.rules if rule.comment.startswith("one of")] == ["one of 4"]
 
 
 def test_the_last_endpoint_fills_the_hole() -> None:
@@ -83,31 +87,39 @@ def test_the_last_endpoint_fills_the_hole() -> None:
     batch = planner.take_batch()
     assert elements(batch, ReplaceElements) == {
         "endpoints": ["10.96.0.10 . tcp . 80 . 0 : 10.244.6.2 . 8080"],
-        "services": ["10.96.0.10 . tcp . 80 : goto pick-4"],
+        "pools": ["10.96.0.10 . tcp . 80 : 4"],
     }
     assert [c.set.name for c in batch.commands if isinstance(c, DelElements)] == ["endpoints"]
 
 
+def test_no_element_holds_a_verdict() -> None:
+    """One would make the kernel validate all of them whenever one changes."""
+    assert not [of for family in Family for of in sets_of(family).all() if of.verdicts]
+
+
 def test_commands_stand_in_an_order_that_is_safe_to_cut() -> None:
-    """Endpoints come before the verdict that leads to them, and leave after it; a new chain comes before both."""
+    """Endpoints come before the number that leads to them, and leave after it; rules for numbers are there all the while."""
     planner = ServicePlanner(FACTS)
     planner.set_service(key("web"), *web(2))
     planner.take_batch()
     planner.set_service(key("web"), *web(12))
-    grown = [str(c).split("{")[0].split("\n")[0].strip() for c in planner.take_batch().commands]
+    change = planner.take_batch()
+    grown = [str(c).split("{")[0].split("\n")[0].strip() for c in change.commands]
     assert grown == [
-        "add chain ip podwire pick-12",
-        "flush chain ip podwire pick-12",
+        "flush chain ip podwire pick",
         "add element ip podwire endpoints",
-        "replace element ip podwire services",
+        "replace element ip podwire pools",
+        "flush chain ip podwire pick",
     ]
+    said = [[rule.comment for rule in c.rules][:-2] for c in change.commands if isinstance(c, SetRules)]
+    assert said == [["one of 2", "one of 12"], ["one of 12"]]
     planner.set_service(key("web"), *web(2))
     shrunk = [str(c).split("{")[0].split("\n")[0].strip() for c in planner.take_batch().commands]
     assert shrunk == [
-        "replace element ip podwire services",
+        "flush chain ip podwire pick",
+        "replace element ip podwire pools",
         "delete element ip podwire endpoints",
-        "flush chain ip podwire pick-12",
-        "delete chain ip podwire pick-12",
+        "flush chain ip podwire pick",
     ]
 
 
@@ -142,8 +154,9 @@ def test_affinity_notes_where_clients_go_and_forgets_what_is_gone() -> None:
     spec: dict[str, Any] = {"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 60}}}
     planner.set_service(key("web"), *web(3, **spec))
     state = taken(planner).tables[IPV4]
-    assert set(state.sets["services"].elements.values()) == {goto("sticky-3")}
-    assert {"sticky-3", "pick-3", "remember-60"} <= state.chains.keys()
+    assert set(state.sets["sticky"].elements.values()) == {pack_number(60)}
+    assert len(state.chains["remember"].rules) == 1
+    assert state.chains["pick"].rules[0].comment == "where this client went before"
 
     planner.set_service(key("web"), *web(4, **spec))
     assert not [c for c in planner.take_batch().commands if isinstance(c, Prune)]
@@ -188,7 +201,7 @@ def test_resync_touches_only_what_differs_and_keeps_the_order_it_finds() -> None
     state = kernel.tables[IPV4].sets["services"]
     broken = kernel.apply(Batch((DelElements(IPV4, state.set, tuple(state.elements.items())),)))
     repair = fresh.resync(broken)
-    assert elements(repair, AddElements) == {"services": ["10.96.0.10 . tcp . 80 : goto pick-5"]}
+    assert elements(repair, AddElements) == {"services": ["10.96.0.10 . tcp . 80"]}
     assert broken.apply(repair) == fresh.desired()
 
 

@@ -66,7 +66,8 @@ def test_a_planner_that_is_told_lies_is_found_out(lie: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["services", "outside", "masquerade", "keep-source", "cluster-ips", "hairpin", "source-ranges"]
+    "name",
+    ["services", "outside", "pools", "local-pools", "masquerade", "keep-source", "cluster-ips", "hairpin", "source-ranges"],
 )
 def test_a_lost_element_is_found_out(name: str) -> None:
     def found_out(cluster: Cluster) -> bool:
