@@ -20,6 +20,7 @@ from podwire.kernel.port import KernelError
 from podwire.kernel.rtnlsocket import RtnlSocket, open_netlink
 from podwire.kernel.sysctl import read_sysctls, write_sysctls
 from podwire.kernel.tun import make_tun
+from podwire.kernel.vethremoval import VethRemoval
 from podwire.kernel.wireguard import WireguardClient
 from podwire.model.errors import Unsupported
 from podwire.model.flow import Flow
@@ -117,6 +118,7 @@ class LinuxKernel:
 
     def __init__(self, netns_fd: int | None = None) -> None:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="kernel")
+        self._removal = VethRemoval()
         host = _Space(HOST, current_netns() if netns_fd is None else os.dup(netns_fd))
         self._own_ports = host.own_ports()
         self._spaces = {HOST: host}
@@ -198,7 +200,7 @@ class LinuxKernel:
             return Applied(0)
         self._space(HOST)
         spaces = dict(self._spaces)
-        return await self._off_loop(lambda: _Run(spaces).run(plan))
+        return await self._off_loop(lambda: _Run(spaces, self._removal).run(plan))
 
     async def listen(self, port: int) -> list[socket.socket]:
         return await in_netns(self._space(HOST).fd, lambda: _listen(port))
@@ -216,7 +218,8 @@ class LinuxKernel:
             self._worker.submit(space.close)
         self._streams.clear()
         self._spaces.clear()
-        await asyncio.get_running_loop().run_in_executor(None, self._worker.shutdown)
+        for shutdown in (self._worker.shutdown, self._removal.close):
+            await asyncio.get_running_loop().run_in_executor(None, shutdown)
 
     def _space(self, ns: NetnsName) -> _Space:
         space = self._spaces.get(ns)
@@ -303,8 +306,8 @@ def _left_by_flannel(sock: RtnlSocket, tunnels: Mapping[int, str]) -> Iterator[R
 class _Run:
     """One plan's execution: contiguous rtnetlink operations of one namespace go out together."""
 
-    def __init__(self, spaces: Mapping[NetnsName, _Space]) -> None:
-        self._spaces = spaces
+    def __init__(self, spaces: Mapping[NetnsName, _Space], removal: VethRemoval) -> None:
+        self._spaces, self._removal = spaces, removal
         self._indices: dict[NetnsName, dict[str, int]] = {}
         self._macs: dict[tuple[NetnsName, str], str] = {}
         self._failures: list[Failure] = []
@@ -324,8 +327,10 @@ class _Run:
                 elif kind is SetWireguardPeer:
                     self._wireguard_peers(space, [op for op in ops if isinstance(op, SetWireguardPeer | DelWireguardPeer)])
                 else:
-                    if kind is DelLink and len(ops) > 1:
-                        self._del_together(space, [op.name for op in ops if isinstance(op, DelLink)])
+                    if kind is DelLink:
+                        gone = self._removal.remove(space.fd, space.rtnl, [op.name for op in ops if isinstance(op, DelLink)])
+                        ops = [op for op in ops if not (isinstance(op, DelLink) and op.name in gone)]
+                        self._indices.clear()  # a veth's other end went too, wherever it was
                     self._links_and_routes(space, [op for op in ops if isinstance(op, opcodes.RtnlOp)])
             except Unsupported as error:
                 self._fail(ops, errno.EOPNOTSUPP, str(error))
@@ -366,12 +371,6 @@ class _Run:
         for position, ack in outcome.errors.items():
             if not (isinstance(ops[position], DelWireguardPeer) and ack.errno == errno.ENODEV):
                 self._fail([ops[position]], ack.errno, ack.message or os.strerror(ack.errno))
-
-    def _del_together(self, space: _Space, names: list[str]) -> None:
-        """Deleting a link waits 15 ms for the kernel's readers; a group's links wait together. What is refused here is tried
-        one by one afterwards, and answered for there."""
-        join = [rtnl.join_group(name, rtnl.LEAVING_GROUP) for name in names]
-        space.rtnl.execute([*join, rtnl.del_group(rtnl.LEAVING_GROUP)])
 
     def _links_and_routes(self, space: _Space, ops: list[opcodes.RtnlOp]) -> None:
         pending: list[tuple[opcodes.RtnlOp, bytes]] = []
