@@ -158,17 +158,3 @@ def test_a_node_whose_subnet_somebody_takes_moves_its_pods_to_another(leased: La
     assert after["containerStatuses"][0]["restartCount"] == 0
     assert leased.exec("world", *etcdctl, "del", key).status == 0
     until(lambda: broken(leased) == set(), 20)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--backend", "udp", "--ip-family", "ipv4"), "backend udp cannot be used in a lab"),
-        (("--backend", "{nonsense"), "neither a name nor a JSON object"),
-        (("--backend", "carrier-pigeon"), "carrier-pigeon"),
-    ],
-)
-def test_what_a_lab_cannot_have_is_wrong_usage(podwire: Podwire, options: tuple[str, ...], words: str) -> None:
-    done = podwire("lab", "up", "--name", "never", *options)
-    assert done.status == 2
-    assert words in done.err

@@ -212,10 +212,12 @@ class NodeAgent:
     def _make_overlay(self) -> NodeOverlay:
         config = self.config
         if self._overlay is not None:
-            return NodeOverlay(self._overlay.subnets(self._nodes), self._peers, config.vni, self._hold_changed)
+            manager, make_tunnel = self._overlay.subnets(self._nodes), self._overlay.tunnel
+            tunnel = (lambda backend: make_tunnel(backend, self._health)) if make_tunnel else None
+            return NodeOverlay(manager, self._peers, config.vni, self._hold_changed, tunnel)
         vxlan = NetConfig(networks=(), ranges={}, backend=VxlanBackend(vni=config.vni, port=config.vxlan_port))
-        manager = KubeSubnets(self._nodes, config.node_name, vxlan, client=self._client, rng=self._rng)
-        return NodeOverlay(manager, self._peers, config.vni, self._hold_changed)
+        kube = KubeSubnets(self._nodes, config.node_name, vxlan, client=self._client, rng=self._rng)
+        return NodeOverlay(kube, self._peers, config.vni, self._hold_changed)
 
     def _hold_changed(self, why: str) -> None:
         """The node holds its subnets, or (`why`) does not at present: what runs goes on, but the peers may not send here."""
@@ -259,6 +261,7 @@ class NodeAgent:
             network = await joining
             group.create_task(overlay.run())
             network = await self._adopt(network, pods, engines)
+            group.create_task(overlay.carry())
             env.reservations.withheld = overlay.withheld
             env.network.set_result(network)
             self._adopted = True

@@ -5,15 +5,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from podwire.agent.health import Health
+from podwire.agent.overlayd.tunnelkeeper import TunnelKeeper
 from podwire.agent.peers import PeerSync
 from podwire.agent.subnets.port import OwnLease, SubnetManager
 from podwire.client.informer import Informer
 from podwire.model.addr import IPNetwork
-from podwire.model.errors import PodwireError
+from podwire.model.errors import PodwireError, Unsupported
 from podwire.model.kernelstate import NetState
 from podwire.model.netconf import NetConfig
 from podwire.model.objects import Node
-from podwire.plan.backends.contract import Backend
+from podwire.plan.backends import Backend, UdpTunnel
 from podwire.plan.leases import Lease, LeaseAttrs, vxlan_peers
 from podwire.plan.overlay import plan_peer
 from podwire.plan.states import union
@@ -26,10 +28,12 @@ class Overlay:
     """Which subnet manager and which back end an agent uses; said by who makes the agent.
 
     subnets: makes the manager; the agent's own copy of all Nodes is there for it. Called again when the node begins anew with
-    other subnets. backend: makes the back end that the network's configuration asks for."""
+    other subnets. backend: makes the back end that the network's configuration asks for. tunnel: makes what carries the packets
+    of the back end udp, which no kernel does."""
 
     subnets: Callable[[Informer[Node]], SubnetManager]
     backend: Callable[[NetConfig], Backend]
+    tunnel: Callable[[UdpTunnel, Health], TunnelKeeper] | None = None
 
 
 class SubnetsChanged(PodwireError):
@@ -42,9 +46,18 @@ class SubnetsChanged(PodwireError):
 class NodeOverlay:
     """Listens to the subnet manager. `told`: called with why the node's hold on its subnets has lapsed, "" when it has it."""
 
-    def __init__(self, manager: SubnetManager, peers: PeerSync, vni: int, told: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        manager: SubnetManager,
+        peers: PeerSync,
+        vni: int,
+        told: Callable[[str], None],
+        tunnel: Callable[[UdpTunnel], TunnelKeeper] | None = None,
+    ) -> None:
         self.manager = manager
         self.backend: Backend | None = None
+        self._make_tunnel = tunnel
+        self._tunnel: TunnelKeeper | None = None
         self._peers, self._vni, self._told = peers, vni, told
         self._subnets: tuple[IPNetwork, ...] = ()
         self._moved: asyncio.Future[tuple[IPNetwork, ...]] = asyncio.get_running_loop().create_future()
@@ -62,6 +75,10 @@ class NodeOverlay:
         else:
             self.backend = own(config)
             attrs = self.backend.attrs()
+            if isinstance(self.backend, UdpTunnel):
+                if self._make_tunnel is None:
+                    raise Unsupported("the back end udp in this agent", "choose another, or run `podwire agent`")
+                self._tunnel = self._make_tunnel(self.backend)
         self.manager.subscribe(self)
         lease = await self.manager.acquire(attrs)
         self._subnets = lease.subnets
@@ -74,6 +91,11 @@ class NodeOverlay:
             now = await self._moved
             raise SubnetsChanged(self._subnets, now)
 
+    async def carry(self) -> None:
+        """Carry packets to the others where that is the agent's to do, until cancelled. Start it when the node is adopted."""
+        if self._tunnel is not None:
+            await self._tunnel.run()
+
     def withheld(self) -> str:
         """Why no address may be given out of the node's subnets; "" where it may."""
         own = self.manager.own
@@ -83,6 +105,8 @@ class NodeOverlay:
 
     def peer_changed(self, node: str, lease: Lease | None) -> None:
         self._peers.set(node, self._plan(lease) if lease else NetState())
+        if self._tunnel is not None:
+            self._tunnel.set_peer(node, lease)
 
     def own_changed(self, own: OwnLease) -> None:
         held = own.held

@@ -65,8 +65,8 @@ def spec_options(default_name: str, *, nodes: int = 3) -> Callable[[F], F]:
                 click.option("--etcd-members", type=click.Choice(["1", "3", "5"]), default="1", show_default=True,
                              help="How many members that etcd has."),
                 click.option("--backend", default="vxlan", show_default=True, metavar="NAME|JSON",
-                             help="How packets get from node to node: vxlan, host-gw, ipip, wireguard, or flannel's Backend "
-                                  "object, e.g. '{\"Type\":\"vxlan\",\"DirectRouting\":true}'."),
+                             help="How packets get from node to node: vxlan, host-gw, udp, ipip, wireguard, or flannel's "
+                                  "Backend object, e.g. '{\"Type\":\"vxlan\",\"DirectRouting\":true}'."),
             )
         ):  # fmt: skip
             function = option(function)

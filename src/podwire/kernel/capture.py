@@ -16,6 +16,9 @@ from podwire.kernel.netns import in_netns
 _ETH_P_ALL = 3
 _SO_TIMESTAMPNS = 35
 _PACKET_OUTGOING = 4
+_WITHOUT_FRAMES = (65534, 768)
+"""linux/if_arp.h: ARPHRD_NONE (TUN, WireGuard) and ARPHRD_TUNNEL (IPIP). What they carry begins with its IP header."""
+_NO_MACS = bytes(12)
 _TIMESPEC = struct.Struct("@qq")
 _SNAPLEN = 65536
 _RECEIVE_BUFFER = 4 << 20
@@ -25,7 +28,8 @@ _BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """One frame on one device. `at` is in nanoseconds of the kernel's clock; `outgoing` as the device sees it."""
+    """One frame on one device (with an empty Ethernet header where the device has none). `at` is in nanoseconds of the kernel's
+    clock; `outgoing` as the device sees it."""
 
     at: int
     place: str
@@ -88,7 +92,9 @@ class Capture:
             except OSError:  # ENETDOWN: a device went away under the capture; the others go on
                 continue
             if self._expected and self._expected in data:
-                device, _, packet_type = address[:3]
+                device, ethertype, packet_type, kind = address[:4]
+                if kind in _WITHOUT_FRAMES:
+                    data = _NO_MACS + struct.pack("!H", ethertype) + data
                 self._frames.append(Captured(_stamp(ancillary), place, device, packet_type == _PACKET_OUTGOING, data))
 
 

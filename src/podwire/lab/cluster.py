@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from podwire import __version__
+from podwire.agent.overlayd.host import require_backend
 from podwire.agent.subnets.registry import DEFAULT_PREFIX, DEFAULT_TTL, LeaseRegistry
 from podwire.apiserver.app import create_app
 from podwire.apiserver.config import ServerConfig
@@ -87,6 +88,8 @@ class LabCluster:
     async def start(self, on_step: Step) -> None:
         """Bring everything up; returns when all nodes are ready. Raises PodwireError."""
         with _timed("fabric", on_step):
+            if self.spec.own_overlay:
+                require_backend(self.spec.backend_type)
             kernel = LinuxKernel()
             self._closing.push_async_callback(kernel.close)
             self.fabric = Fabric(kernel, self.topology, Path(NETNS_DIR))
@@ -301,7 +304,8 @@ class LabCluster:
         found: dict[str, int] = {}
         try:
             for name in self.fabric.places():
-                found[name] = os.dup(self.fabric.descriptor(name))
+                if not self.fabric.place(name).at_bridge:
+                    found[name] = os.dup(self.fabric.descriptor(name))
             for pod in pods:
                 node = self._nodes.get(pod.spec.node_name)
                 descriptor = await node.open_pod(pod.metadata.uid) if node is not None else None

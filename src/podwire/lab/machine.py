@@ -16,6 +16,7 @@ import aiohttp
 from podwire.agent.config import AgentConfig
 from podwire.agent.node import NodeAgent
 from podwire.agent.nodeoverlay import Overlay
+from podwire.agent.overlayd.host import LinuxHost
 from podwire.agent.proxymodes.modes import ProxyModes
 from podwire.client.api import ApiClient
 from podwire.client.backoff import Backoff
@@ -167,7 +168,7 @@ class LabNode:
         if env.etcd_urls:
             etcd = EtcdClient(env.etcd_urls, socket_factory=self._open_socket)
             stack.push_async_callback(etcd.close)
-        return node_overlay(env.spec, self.place, self._root, client, etcd)
+        return node_overlay(env.spec, self.place, LinuxHost(self._netns), self._root, client, etcd)
 
     def _open_socket(self, address: aiohttp.AddrInfoType) -> socket.socket:
         """What the node asks of API server and etcd goes over its cable, as everything else that it sends."""

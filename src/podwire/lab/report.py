@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from podwire.lab.hops import Hop
 from podwire.lab.paths import PathResult
 from podwire.model.meta import Json
+from podwire.wire.packet import Packet
 
 
 def document(results: Sequence[PathResult]) -> Json:
@@ -31,10 +32,15 @@ def _hop(hop: Hop) -> Json:
         "device": hop.device,
         "direction": "out" if hop.outgoing else "in",
         "packet": hop.packet.flow,
-        "encapsulation": {"type": "vxlan", "vni": hop.outer.vni, "outer": hop.outer.flow} if hop.outer else None,
+        "encapsulation": _encapsulation(hop.outer) if hop.outer else None,
         "rewritten": hop.rewritten or None,
         "conntrack": hop.conntrack or None,
     }
+
+
+def _encapsulation(outer: Packet) -> Json:
+    vni = {} if outer.vni is None else {"vni": outer.vni}
+    return {"type": outer.tunnel, **vni, "outer": outer.flow}
 
 
 def all_ok(report: Json) -> bool:
@@ -65,6 +71,9 @@ def lines(report: Json) -> Iterator[str]:
         yield from (f"      {line}" for line in _way(path["hops"]))
 
 
+_IN = "    in "
+
+
 def _way(hops: Sequence[Json]) -> Iterator[str]:
     """One line a place: the devices passed, and under it what happened to the packet there."""
     place, devices, notes = "", [], []  # type: tuple[str, list[str], list[str]]
@@ -78,8 +87,10 @@ def _way(hops: Sequence[Json]) -> Iterator[str]:
             devices.append(hop["device"])
         if hop["rewritten"]:
             notes.append(f"    rewritten: {hop['rewritten']}" + (" (conntrack agrees)" if hop["conntrack"] else ""))
-        if hop["encapsulation"] and not any("in VXLAN" in note for note in notes):
-            notes.append(f"    in VXLAN {hop['encapsulation']['vni']}: {hop['encapsulation']['outer']}")
+        tunnel = hop["encapsulation"]
+        if tunnel and not any(note.startswith(_IN) for note in notes):
+            vni = f" {tunnel['vni']}" if "vni" in tunnel else ""
+            notes.append(f"{_IN}{tunnel['type'].upper()}{vni}: {tunnel['outer']}")
     if devices:
         yield f"{place}: {' → '.join(devices)}"
         yield from notes

@@ -13,6 +13,7 @@ from podwire.model.errors import InvalidInput
 MAX_NODES = 245
 """So many fit the default ranges: 256 node prefixes in the pods' range, addresses 198.18.0.11 to 198.18.0.255."""
 
+_IPV4_ONLY = ("udp", "ipip")
 LAB_MODES = ("nftables", "iptables")
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?")
@@ -72,14 +73,25 @@ class LabSpec:
             )
         if self.etcd_members not in (1, 3, 5):
             raise InvalidInput(f"{self.etcd_members} etcd members cannot be had: take 1, 3 or 5")
+        self._check_backend()
+
+    def _check_backend(self) -> None:
         from podwire.model.netconf import parse_net_config  # the command line imports this module at its start
 
-        config = parse_net_config(self.network_config, source="lab network", leased=self.subnet_manager == "etcd")
-        if config.backend.type in ("udp", "alloc"):
+        type_ = self.backend_type
+        if type_ in _IPV4_ONLY and Family.IPV6 in self.families:
+            raise InvalidInput(f"backend {type_} carries IPv4 only: add --ip-family ipv4, or take vxlan, host-gw or wireguard")
+        if type_ == "alloc":
             raise InvalidInput(
-                f"backend {config.backend.type} cannot be used in a lab: take vxlan, host-gw, ipip or wireguard "
-                "(udp runs with `podwire agent`, alloc leaves the routes to somebody else)"
+                "backend alloc cannot be used in a lab: it leaves the routes to a cloud's network, and a lab has none that "
+                "would learn them; take vxlan, host-gw, udp, ipip or wireguard"
             )
+        parse_net_config(self.network_config, source="lab network", leased=self.subnet_manager == "etcd")
+
+    @property
+    def backend_type(self) -> str:
+        """The back end's name as given. Raises InvalidInput for a backend that is no JSON object and no name."""
+        return str(json.loads(self.network_config)["Backend"].get("Type"))
 
     @property
     def own_overlay(self) -> bool:

@@ -1,4 +1,4 @@
-"""Ethernet, IPv4/IPv6, TCP/UDP/ICMP and VXLAN headers: bytes ⇄ values, no I/O.
+"""Ethernet, IPv4/IPv6, TCP/UDP/ICMP, and packets in packets (VXLAN, IPIP, flannel's udp): bytes ⇄ values, no I/O.
 
 `parse_frame` never raises on strange traffic: what it does not know it leaves as payload, and a frame too short for its
 own headers gives the part that could be read. Checksums are neither checked (a capture on a virtual device sees them
@@ -12,10 +12,12 @@ from ipaddress import IPv4Address, IPv6Address
 from podwire.model.addr import IPAddress
 
 ETH_IPV4, ETH_ARP, ETH_IPV6 = 0x0800, 0x0806, 0x86DD
-ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
-PROTOCOL_NAMES = {ICMP: "icmp", TCP: "tcp", UDP: "udp", ICMPV6: "icmpv6"}
+ICMP, IPIP, TCP, UDP, ICMPV6 = 1, 4, 6, 17, 58
+PROTOCOL_NAMES = {ICMP: "icmp", IPIP: "ipip", TCP: "tcp", UDP: "udp", ICMPV6: "icmpv6"}
 VXLAN_PORTS = frozenset({8472, 4789})
 """Destination ports whose UDP payload is taken for VXLAN: flannel's and IANA's (RFC 7348)."""
+FLANNEL_UDP_PORT = 8285
+"""The destination port whose UDP payload is taken for a bare IPv4 packet, if it looks like one."""
 
 _ETH = struct.Struct("!6s6sH")
 _IPV4 = struct.Struct("!BBHHHBBH4s4s")
@@ -27,7 +29,8 @@ _VXLAN_FLAG_VNI = 0x08
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """An IP packet. Ports are 0 where the protocol has none; `inner` is what a VXLAN packet carries, with its `vni`."""
+    """An IP packet. Ports are 0 where the protocol has none; `inner` is what a tunnel's packet carries (where the tunnel has no
+    Ethernet frames, in one without MACs), with the `vni` of a VXLAN."""
 
     src: IPAddress
     dst: IPAddress
@@ -46,6 +49,13 @@ class Packet:
         while packet.inner is not None and packet.inner.packet is not None:
             packet = packet.inner.packet
         return packet
+
+    @property
+    def tunnel(self) -> str:
+        """What kind of tunnel's packet it is: vxlan, ipip or udp; empty for none."""
+        if self.inner is None:
+            return ""
+        return "vxlan" if self.vni is not None else PROTOCOL_NAMES[self.protocol]
 
     @property
     def flow(self) -> str:
@@ -104,8 +114,23 @@ def _with_transport(packet: Packet, segment: bytes) -> Packet:
     if packet.protocol == UDP and len(segment) >= _UDP.size:
         sport, dport, length, _ = _UDP.unpack_from(segment)
         packet = replace(packet, sport=sport, dport=dport, payload=segment[_UDP.size : max(length, _UDP.size)])
+        if dport == FLANNEL_UDP_PORT:
+            return _with_bare(packet)
         return _with_vxlan(packet) if dport in VXLAN_PORTS else packet
-    return replace(packet, payload=segment)
+    packet = replace(packet, payload=segment)
+    return _with_bare(packet) if packet.protocol == IPIP else packet
+
+
+def _with_bare(packet: Packet) -> Packet:
+    body = packet.payload
+    if len(body) < _IPV4.size or body[0] >> 4 != 4 or int.from_bytes(body[2:4], "big") != len(body):
+        return packet
+    return replace(packet, inner=bare_frame(ETH_IPV4, parse_packet(ETH_IPV4, body)))
+
+
+def bare_frame(ethertype: int, packet: Packet | None) -> Frame:
+    """A packet that travels without an Ethernet frame."""
+    return Frame("", "", ethertype, packet)
 
 
 def _with_vxlan(packet: Packet) -> Packet:
@@ -124,7 +149,9 @@ def build_frame(frame: Frame) -> bytes:
 def build_packet(packet: Packet) -> bytes:
     """The bytes of a TCP, UDP or other IP packet with right lengths and checksums. TCP is a bare PSH|ACK segment."""
     payload = packet.payload
-    if packet.inner is not None:
+    if packet.inner is not None and packet.vni is None:
+        payload = build_packet(packet.inner.packet) if packet.inner.packet is not None else packet.payload
+    elif packet.inner is not None:
         payload = bytes((_VXLAN_FLAG_VNI, 0, 0, 0)) + (packet.vni or 0).to_bytes(3, "big") + b"\0" + build_frame(packet.inner)
     if packet.protocol == TCP:
         segment = _TCP.pack(packet.sport, packet.dport, 1, 1, 5 << 4, 0x18, 65535, 0, 0) + payload

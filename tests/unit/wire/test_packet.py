@@ -12,10 +12,12 @@ from podwire.wire.packet import (
     ETH_IPV4,
     ETH_IPV6,
     ICMP,
+    IPIP,
     TCP,
     UDP,
     Frame,
     Packet,
+    bare_frame,
     build_frame,
     build_packet,
     parse_frame,
@@ -27,7 +29,7 @@ PAIRS = st.one_of(
     st.tuples(st.ip_addresses(v=4), st.ip_addresses(v=4)),
     st.tuples(st.ip_addresses(v=6), st.ip_addresses(v=6)),
 )
-PORTS = st.integers(1, 65535).filter(lambda port: port not in (8472, 4789))
+PORTS = st.integers(1, 65535).filter(lambda port: port not in (8472, 4789, 8285))
 
 
 def ethertype(address: IPAddress) -> int:
@@ -52,6 +54,18 @@ def test_a_vxlan_packet_shows_what_it_carries(
     seen = parse_packet(ethertype(outer[0]), build_packet(tunnel))
     assert seen is not None
     assert (seen.vni, seen.innermost) == (vni, carried)
+
+
+@pytest.mark.parametrize(("protocol", "port", "name"), [(IPIP, 0, "ipip"), (UDP, 8285, "udp")])
+def test_a_tunnel_without_frames_shows_what_it_carries(protocol: int, port: int, name: str) -> None:
+    carried = Packet(A, B, TCP, 64, 40000, 80, b"payload")
+    outer = ip_address("198.18.0.11"), ip_address("198.18.0.12")
+    seen = parse_packet(ETH_IPV4, build_packet(Packet(*outer, protocol, 64, port, port, inner=bare_frame(ETH_IPV4, carried))))
+    assert seen is not None
+    assert (seen.tunnel, seen.vni, seen.innermost) == (name, None, carried)
+    stranger = parse_packet(ETH_IPV4, build_packet(Packet(*outer, protocol, 64, port, port, b"E" + bytes(30))))
+    assert stranger is not None
+    assert (stranger.tunnel, stranger.innermost) == ("", stranger)
 
 
 def test_flow_names_both_ends() -> None:

@@ -12,7 +12,6 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address
 from pathlib import Path
 from random import Random
 
@@ -30,7 +29,7 @@ from podwire.agent.repair import Repair
 from podwire.agent.subnets.port import Holding, OwnLease, SubnetManager
 from podwire.client.backoff import Backoff
 from podwire.kernel.port import Kernel, KernelError
-from podwire.model.addr import Family, IPAddress, IPNetwork
+from podwire.model.addr import IPAddress, IPNetwork
 from podwire.model.kernelstate import NetState
 from podwire.model.ops import DelLink
 from podwire.plan.backends import UdpTunnel
@@ -151,9 +150,7 @@ class OverlayAgent:
         self._surroundings.in_use(setup)
         self._tunnel = None
         if isinstance(setup.backend, UdpTunnel):
-            local = setup.underlay.local(Family.IPV4)
-            assert isinstance(local, IPv4Address)
-            self._tunnel = TunnelKeeper(self._host, setup.backend, local, self._health, self._rng)
+            self._tunnel = TunnelKeeper(self._host, setup.backend, self._health, self._rng)
 
     async def _follow_surroundings(self) -> None:
         await self._ready.wait()

@@ -30,6 +30,12 @@ _NEEDS = {
 }
 
 
+def require_backend(backend: str) -> None:
+    """Raise Unsupported, with advice, where this kernel lacks what the back end of that type needs. Blocks a little."""
+    if backend in _NEEDS:
+        probe_features().require(_NEEDS[backend])
+
+
 class Host(Protocol):
     def require(self, backend: str) -> None:
         """Raise Unsupported, with advice, where the kernel lacks what the back end of that type needs. May block a little."""
@@ -57,8 +63,7 @@ class LinuxHost:
         self._netns_fd = netns_fd
 
     def require(self, backend: str) -> None:
-        if backend in _NEEDS:
-            probe_features().require(_NEEDS[backend])
+        require_backend(backend)
 
     def default_device(self, family: Family) -> str:
         return default_device(self._netns_fd, family)

@@ -22,8 +22,8 @@ Way = tuple[IPv4Network, IPv4Address]
 class TunnelKeeper:
     """Set peers at any time; `run` until cancelled."""
 
-    def __init__(self, host: Host, backend: UdpTunnel, local: IPv4Address, health: Health, rng: Random) -> None:
-        self._host, self._backend, self._local, self._health, self._rng = host, backend, local, health, rng
+    def __init__(self, host: Host, backend: UdpTunnel, health: Health, rng: Random) -> None:
+        self._host, self._backend, self._health, self._rng = host, backend, health, rng
         self._ways: dict[str, Way] = {}
         self._tunnel: Tunnel | None = None
         self._ended = asyncio.Event()
@@ -65,4 +65,4 @@ class TunnelKeeper:
                 await tunnel.close()
 
     def _open(self) -> Tunnel:
-        return self._host.open_tunnel(DEVICE, self._local, self._backend.config.port, self._ended.set)
+        return self._host.open_tunnel(DEVICE, self._backend.local, self._backend.config.port, self._ended.set)

@@ -26,6 +26,13 @@ class UdpTunnel:
     type = "udp"
 
     @property
+    def local(self) -> IPv4Address:
+        """Where this node receives its peers' packets."""
+        local = self.underlay.local(Family.IPV4)
+        assert isinstance(local, IPv4Address), "make_backend has seen to it"
+        return local
+
+    @property
     def mtu(self) -> int:
         return self.underlay.mtu - OVERHEAD
 
