@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from hostrig import Host, answering, machines, ready, until
+from hostrig import Host, answering, deployment, machines, ready, until
 
 from podwire.client.api import ApiClient
 from podwire.kernel.linux import LinuxKernel
@@ -51,19 +51,6 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
             yield made
         finally:
             await client.close()
-
-
-def deployment(name: str, replicas: int) -> Json:
-    labels = {"app": name}
-    container = {"name": "web", "image": "web:1", "ports": [{"containerPort": 8080}]}
-    return {
-        "metadata": {"name": name, "namespace": "default"},
-        "spec": {
-            "replicas": replicas,
-            "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]}},
-        },
-    }
 
 
 def addresses(pods: list[Json]) -> dict[str, str]:

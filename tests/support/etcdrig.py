@@ -101,14 +101,14 @@ async def answers(client: EtcdClient, within: float = START_SECONDS) -> None:
 
 
 @asynccontextmanager
-async def one_member(folder: Path, *arguments: str, scheme: str = "http") -> AsyncIterator[Member]:
-    """A cluster of one, started; not yet waited for."""
+async def one_member(folder: Path, *arguments: str, scheme: str = "http", host: str = "127.0.0.1") -> AsyncIterator[Member]:
+    """A cluster of one that serves at `host`, started; not yet waited for."""
     need_etcd()
     peer = f"http://127.0.0.1:{free_port()}"
     member = Member(
         folder,
         "solo",
-        f"{scheme}://127.0.0.1:{free_port()}",
+        f"{scheme}://{host}:{free_port()}",
         peer,
         ("--initial-cluster", f"solo={peer}", *arguments),
     )

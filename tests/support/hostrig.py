@@ -173,5 +173,19 @@ async def until(
         raise AssertionError(f"{resource.plural}: {json.dumps(items)[:4000]}") from None
 
 
+def deployment(name: str, replicas: int) -> Json:
+    """Of web servers on port 8080 that say their pod's name."""
+    labels = {"app": name}
+    container = {"name": "web", "image": "web:1", "ports": [{"containerPort": 8080}]}
+    return {
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {
+            "replicas": replicas,
+            "selector": {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]}},
+        },
+    }
+
+
 def ready(node_or_pod: Json) -> bool:
     return any(c["type"] == "Ready" and c["status"] == "True" for c in node_or_pod.get("status", {}).get("conditions", ()))

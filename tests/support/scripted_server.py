@@ -1,6 +1,7 @@
 """An API server that answers from a script: each request takes the next answer queued for its method and path."""
 
 import asyncio
+import ssl
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -79,14 +80,15 @@ class ScriptedServer:
         return response
 
     @asynccontextmanager
-    async def serve(self) -> AsyncIterator[ApiClient]:
+    async def serve(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[ApiClient]:
+        """Yields a client of it; with `tls`, one that does not trust it."""
         app = web.Application()
         app.router.add_route("*", "/{tail:.*}", self._handle)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
         try:
             async with ApiClient(self.url, token="secret") as client:
                 yield client

@@ -21,7 +21,7 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 @click.command()
-@click.argument("url", default="", required=False)
+@click.argument("urls", metavar="[URL[,URL…]]", default="", required=False)
 @click.option("--token", default="", envvar="PODWIRE_TOKEN", help="What `podwire token` printed. Needed the first time only.")
 @click.option("--name", default="", help="The node's name. [default: the machine's host name]")
 @click.option("--address", "addresses", type=ADDRESS, multiple=True,
@@ -33,17 +33,19 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 @click.option("--once", is_flag=True, help="Join, but do not run the agent.")
 @click.option("--print-unit", is_flag=True, help="Print the systemd unit that runs this node, and end.")
 def join(
-    url: str, token: str, name: str, addresses: tuple[_Address, ...], state: Path, run: Path, cni_socket: Path, once: bool,
+    urls: str, token: str, name: str, addresses: tuple[_Address, ...], state: Path, run: Path, cni_socket: Path, once: bool,
     print_unit: bool,
 ) -> None:  # fmt: skip
     """Make this machine a node of the cluster at URL, and run its agent.
 
-    Once it has joined, `podwire join` alone runs the agent again: pods, links and rules were not touched by its absence. Needs
-    root. A node's certificate allows it its own objects and what its pods refer to, and is renewed by itself.
+    Of several servers of the cluster, it uses the first that answers, until that fails. Once it has joined, `podwire join`
+    alone runs the agent again: pods, links and rules were not touched by its absence; with other URLs it uses those servers of
+    its cluster from then on. Needs root. A node's certificate allows it its own objects and what its pods refer to, and is
+    renewed by itself.
     """
     import asyncio
 
-    from podwire.hosts.membership import JoinToken, Membership
+    from podwire.hosts.membership import JoinToken, Membership, parse_servers
     from podwire.hosts.membership import join as join_cluster
     from podwire.hosts.node import NodeOptions, own_addresses, run_node
 
@@ -57,16 +59,18 @@ def join(
     state, run = state.absolute(), run.absolute()
     membership = Membership.load(state)
     if membership is None:
-        if not (url and token):
+        if not (urls and token):
             raise click.UsageError(
                 "this machine has not joined yet: podwire join URL --token TOKEN (as `podwire token` prints it)"
             )
-        own = tuple(map(str, addresses)) or own_addresses(url)
+        servers = parse_servers(urls)
+        own = tuple(map(str, addresses)) or own_addresses(servers[0])
         wanted = name or socket.gethostname().partition(".")[0].lower()
-        membership = asyncio.run(join_cluster(state, url, JoinToken.parse(token), wanted, own))
-        click.echo(f"this machine is node {wanted} of {url}", err=True)
-    elif url and url.rstrip("/") != membership.record.server:
-        raise click.UsageError(f"this machine is a node of {membership.record.server}: `podwire leave` first")
+        membership = asyncio.run(join_cluster(state, servers, JoinToken.parse(token), wanted, own))
+        click.echo(f"this machine is node {wanted} of {membership.cluster}", err=True)
+    elif urls and (servers := parse_servers(urls)) != membership.record.servers:
+        asyncio.run(membership.move_to(servers))
+        click.echo(f"node {membership.record.name} uses {membership.cluster} from now on", err=True)
     if not once:
         asyncio.run(run_node(membership, NodeOptions(run, cni_socket)))
 
@@ -91,4 +95,4 @@ def leave(state: Path, run: Path, force: bool) -> None:
     if membership is None:
         raise click.ClickException(f"this machine is no node ({state} has no membership): nothing to leave")
     asyncio.run(leave_cluster(membership, NodeOptions(run.absolute()), force=force))
-    click.echo(f"node {membership.record.name} has left {membership.record.server}")
+    click.echo(f"node {membership.record.name} has left {membership.cluster}")

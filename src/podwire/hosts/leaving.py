@@ -76,7 +76,7 @@ async def _tell_api(membership: Membership, *, force: bool) -> None:
         except (ApiError, TimeoutError) as error:
             if not force:
                 raise HostError(
-                    f"the API server at {membership.record.server} was not told ({error or 'it does not answer'}): try again, "
+                    f"the API server at {membership.cluster} was not told ({error or 'it does not answer'}): try again, "
                     f"or use --force and delete the Node {name} there yourself"
                 ) from error
             log.warning("node %s stays in the API: %s", name, error)

@@ -1,10 +1,11 @@
 """A node's membership: what it got when it joined, kept in its state directory, renewed in time, given back at the end.
 
-<state>/node.json     server, name, addresses, the cluster's settings, the kubelet API's token
+<state>/node.json     servers, name, addresses, the cluster's settings, the kubelet API's token
 <state>/ca.crt        the cluster's authority, checked by the fingerprint in the token when it was fetched
 <state>/node.crt, node.key
 """
 
+import contextlib
 import logging
 import re
 import ssl
@@ -19,16 +20,18 @@ import msgspec
 from podwire.apiserver.joining import CA_PATH, JOIN_PATH, RENEW_PATH
 from podwire.apiserver.pki import Authority, KeyPair, expiry, fingerprint, load_pair, new_request
 from podwire.client.api import ApiClient
-from podwire.client.errors import ApiError
+from podwire.client.errors import ApiError, NotFound
 from podwire.hosts.errors import HostError
 from podwire.hosts.files import make_private, read, write
 from podwire.model.errors import InvalidInput
+from podwire.model.resources import NODES
 
 log = logging.getLogger(__name__)
 
 STATE_DIR = Path("/var/lib/podwire/node")
 RENEW_BEFORE = timedelta(days=120)
 
+_SERVER = re.compile(r"https://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?(/\S*)?")
 _TOKEN = re.compile(r"([a-z0-9]{6}\.[a-z0-9]{16})\.([0-9a-f]{64})")
 
 
@@ -50,7 +53,7 @@ class _Answer(msgspec.Struct, frozen=True, rename="camel"):
 class Record(msgspec.Struct, frozen=True, rename="camel"):
     """`node.json`."""
 
-    server: str
+    servers: tuple[str, ...]
     name: str
     addresses: tuple[str, ...]
     kubelet_token: str
@@ -73,6 +76,17 @@ class JoinToken:
 
     def __str__(self) -> str:
         return f"{self.bootstrap}.{self.fingerprint}"
+
+
+def parse_servers(text: str) -> tuple[str, ...]:
+    """URLs of a cluster's API servers, with commas between them, the one to use first at first. Raises InvalidInput."""
+    urls = tuple(part.strip().rstrip("/") for part in text.split(","))
+    for url in urls:
+        if not _SERVER.fullmatch(url):
+            raise InvalidInput(f"{url!r} is no URL of a server; it looks like https://192.0.2.1:6443")
+    if len(set(urls)) != len(urls):
+        raise InvalidInput(f"{text} names a server twice")
+    return urls
 
 
 class Membership:
@@ -99,8 +113,29 @@ class Membership:
             raise HostError(f"{state} is damaged ({error}): remove it and join again with a new token") from error
 
     def client(self, user_agent: str) -> ApiClient:
-        """A client of the API server, as this node."""
-        return ApiClient(self.record.server, ssl=self._client_tls, user_agent=user_agent)
+        """A client of the API servers, as this node."""
+        return ApiClient(self.record.servers, ssl=self._client_tls, user_agent=user_agent)
+
+    @property
+    def cluster(self) -> str:
+        """The servers, in words."""
+        return " and ".join(self.record.servers)
+
+    async def move_to(self, servers: tuple[str, ...]) -> None:
+        """Use `servers` of the same cluster from now on. Raises HostError where none of them answers this node as its cluster's
+        does."""
+        self.record = msgspec.structs.replace(before := self.record, servers=servers)
+        try:
+            async with self.client("podwire-join") as client:
+                with contextlib.suppress(NotFound):
+                    await client.get(NODES, self.record.name)
+        except ApiError as error:
+            self.record = before
+            raise HostError(
+                f"this machine is a node of {self.cluster}, and no server of that cluster answers at {' or '.join(servers)} "
+                f"({error}); to join another cluster, `podwire leave` first"
+            ) from error
+        _write_record(self.state, self.record)
 
     @property
     def kubelet_tls(self) -> ssl.SSLContext:
@@ -121,32 +156,31 @@ class Membership:
         return True
 
 
-async def join(state: Path, server: str, token: JoinToken, name: str, addresses: Sequence[str]) -> Membership:
-    """Become a node of the cluster at `server` (a URL). Raises HostError, ApiError, InvalidInput."""
-    if not server.startswith("https://"):
-        raise InvalidInput(f"{server!r}: the server's address is a URL that begins with https://")
+async def join(state: Path, servers: tuple[str, ...], token: JoinToken, name: str, addresses: Sequence[str]) -> Membership:
+    """Become a node of the cluster at `servers` (URLs). Raises HostError, ApiError."""
     make_private(state)
-    ca = await _fetch_authority(server, token.fingerprint)
+    ca = await _fetch_authority(servers, token.fingerprint)
     authority = Authority(KeyPair(ca, b""))
     key, request = new_request(name)
-    async with ApiClient(server, token=token.bootstrap, ssl=authority.client_context(), user_agent="podwire-join") as client:
+    tls = authority.client_context()
+    async with ApiClient(servers, token=token.bootstrap, ssl=tls, user_agent="podwire-join") as client:
         answer = await _ask(client, JOIN_PATH, name, addresses, request)
-    record = Record(server.rstrip("/"), name, tuple(addresses), answer.kubelet_token, answer.cluster)
+    record = Record(servers, name, tuple(addresses), answer.kubelet_token, answer.cluster)
     pair = KeyPair(answer.certificate.encode(), key)
     _write_pair(state, pair)
     write(state / "ca.crt", ca, 0o644)
-    write(state / "node.json", msgspec.json.format(msgspec.json.encode(record)) + b"\n")
+    _write_record(state, record)
     return Membership(state, record, ca, pair)
 
 
-async def _fetch_authority(server: str, wanted: str) -> bytes:
+async def _fetch_authority(servers: tuple[str, ...], wanted: str) -> bytes:
     """Over a connection that is not verified: what comes is believed because its fingerprint is that of the token."""
     blind = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     blind.check_hostname, blind.verify_mode = False, ssl.CERT_NONE
-    async with ApiClient(server, ssl=blind, user_agent="podwire-join") as client:
+    async with ApiClient(servers, ssl=blind, user_agent="podwire-join") as client:
         ca = await client.request("GET", CA_PATH, accept="*/*")
-    if fingerprint(ca) != wanted:
-        raise HostError(f"{server} is not the server that the token is for: its authority has another fingerprint")
+        if fingerprint(ca) != wanted:
+            raise HostError(f"{client.base_url} is not the server that the token is for: its authority has another fingerprint")
     return ca
 
 
@@ -161,3 +195,7 @@ async def _ask(client: ApiClient, path: str, name: str, addresses: Sequence[str]
 
 def _write_pair(state: Path, pair: KeyPair) -> None:
     write(state / "node.pem", pair.key + pair.certificate)
+
+
+def _write_record(state: Path, record: Record) -> None:
+    write(state / "node.json", msgspec.json.format(msgspec.json.encode(record)) + b"\n")
