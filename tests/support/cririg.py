@@ -61,16 +61,16 @@ class Containerd:
     """The engine of one machine. Its pods end with its box."""
 
     def __init__(self, box: Box) -> None:
-        self._box = box
-        self._log, self._socket = box.root / "containerd.log", box.root / "containerd.sock"
+        self.box = box
+        self._log, self.socket = box.root / "containerd.log", box.root / "containerd.sock"
         self._process: asyncio.subprocess.Process | None = None
         self._attempts = 0
 
     async def start(self) -> None:
         """Returns when pods can be made: it has found its network."""
         with self._log.open("ab") as log:
-            self._process = await self._box.start(
-                "containerd", "--config", str(self._box.root / "config.toml"), stdout=log, stderr=log
+            self._process = await self.box.start(
+                "containerd", "--config", str(self.box.root / "config.toml"), stdout=log, stderr=log
             )
         async with asyncio.timeout(20):
             while True:
@@ -96,7 +96,7 @@ class Containerd:
         config: Message = {
             1: {1: name, 2: f"uid-{name}", 3: "default", 4: attempt},
             2: name,
-            3: str(self._box.root / "logs"),
+            3: str(self.box.root / "logs"),
             5: [{1: protocol, 2: inside, 3: outside} for protocol, inside, outside in ports],
             6: {"made-by": "tests"},
             7: annotations or {},
@@ -128,30 +128,30 @@ class Containerd:
 
     async def call(self, method: str, request: Message) -> Answer:
         try:
-            return await criwire.call(self._socket, method, request)
+            return await criwire.call(self.socket, method, request)
         except CriError as error:
             raise AssertionError(f"{error}\n{self._log.read_text()[-4000:]}") from error
 
     async def import_image(self) -> None:
-        path = self._box.root / "image.tar"
+        path = self.box.root / "image.tar"
         path.write_bytes(image_archive())
         await self.ctr("images", "import", "--snapshotter", "native", str(path))
 
     async def ctr(self, *arguments: str) -> str:
         """`ctr` in the namespace of CRI's containers; its output. Fails where it fails."""
-        return await self._box.run("ctr", "--address", str(self._socket), "--namespace", "k8s.io", *arguments)
+        return await self.box.run("ctr", "--address", str(self.socket), "--namespace", "k8s.io", *arguments)
 
     async def plugin(self, verb: str) -> tuple[int, str]:
         """Execute podwire's plugin as an engine executes one that is not for a container."""
-        conflist = json.loads((self._box.root / "net.d/10-podwire.conflist").read_text())
+        conflist = json.loads((self.box.root / "net.d/10-podwire.conflist").read_text())
         one = conflist["plugins"][0] | {"cniVersion": "1.1.0", "name": conflist["name"]}
-        path = self._box.root / "bin"
+        path = self.box.root / "bin"
         call = f"CNI_COMMAND={verb} CNI_PATH={path} {path}/podwire <<'.'\n{json.dumps(one)}\n.\n"
-        return await self._box.attempt("sh", "-c", call)
+        return await self.box.attempt("sh", "-c", call)
 
     async def _network_ready(self) -> bool:
         with contextlib.suppress(OSError, CriError):
-            status = await criwire.call(self._socket, "Status", {})
+            status = await criwire.call(self.socket, "Status", {})
             return all(condition.number(2) for condition in status.message(1).messages(1))
         return False
 

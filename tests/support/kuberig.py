@@ -21,7 +21,7 @@ import pytest
 from etcdrig import Member, answers, one_member
 from hostrig import answering
 
-from podwire.apiserver.pki import Authority, kubeconfig
+from podwire.apiserver.pki import Authority, KeyPair, kubeconfig
 from podwire.client.api import ApiClient
 from podwire.client.etcd import EtcdClient
 from podwire.model.resources import NODES
@@ -78,6 +78,14 @@ class Kubernetes:
     def __init__(self, folder: Path, authority: Authority, member: Member, server: Process, client: ApiClient) -> None:
         self.folder, self.authority, self.etcd, self.server, self.client = folder, authority, member, server, client
         self.admin_config = folder / "admin.kubeconfig"
+
+    @property
+    def url(self) -> str:
+        return URL
+
+    def issue(self, name: str, address: str, *groups: str) -> KeyPair:
+        """A certificate for this user, and for a server at this address."""
+        return self.authority.issue(name, [address], datetime.now(UTC), organisations=groups)
 
     def account_config(self, name: str, token: str) -> Path:
         """A kubeconfig file with this token."""
@@ -182,6 +190,7 @@ def _flags(folder: Path, etcd: str) -> tuple[str, ...]:
         f"--kubelet-client-certificate={folder}/kubelet.crt",
         f"--kubelet-client-key={folder}/kubelet.key",
         f"--kubelet-certificate-authority={folder}/ca.crt",
+        "--kubelet-preferred-address-types=InternalIP",
         f"--cert-dir={folder}",
         f"--service-account-key-file={folder}/accounts.crt",
         f"--service-account-signing-key-file={folder}/accounts.key",
@@ -203,3 +212,33 @@ async def register(client: ApiClient, name: str, address: str, pod_cidr: str, **
     conditions = [{"type": "Ready", "status": "True"}, {"type": "NetworkUnavailable", "status": "True"}]
     status = {"addresses": addresses, "conditions": [condition | common for condition in conditions]}
     await client.patch(NODES, name, {"status": status}, subresource="status")
+
+
+@asynccontextmanager
+async def controllers(kube: Kubernetes) -> AsyncIterator[Process]:
+    """kube-controller-manager: podCIDRs, EndpointSlices, Deployments and what else it does by itself."""
+    arguments = (
+        f"--kubeconfig={kube.admin_config}", "--leader-elect=false", "--allocate-node-cidrs=true",
+        "--cluster-cidr=10.244.0.0/16", "--service-cluster-ip-range=10.96.0.0/16", "--node-monitor-period=1s",
+        f"--service-account-private-key-file={kube.folder}/accounts.key", f"--root-ca-file={kube.folder}/ca.crt",
+        "--use-service-account-credentials=false", "--port=0", "--secure-port=0",
+    )  # fmt: skip
+    async with _running(Process(kube.folder, "kube-controller-manager", arguments)) as process:
+        yield process
+
+
+@asynccontextmanager
+async def scheduler(kube: Kubernetes) -> AsyncIterator[Process]:
+    """kube-scheduler."""
+    arguments = (f"--kubeconfig={kube.admin_config}", "--leader-elect=false", "--port=0", "--secure-port=0")
+    async with _running(Process(kube.folder, "kube-scheduler", arguments)) as process:
+        yield process
+
+
+@asynccontextmanager
+async def _running(process: Process) -> AsyncIterator[Process]:
+    await process.start()
+    try:
+        yield process
+    finally:
+        await process.end(signal.SIGKILL)
