@@ -16,7 +16,7 @@ from podwire.agent.overlayd.agent import OverlayAgent, OverlayOptions
 from podwire.agent.overlayd.files import read_last_subnets
 from podwire.agent.overlayd.host import LinuxHost
 from podwire.agent.subnets.etcd import EtcdSubnets
-from podwire.client.etcd import EtcdClient, etcd_tls
+from podwire.cli.etcdaccess import etcd_client
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import current_netns
 from podwire.kernel.syscalls import release_memory
@@ -148,13 +148,7 @@ async def _subnet_manager(settings: Settings) -> AsyncIterator[Managed]:
         async with kube_manager(settings) as managed:
             yield managed
         return
-    secured = any(settings[f"etcd_{name}"] for name in ("cafile", "certfile", "keyfile"))
-    endpoints = settings["etcd_endpoints"].split(",")
-    tls = None
-    if secured or any(endpoint.strip().startswith("https://") for endpoint in endpoints):
-        tls = etcd_tls(settings["etcd_cafile"], settings["etcd_certfile"], settings["etcd_keyfile"])
-    user = (settings["etcd_username"], settings["etcd_password"]) if settings["etcd_username"] else None
-    async with EtcdClient(endpoints, tls=tls, user=user) as etcd:
+    async with etcd_client(settings) as etcd:
         yield Managed(
             EtcdSubnets(
                 etcd,

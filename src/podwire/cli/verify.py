@@ -29,6 +29,9 @@ def verify() -> None:
 @click.option("--etcd-cafile", default="", metavar="FILE", help="CA certificates that etcd's is checked with.")
 @click.option("--etcd-certfile", default="", metavar="FILE", help="This client's TLS certificate.")
 @click.option("--etcd-keyfile", default="", metavar="FILE", help="This client's TLS key.")
+@click.option("--etcd-username", default="", metavar="NAME", help="etcd user.")
+@click.option("--etcd-password", default="", metavar="WORD", envvar="FLANNELD_ETCD_PASSWORD",
+              help="Its password; better given as FLANNELD_ETCD_PASSWORD.")  # fmt: skip
 @click.option("--kubeconfig-file", default=None, metavar="FILE", type=click.Path(path_type=Path),
               help="Verify this host instead of a lab, against the Nodes of this API server.")  # fmt: skip
 @click.option("--node-name", default="", metavar="NAME", help="Which Node or lease is this host's. "
@@ -44,7 +47,8 @@ def overlay(lab_name: str, everything: bool, output: str, **store: Any) -> None:
 
     For a lab, or, with --etcd-endpoints or --kubeconfig-file, for this host and its ways to all others.
 
-    With -o json: {"ok", "findings": [{"condition", "subject", "ok", "evidence"}, …]}. Exit status 0 only if all hold.
+    With -o json: {"ok", "findings": [{"condition", "subject", "ok", "evidence"}, …]}; "ok" is null for what could not be looked
+    at, which the evidence explains. Exit status 0 only if nothing is wrong.
     """
     if store["etcd_endpoints"] or store["kubeconfig_file"]:
         report = _this_host(store)
@@ -72,11 +76,17 @@ def _this_host(store: Mapping[str, Any]) -> Any:
 
 
 def text_of(report: Any, *, everything: bool) -> str:
-    """The conditions in order, each with what is wrong (`everything`: and what is right) and how much was looked at."""
+    """The conditions in order, each with what is wrong or not known (`everything`: and what is right), and of how much."""
     lines = []
     for condition, group in groupby(sorted(report["findings"], key=lambda f: str(f["condition"])), lambda f: f["condition"]):
         findings = list(group)
-        wrong = [f for f in findings if not f["ok"]]
-        lines.append(f"{'✗' if wrong else '✓'} {condition}: {len(findings) - len(wrong)} of {len(findings)}")
-        lines += [f"    {'✓' if f['ok'] else '✗'} {f['subject']}: {f['evidence']}" for f in (findings if everything else wrong)]
+        right = [f for f in findings if f["ok"]]
+        known = [f for f in findings if f["ok"] is not None]
+        worst = None if not known else len(right) == len(known)
+        lines.append(f"{_MARKS[worst]} {condition}: {len(right)} of {len(known)}")
+        shown = (f for f in findings if everything or not f["ok"])
+        lines += [f"    {_MARKS[f['ok']]} {f['subject']}: {f['evidence']}" for f in shown]
     return "\n".join(lines)
+
+
+_MARKS = {True: "✓", False: "✗", None: "–"}

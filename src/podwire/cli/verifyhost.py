@@ -7,7 +7,7 @@ import msgspec
 
 from podwire.agent.subnets.etcd import boot_time
 from podwire.agent.subnets.registry import DEFAULT_TTL, LeaseRegistry
-from podwire.client.etcd import EtcdClient, etcd_tls
+from podwire.cli.etcdaccess import etcd_client
 from podwire.client.kubeconfig import client_from_kubeconfig
 from podwire.model.objects import Node
 from podwire.model.resources import NODES
@@ -21,9 +21,6 @@ async def leases_from(store: Mapping[str, Any]) -> dict[str, Lease]:
             listed = await client.list(NODES)
         found = [lease_of_node(msgspec.convert(item, Node)) for item in listed.items]
         return {lease.node: lease for lease in found if lease is not None}
-    endpoints = store["etcd_endpoints"].split(",")
-    files = store["etcd_cafile"], store["etcd_certfile"], store["etcd_keyfile"]
-    secured = any(files) or any(endpoint.strip().startswith("https://") for endpoint in endpoints)
-    async with EtcdClient(endpoints, tls=etcd_tls(*files) if secured else None) as etcd:
+    async with etcd_client(store) as etcd:
         snapshot = await LeaseRegistry(etcd, store["etcd_prefix"], DEFAULT_TTL, boot_time).list()
     return {stored.lease.node: stored.lease for stored in snapshot.leases}

@@ -64,7 +64,7 @@ async def verify_overlay(site: OverlaySite) -> list[Finding]:
 def document(findings: Sequence[Finding]) -> dict[str, Any]:
     """The report as JSON has it."""
     return {
-        "ok": all(finding.ok for finding in findings),
+        "ok": all(finding.ok is not False for finding in findings),
         "findings": [
             {"condition": f.condition, "subject": f.subject, "ok": f.ok, "evidence": f.evidence} for f in findings
         ],
@@ -97,7 +97,7 @@ async def _probe_sources(
         if senders and targets:
             probes += [(one, two, probe) for probe in pod_to_pod(senders[0], targets[0])]
     if not probes:
-        return [Finding(KEPT, "all", ok=True, evidence="not probed: no two nodes have pods, one of them with a port")]
+        return [Finding(KEPT, "all", ok=None, evidence="not probed: no two nodes have pods, one of them with a port")]
     wanted = {place for _, _, probe in probes for place in (probe.origin, *probe.ends_at)}
     namespaces = await site.open_namespaces([pod for pod in pods if place_of(pod) in wanted])
     try:

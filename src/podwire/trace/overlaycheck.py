@@ -22,11 +22,14 @@ FITTING = "the path MTU is what the devices say"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at. `condition`: which of the five it is about; `evidence`: what was seen, in words."""
+    """One thing that was looked at. `condition`: which of the five it is about; `evidence`: what was seen, in words.
+
+    `ok` is None for what could not be looked at from here; `evidence` then says why.
+    """
 
     condition: str
     subject: str
-    ok: bool
+    ok: bool | None
     evidence: str
 
 

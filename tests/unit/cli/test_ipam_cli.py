@@ -188,4 +188,4 @@ def test_install(tmp_path: Path, how: str) -> None:
     document = json.loads((confs / "10-podwire.conflist").read_text())
     assert document["plugins"][0]["capabilities"]["portMappings"] is True
     assert [file.name for file in confs.iterdir()] == ["10-podwire.conflist"]
-    assert [file.name for file in bins.iterdir()] == ["podwire"]
+    assert sorted(file.name for file in bins.iterdir()) == ["loopback", "podwire"]
