@@ -11,6 +11,7 @@ BENCHES = (
     "services",
     "connections",
     "convergence",
+    "rolling",
     "kernel",
     "lab",
     "answering",
