@@ -1,98 +1,20 @@
 """`podwire agent` as a process on two hosts, with Debian's etcd: files, health, metrics, packets, and how it ends."""
 
 import asyncio
-import os
 import signal
-import socket
-import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
-from etcdrig import Member, answers, need_etcd
-from labcommand import PODWIRE
-from overlayrig import OverlayHost, carries, config_text, overlay_hosts, until
+from agentrig import API, agent_on, api_on, ask, etcd_on, ready
+from overlayrig import carries, config_text, overlay_hosts, until
 
-from podwire.apiserver.app import create_app
-from podwire.apiserver.config import ServerConfig
-from podwire.apiserver.server import ApiServer, Listener
 from podwire.client.api import ApiClient
-from podwire.client.etcd import EtcdClient
-from podwire.kernel.netns import run_in_netns
-from podwire.kernel.syscalls import CLONE_NEWNET, setns
 from podwire.model.addr import Family
 from podwire.model.resources import NODES
-from podwire.store.memory import MemoryStore
 
 pytestmark = [pytest.mark.kernel, pytest.mark.needs("VXLAN devices", "bridge devices", "nftables")]
-
-ETCD, API, HEALTH = 2379, 6443, 9999
-URL = f"http://192.0.2.1:{ETCD}"
-
-
-@asynccontextmanager
-async def etcd_on(host: OverlayHost, config: str) -> AsyncIterator[None]:
-    """etcd on the host's own address, with the configuration in it."""
-    need_etcd()
-    peer = "http://127.0.0.1:2380"
-    member = Member(host.folder, "solo", URL, peer, ("--initial-cluster", f"solo={peer}"), netns=host.netns)
-    await member.start()
-    try:
-        async with EtcdClient([URL], socket_factory=partial(_socket_in, host.netns)) as client:
-            await answers(client)
-            await client.put("/coreos.com/network/config", config.encode())
-            yield
-    finally:
-        await member.end()
-
-
-def _socket_in(netns: int, info: tuple[int, int, int, str, tuple[object, ...]]) -> socket.socket:
-    return run_in_netns(netns, lambda: socket.socket(info[0], info[1], info[2]))
-
-
-@contextmanager
-def agent_on(host: OverlayHost, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
-    """The command in the host's namespace, its options half in the environment."""
-    environment = {
-        **os.environ,
-        "FLANNELD_ETCD_ENDPOINTS": URL,
-        "FLANNELD_IFACE": "eth0",
-        "FLANNELD_SUBNET_FILE": str(host.folder / "subnet.env"),
-        "FLANNELD_IPTABLES_FORWARD_RULES": "false",
-    }
-    process = subprocess.Popen(
-        [*PODWIRE, "agent", "--node-name", f"n{host.index}", "--healthz-port", str(HEALTH), *arguments],
-        env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: setns(host.netns, CLONE_NEWNET),
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def ask(host: OverlayHost, path: str) -> tuple[int, str]:
-    """(status, body); status 0 while nobody listens."""
-    with run_in_netns(host.netns, socket.socket) as sock:
-        sock.settimeout(5)
-        try:
-            sock.connect(("127.0.0.1", HEALTH))
-        except OSError:
-            return 0, ""
-        sock.sendall(f"GET {path} HTTP/1.0\r\nHost: x\r\n\r\n".encode())
-        answer = b""
-        while data := sock.recv(65536):
-            answer += data
-    head, _, body = answer.decode().partition("\r\n\r\n")
-    return int(head.split()[1]), body
-
-
-async def ready(host: OverlayHost, peers: int) -> bool:
-    status, _ = await asyncio.to_thread(ask, host, "/readyz")
-    return status == 200 and f"podwire_overlay_peers {peers}" in (await asyncio.to_thread(ask, host, "/metrics"))[1]
 
 
 async def test_two_hosts_join_through_etcd(tmp_path: Path) -> None:
@@ -118,22 +40,6 @@ async def test_two_hosts_join_through_etcd(tmp_path: Path) -> None:
         assert await asyncio.to_thread(first.wait, 10) == 0
         assert (await one.kernel.observe()).routes == before  # the pods' connections go on
         await carries(one, two, Family.IPV4)
-
-
-@asynccontextmanager
-async def api_on(host: OverlayHost) -> AsyncIterator[ApiClient]:
-    """An API server on the host's own address; the client reaches it over the tests' loopback."""
-    store = MemoryStore()
-    server = ApiServer(create_app(store, ServerConfig()))
-    inside = run_in_netns(host.netns, lambda: socket.create_server(("192.0.2.1", API)))
-    outside = socket.create_server(("127.0.0.1", 0))
-    await server.start([Listener(inside), Listener(outside)])
-    try:
-        async with ApiClient(f"http://127.0.0.1:{outside.getsockname()[1]}") as client:
-            yield client
-    finally:
-        await server.stop()
-        await store.close()
 
 
 async def test_two_hosts_join_through_their_nodes(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from podwire.cli.annotationprefix import annotation_prefix
+
 if TYPE_CHECKING:
     from podwire.model.addr import IPAddress
 
@@ -41,15 +43,6 @@ def _pattern(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
         except re.error as error:
             raise click.BadParameter(f"{value!r} is no regular expression: {error}", ctx, param) from error
     return values
-
-
-def annotation_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """The value of --kube-annotation-prefix, checked."""
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(/([A-Za-z0-9][A-Za-z0-9._-]*)?)?", value):
-        raise click.BadParameter(
-            f"{value!r} is no prefix of annotations, such as example.org or example.org/flannel", ctx, param
-        )
-    return value
 
 
 def _flag(name: str, text: str, *, default: bool = False) -> Callable[[F], F]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from podwire.cli.annotationprefix import annotation_prefix
 from podwire.cli.connect import with_client
 from podwire.cli.options import lab_option
 
@@ -34,6 +35,8 @@ def verify() -> None:
               help="Its password; better given as FLANNELD_ETCD_PASSWORD.")  # fmt: skip
 @click.option("--kubeconfig-file", default=None, metavar="FILE", type=click.Path(path_type=Path),
               help="Verify this host instead of a lab, against the Nodes of this API server.")  # fmt: skip
+@click.option("--kube-annotation-prefix", default="flannel.alpha.coreos.com", show_default=True, metavar="PREFIX",
+              callback=annotation_prefix, help="Of the annotations on those Nodes.")  # fmt: skip
 @click.option("--node-name", default="", metavar="NAME", help="Which Node or lease is this host's. "
               "[default: the one with its address]")  # fmt: skip
 @click.option("--all", "everything", is_flag=True, help="Show the evidence of what is right, too.")

@@ -19,7 +19,7 @@ async def leases_from(store: Mapping[str, Any]) -> dict[str, Lease]:
     if store["kubeconfig_file"]:
         async with client_from_kubeconfig(store["kubeconfig_file"], user_agent="podwire/verify") as client:
             listed = await client.list(NODES)
-        found = [lease_of_node(msgspec.convert(item, Node)) for item in listed.items]
+        found = [lease_of_node(msgspec.convert(item, Node), store["kube_annotation_prefix"]) for item in listed.items]
         return {lease.node: lease for lease in found if lease is not None}
     async with etcd_client(store) as etcd:
         snapshot = await LeaseRegistry(etcd, store["etcd_prefix"], DEFAULT_TTL, boot_time).list()

@@ -3,10 +3,12 @@ when it is over everybody has one, knows the others', and nothing is left behind
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
 from itertools import combinations
 from random import Random
+from typing import TypeVar
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +16,20 @@ from virtualtime import run_virtual
 
 from podwire.agent.subnets.etcd import EtcdSubnets
 from podwire.agent.subnets.port import Holding
-from podwire.client.etcdmessages import DeleteKeys, EtcdCompacted, PutKey
-from podwire.plan.leases import LeaseAttrs, vxlan_data
+from podwire.client.etcdmessages import (
+    Compare,
+    DeleteKeys,
+    EtcdCompacted,
+    EtcdEvent,
+    LeaseResponse,
+    Operation,
+    PutKey,
+    TxnResponse,
+)
+from podwire.plan.leases import LeaseAttrs, decode_attrs, vxlan_data
 from podwire.testing.fakeetcd import FakeEtcd, FakeEtcdClient, Link
+
+T = TypeVar("T")
 
 PREFIX = "/coreos.com/network"
 TTL = 100
@@ -29,14 +42,86 @@ CONFIGS = {
 """Each has three subnets of a family: the first of four is not given out."""
 
 Step = tuple[str, int, float]
+ACTIONS = (
+    "cut", "heal", "crash", "start", "delete", "compact", "flaky", "calm", "leader", "take", "wait", "doze", "nap", "move"
+)  # fmt: skip
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["cut", "heal", "crash", "start", "delete", "compact", "flaky", "calm", "leader", "take", "wait"]),
+        st.sampled_from(ACTIONS),
         st.integers(0, 2),
         st.floats(0, 70),
     ),
     max_size=25,
 )
+
+
+class WatchedEtcd(FakeEtcd):
+    """Sees to it that nobody of ours writes over, or deletes, what is another's, or holds what has run out.
+
+    machine_of: whose address that is. held: the keys that machines hold by their own clocks."""
+
+    def __init__(
+        self, machine_of: Callable[[str], int | None], held: Callable[[], Collection[str]], lazy: Callable[[], float]
+    ) -> None:
+        super().__init__(lazy=lazy)
+        self._machine_of, self._held = machine_of, held
+        self._writer: int | None = None
+        self.robbed = ""
+
+    def txn_of(self, machine: int, compare: Sequence[Compare], success: Sequence[Operation]) -> TxnResponse:
+        self._writer = machine
+        try:
+            return self.txn(compare, success, ())
+        finally:
+            self._writer = None
+
+    def revoke(self, lease: int) -> None:
+        ends = [key for key, kv in self.keys.items() if kv.lease == lease]
+        if too_long := [key for key in ends if key.rpartition("/")[2] in self._held()]:
+            self.robbed = f"{too_long} ran out, and is held still"
+        super().revoke(lease)
+
+    def _commit(self, events: list[EtcdEvent]) -> None:
+        for event in events if self._writer is not None else ():
+            if event.prev_kv is not None:
+                owner = self._machine_of(_address(event.prev_kv.value))
+                if owner != self._writer:
+                    self.robbed = f"machine {self._writer} did {event.type} to {event.kv.key} of {owner}"
+        super()._commit(events)
+
+
+def _address(value: bytes) -> str:
+    attrs = decode_attrs(value)
+    assert attrs is not None
+    return str(attrs.public_ip or attrs.public_ipv6)
+
+
+class DozingClient(FakeEtcdClient):
+    """The client of a machine that may be suspended: between what it has read and what it writes (`doze`), and before it hears
+    how long a lease is its own (`nap`)."""
+
+    def __init__(self, server: WatchedEtcd, link: Link, machine: int) -> None:
+        super().__init__(server, link)
+        self._watched, self._machine = server, machine
+        self.doze = self.nap = 0.0
+
+    async def txn(
+        self, compare: Sequence[Compare], success: Sequence[Operation], failure: Sequence[Operation] = ()
+    ) -> TxnResponse:
+        doze, self.doze = self.doze, 0.0
+        await asyncio.sleep(doze)
+        return await self._ask(lambda: self._watched.txn_of(self._machine, compare, success))
+
+    async def grant(self, ttl: int) -> LeaseResponse:
+        return await self._before_a_nap(await super().grant(ttl))
+
+    async def keep_alive(self, lease: int) -> int:
+        return await self._before_a_nap(await super().keep_alive(lease))
+
+    async def _before_a_nap(self, answer: T) -> T:
+        nap, self.nap = self.nap, 0.0
+        await asyncio.sleep(nap)
+        return answer
 
 
 @dataclass
@@ -57,10 +142,10 @@ class Peers:
 
 
 class Machine:
-    def __init__(self, index: int, server: FakeEtcd, family: str, rng: Random) -> None:
+    def __init__(self, index: int, server: WatchedEtcd, family: str, rng: Random) -> None:
         self.index, self.rng = index, rng
         self.link = Link(delay=0.05, rng=Random(rng.random()))
-        self.client = FakeEtcdClient(server, self.link)
+        self.client = DozingClient(server, self.link, index)
         ip4 = IPv4Address(f"192.168.0.{index + 1}") if family != "ipv6" else None
         ip6 = IPv6Address(f"fd00::{index + 1}") if family != "ipv4" else None
         self.attrs = LeaseAttrs(
@@ -75,6 +160,7 @@ class Machine:
         self.listener = Peers()
         self.last: tuple[object, ...] = ()
         self._task: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
 
     def clock(self) -> float:
         return asyncio.get_running_loop().time() * self.rate + self.offset
@@ -95,11 +181,25 @@ class Machine:
         await manager.run()
 
     async def crash(self) -> None:
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        for task in (self._task, self._telling):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        self._task = self._telling = None
+
+    async def move(self) -> None:
+        """It has another address of its two from now on."""
+        four, six = self.attrs.public_ip, self.attrs.public_ipv6
+        step = 10 if int(four or six or 0) & 0xFF < 10 else -10
+        self.attrs = replace(self.attrs, public_ip=four and four + step, public_ipv6=six and six + step)
+        if self._telling is not None:
+            self._telling.cancel()
+        if self.manager is not None and self._task is not None and self.manager.own.lease is not None:
+            self._telling = asyncio.create_task(self.manager.update(self.attrs))
+        elif self._task is not None:
+            await self.crash()
+            self.start()
 
     @property
     def held(self) -> tuple[object, ...]:
@@ -114,14 +214,15 @@ class Model:
         self.rng = Random(seed)
         self.family = family
         self.machines: list[Machine] = []
+        self.server = WatchedEtcd(self.machine_of, self.held, lambda: self.rng.choice([0.0, 0.0, self.rng.uniform(0, 30)]))
 
     def check(self) -> None:
         for one, other in combinations(self.machines, 2):
             assert not set(one.held) & set(other.held), f"{one.held} has two owners"
+        assert not self.server.robbed
 
     async def run(self, script: list[Step]) -> None:
-        server = FakeEtcd(lazy=lambda: self.rng.choice([0.0, 0.0, self.rng.uniform(0, 30)]))
-        self.server = server
+        server = self.server
         server.txn([], [PutKey(f"{PREFIX}/config", CONFIGS[self.family])], [])
         self.machines = [Machine(i, server, self.family, self.rng) for i in range(3)]
         for machine in self.machines:
@@ -136,6 +237,15 @@ class Model:
         self.settled()
         for machine in self.machines:
             await machine.crash()
+
+    def held(self) -> set[str]:
+        running = (machine.manager for machine in self.machines if machine.held)
+        return {lease.node for manager in running if manager is not None and (lease := manager.own.held)}
+
+    def machine_of(self, address: str) -> int | None:
+        """Whose address that is; None: a stranger's."""
+        last = int(address.rpartition("." if "." in address else ":")[2], 10 if "." in address else 16) % 10 - 1
+        return last if last < len(self.machines) else None
 
     async def act(self, action: str, machine: Machine) -> None:
         match action:
@@ -162,14 +272,32 @@ class Model:
                 self.server.extend_all()
             case "take":
                 await self.take(machine)
+            case "doze":
+                await self.doze(machine)
+            case "nap":
+                machine.client.nap = self.rng.uniform(0, 1.5 * TTL)
+            case "move":
+                await machine.move()
 
     async def take(self, machine: Machine) -> None:
-        """A flannel that uses the machine's address, or writes over its key as flannel's renewal does."""
+        """A flannel writes over one of the keys, as its renewal does."""
         keys = sorted(k for k in self.server.keys if "/subnets/" in k)
         if keys:
-            foreign = b'{"PublicIP":"192.168.0.77","PublicIPv6":"fd00::77","BackendType":"vxlan"}'
-            lease = self.server.grant(30)
-            self.server.txn([], [PutKey(keys[machine.index % len(keys)], foreign, lease.id)], [])
+            self.put_foreign(keys[machine.index % len(keys)])
+
+    def put_foreign(self, key: str) -> None:
+        foreign = b'{"PublicIP":"192.168.0.77","PublicIPv6":"fd00::77","BackendType":"vxlan"}'
+        self.server.txn([], [PutKey(key, foreign, self.server.grant(30).id)], [])
+
+    async def doze(self, machine: Machine) -> None:
+        """It starts again, and is suspended between its first look and its first write. Meanwhile another takes its subnet."""
+        leases = {k: self.machine_of(_address(kv.value)) for k, kv in self.server.keys.items() if "/subnets/" in k}
+        key = next((k for k, owner in leases.items() if owner == machine.index), "")
+        await machine.crash()
+        machine.client.doze = self.rng.uniform(0, 2 * TTL)
+        machine.start()
+        if key and self.rng.random() < 0.7:
+            asyncio.get_running_loop().call_later(self.rng.uniform(0, machine.client.doze), self.put_foreign, key)
 
     def settled(self) -> None:
         keys = {k.rpartition("/")[2] for k in self.server.keys if "/subnets/" in k}
