@@ -3,27 +3,55 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from random import Random
+from typing import Protocol
 
-from podwire.agent.rounds import Round, Versions
-from podwire.agent.services import ServiceSync
+from podwire.agent.rounds import OnRound, Round, Versions
 from podwire.client.api import ApiClient
 from podwire.client.backoff import Backoff
 from podwire.client.errors import AlreadyExists, ApiError, Forbidden, NotFound
 from podwire.model.acknowledgement import NAMESPACE, Acknowledgement, lease_document, lease_name
+from podwire.model.proxymode import ProxyMode
 from podwire.model.resources import LEASES
 
 log = logging.getLogger(__name__)
 
+IDLE_SECONDS = 60.0
+"""How often, when nothing changes, the revision is acknowledged that bookmarks tell: whoever asks what was removed since the
+last word must not be sent back further than API servers remember (kube-apiserver: 5 minutes)."""
 INTERVAL = 1.0
 """Seconds between two acknowledgements at least. The first change after a pause is acknowledged at once."""
+
+
+class Programs(Protocol):
+    """A `ServiceSync`, as far as this is concerned."""
+
+    @property
+    def mode(self) -> ProxyMode | None: ...
+
+    @property
+    def versions(self) -> Versions: ...
+
+    def subscribe(self, observer: OnRound) -> None: ...
+
+    async def read_back(self) -> Versions: ...
 
 
 class Acknowledger:
     """Follows a `ServiceSync`. `last` is what was written last; `refused` why it cannot be, in words."""
 
-    def __init__(self, client: ApiClient, node: str, sync: ServiceSync, clock: Callable[[], datetime], rng: Random) -> None:
+    def __init__(
+        self,
+        client: ApiClient,
+        node: str,
+        sync: Programs,
+        clock: Callable[[], datetime],
+        rng: Random,
+        idle_seconds: float = IDLE_SECONDS,
+    ) -> None:
+        self._idle_seconds = idle_seconds
         self._client, self._node, self._sync, self._clock, self._rng = client, node, sync, clock, rng
         self._changed = asyncio.Event()
         self._exists = True
@@ -41,7 +69,11 @@ class Acknowledger:
         backoff = Backoff(self._rng, initial=0.1, maximum=30.0)
         loop = asyncio.get_running_loop()
         while True:
-            await self._changed.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._idle_seconds):
+                    await self._changed.wait()
+            if not self._changed.is_set() and self._sync.versions == self.last:
+                continue
             self._changed.clear()
             started = loop.time()
             versions = await self._sync.read_back()
@@ -65,6 +97,7 @@ class Acknowledger:
             node=self._node,
             services=versions.services,
             slices=versions.slices,
+            slices_until=versions.slices_until,
             mode=str(self._sync.mode or ""),
             at=self._clock(),
         )

@@ -20,10 +20,11 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """Everything up to these revisions of Services and EndpointSlices."""
+    """Everything up to these revisions of Services and EndpointSlices; up to `slices_until` no slice changed further."""
 
     services: str = ""
     slices: str = ""
+    slices_until: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

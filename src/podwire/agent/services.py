@@ -120,6 +120,12 @@ class ServiceSync:
         """Calls `observer` after each round from now on."""
         self._observers.append(observer)
 
+    @property
+    def versions(self) -> Versions:
+        """What has been heard of."""
+        slices = self._slice_informer
+        return Versions(self._services.resource_version, slices.changed_version, slices.resource_version)
+
     async def read_back(self) -> Versions:
         """Returns once every Service that changed since the last call has been found in the kernel as it shall be."""
         done: asyncio.Future[Versions] = asyncio.get_running_loop().create_future()
@@ -370,7 +376,7 @@ class ServiceSync:
             self._reached[key] = Served(self._services.get(key), slices, table)
         self._unread |= self._dirty
         self._dirty = {}
-        self._versions = Versions(self._services.resource_version, self._slice_informer.resource_version)
+        self._versions = self.versions
         for uid, pod in self._dirty_ports.items():
             _, before = self._ports.pop(uid, (None, ServiceTable()))
             after = host_port_table(pod, facts)

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from podwire.cli.removals import SERVICE_NAME, Removals
 from podwire.client.api import ApiClient
 from podwire.client.errors import NotFound
-from podwire.client.informer import Informer
+from podwire.client.informer import Change, Informer
 from podwire.client.served import decode_served, list_served
 from podwire.model.acknowledgement import LABEL, LABEL_VALUE, NAMESPACE, Acknowledgement, read_lease
 from podwire.model.errors import InvalidInput, PodwireError
@@ -31,14 +32,18 @@ class NotProgrammed(PodwireError):
 async def read_all(client: ApiClient, namespace: str) -> list[dict[str, Any]]:
     """Every Service (of a namespace) as `podwire status services -o json` shows it. Raises ApiError."""
     services = await _list(client, SERVICES, Service, namespace or None)
+    listed, revision = await _list_at(client, ENDPOINTSLICES, EndpointSlice, namespace or None, _SLICES)
+    removals = Removals(client, listed, revision, namespace=namespace or None, labels=_SLICES)
     slices: dict[ObjectKey, list[EndpointSlice]] = {}
-    for piece in await _list(client, ENDPOINTSLICES, EndpointSlice, namespace or None, _SLICES):
+    for piece in listed:
         slices.setdefault(ObjectKey(piece.metadata.namespace, piece.service), []).append(piece)
     nodes = await _list(client, NODES, Node)
     acks = _words(await _list(client, LEASES, Lease, NAMESPACE, _SELECTOR))
+    await removals.learn(acks.values())
     rows = []
     for service in sorted(services, key=lambda service: service.key):
-        found = programmed(service, slices.get(service.key, ()), nodes, acks)
+        unaware = removals.unaware(service.key, acks.values())
+        found = programmed(service, slices.get(service.key, ()), nodes, acks, unaware)
         rows.append(
             {
                 "namespace": service.key.namespace,
@@ -68,13 +73,18 @@ class _Wait:
     def __init__(self, client: ApiClient, key: ObjectKey) -> None:
         self._key = key
         space = key.namespace
-        of_service = f"kubernetes.io/service-name={key.name},{_SLICES}"
+        self._client = client
+        self._labels = of_service = f"{SERVICE_NAME}={key.name},{_SLICES}"
         self._services = Informer(client, SERVICES, Service, namespace=space, field_selector=f"metadata.name={key.name}")
         self._slices = Informer(client, ENDPOINTSLICES, EndpointSlice, namespace=space, label_selector=of_service)
         self._nodes = Informer(client, NODES, Node)
         self._leases = Informer(client, LEASES, Lease, namespace=NAMESPACE, label_selector=_SELECTOR)
         self._changed = asyncio.Event()
         self._found = Programmed()
+        self._removals: Removals | None = None
+        self._removed_live = False
+        self._since = 0
+        self._slices.subscribe(self._slice_changed)
 
     async def run(self, seconds: float) -> str:
         informers: tuple[Informer[Any], ...] = (self._services, self._slices, self._nodes, self._leases)
@@ -85,8 +95,10 @@ class _Wait:
             async with asyncio.timeout(seconds):
                 for informer in informers:
                     await informer.synced()
-                while not self._look():
+                while True:
                     self._changed.clear()
+                    if await self._look():
+                        break
                     await self._changed.wait()
         except TimeoutError:
             late = ", ".join(self._found.late) or "any node"
@@ -99,12 +111,24 @@ class _Wait:
         absent = f"; not ready: {', '.join(found.absent)}" if found.absent else ""
         return f"Service {self._key} is programmed on {', '.join(found.on)}{absent}"
 
-    def _look(self) -> bool:
+    def _slice_changed(self, change: Change[EndpointSlice]) -> None:
+        self._removed_live |= change.new is None
+
+    async def _look(self) -> bool:
         service = self._services.get(self._key)
         if service is None:
             raise InvalidInput(f"Service {self._key} was deleted")
         acks = _words(self._leases.items().values())
-        self._found = programmed(service, self._slices.items().values(), self._nodes.items().values(), acks)
+        slices, revision = tuple(self._slices.items().values()), self._slices.resource_version
+        if self._removals is None:
+            self._removals = Removals(self._client, slices, revision, namespace=self._key.namespace, labels=self._labels)
+        elif self._removed_live:
+            self._since = int(revision) if revision.isdecimal() else 0
+        self._removed_live = False
+        await self._removals.learn(acks.values())
+        unaware = self._removals.unaware(self._key, acks.values())
+        unaware |= {ack.node for ack in acks.values() if ack.until < self._since}
+        self._found = programmed(service, slices, self._nodes.items().values(), acks, unaware)
         if self._found.why:
             raise InvalidInput(f"Service {self._key} cannot be waited for: {self._found.why}")
         return self._found.everywhere
@@ -117,7 +141,14 @@ def _words(leases: Iterable[Lease]) -> dict[str, Acknowledgement]:
 async def _list(
     client: ApiClient, resource: Resource, kind: type[T], namespace: str | None = None, labels: str = ""
 ) -> list[T]:
+    return (await _list_at(client, resource, kind, namespace, labels))[0]
+
+
+async def _list_at(
+    client: ApiClient, resource: Resource, kind: type[T], namespace: str | None = None, labels: str = ""
+) -> tuple[list[T], str]:
+    """With the revision of the list."""
     raw, older = await list_served(client, resource, namespace, label_selector=labels)
     decoder = msgspec.json.Decoder(kind)
     found = (decode_served(decoder, item, older) for item in raw.items or ())
-    return [obj for obj in found if obj is not None]
+    return [obj for obj in found if obj is not None], raw.metadata.resource_version

@@ -41,7 +41,7 @@ def status_services(lab_name: str, kubeconfig: Path | None, namespace: str, outp
     """Show on which nodes each Service is programmed.
 
     A node says so in the API once it has read the rules of the Service's present version, and of its EndpointSlices', back
-    from its kernel. Exit status 1 while a ready node is late.
+    from its kernel. One that may not know yet of a slice that was removed is late. Exit status 1 while a ready node is.
 
     With -o json: a list of objects with namespace, name, programmed, late, absent (names of nodes), at (the latest word) and
     why (empty, or why no node programs it).

@@ -179,9 +179,14 @@ class ApiClient:
         label_selector: str = "",
         field_selector: str = "",
         limit: int = PAGE_SIZE,
+        at: str = "",
     ) -> RawList:
-        """As `list`, items still encoded. A continue token that expired on the way starts the list again in one piece."""
+        """As `list`, items still encoded. A continue token that expired on the way starts the list again in one piece.
+
+        at: as it was at that resourceVersion; raises Gone where that is longer ago than the server remembers."""
         params = _selectors(label_selector, field_selector)
+        moment = {"resourceVersion": at, "resourceVersionMatch": "Exact"} if at else {}
+        params |= moment
         if limit:
             params["limit"] = str(limit)
         path = resource.path(namespace)
@@ -195,12 +200,15 @@ class ApiClient:
                 if "continue" not in params:
                     raise
                 params.pop("continue"), params.pop("limit")
+                params |= moment
                 items = []
                 continue
             items.extend(page.items or ())
             if not page.metadata.continue_:
                 return RawList(page.metadata, items)
             params["continue"] = page.metadata.continue_
+            for name in moment:  # the token says it
+                params.pop(name, None)
 
     async def create(
         self, resource: Resource, obj: Mapping[str, Any], namespace: str | None = None, *, subresource: str = ""

@@ -82,6 +82,9 @@ class Informer(Generic[T]):
         self.resource = resource
         self.resource_version = ""
         """The copy shows everything up to there; kept while the server has to be listed again."""
+        self.changed_version = ""
+        """The copy became what it is at that revision or before: unlike `resource_version`, bookmarks leave it as it is."""
+        self._news = False
         self._watchable = False
         self._client = client
         self._namespace = namespace
@@ -170,10 +173,13 @@ class Informer(Generic[T]):
             self._client, self.resource, self._namespace, label_selector=self._labels, field_selector=self._fields
         )
         fresh = {obj.key: obj for item in raw.items or () if (obj := self._decode(item)) is not None}
+        self._news = False
         for key in [key for key in self._objects if key not in fresh]:
             self._change(key, None)
         for key, obj in fresh.items():
             self._change(key, obj)
+        if self._news or not self.changed_version:
+            self.changed_version = raw.metadata.resource_version
         self._reached(raw.metadata.resource_version)
         self._watchable = True
         self._synced.set()
@@ -211,6 +217,7 @@ class Informer(Generic[T]):
         if obj is None:
             return
         self._change(obj.key, None if event.type == "DELETED" else obj)
+        self.changed_version = obj.metadata.resource_version
         self._reached(obj.metadata.resource_version)
 
     def _reached(self, resource_version: str) -> None:
@@ -240,6 +247,7 @@ class Informer(Generic[T]):
         self._tell(Change(key, old, new))
 
     def _tell(self, change: Change[T]) -> None:
+        self._news = True
         for callback in tuple(self._callbacks):
             try:
                 callback(change)

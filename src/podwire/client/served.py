@@ -49,16 +49,24 @@ class ServedList(NamedTuple):
 
 
 async def list_served(
-    client: ApiClient, resource: Resource, namespace: str | None = None, *, label_selector: str = "", field_selector: str = ""
+    client: ApiClient,
+    resource: Resource,
+    namespace: str | None = None,
+    *,
+    label_selector: str = "",
+    field_selector: str = "",
+    at: str = "",
 ) -> ServedList:
     """`ApiClient.list_raw`, in an older version where the server does not have `resource`. Raises ApiError."""
     try:
-        raw = await client.list_raw(resource, namespace, label_selector=label_selector, field_selector=field_selector)
+        raw = await client.list_raw(resource, namespace, label_selector=label_selector, field_selector=field_selector, at=at)
     except NotFound:
         older = OLDER.get(resource)
         if older is None:
             raise
-        raw = await client.list_raw(older.resource, namespace, label_selector=label_selector, field_selector=field_selector)
+        raw = await client.list_raw(
+            older.resource, namespace, label_selector=label_selector, field_selector=field_selector, at=at
+        )
         return ServedList(raw, older)
     return ServedList(raw, None)
 

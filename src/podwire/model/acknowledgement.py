@@ -1,8 +1,8 @@
 """How a node says, in the API, that Services are programmed: a Lease of its own whose annotations name revisions.
 
 Everything up to those revisions of Services and EndpointSlices was read back from its kernel. So one small object for each
-node tells about every Service, and changes only when some Service does. A Service is programmed on a node when neither it
-nor one of its slices is newer than what the node acknowledged.
+node tells about every Service, and changes when some Service does, or once a minute by a bookmark. A Service is programmed on
+a node when neither it nor one of its slices is newer than what the node acknowledged, and none was removed later.
 """
 
 from collections.abc import Iterable
@@ -18,19 +18,28 @@ PREFIX = "podwire-services-"
 LABEL = "podwire.dev/acknowledges"
 LABEL_VALUE = "services"
 SERVICES, SLICES, MODE = "podwire.dev/services-version", "podwire.dev/endpointslices-version", "podwire.dev/proxy-mode"
+UNTIL = "podwire.dev/endpointslices-unchanged-until"
 
 
 class Acknowledgement(View, frozen=True):
-    """One node's word. `at` is when its kernel was read back, by its own clock."""
+    """One node's word. `at` is when its kernel was read back, by its own clock. `slices` is the revision at which the node's
+    slices became what they are, the same on all nodes that know the same; until `slices_until` none changed."""
 
     node: str
     services: str
     slices: str
+    slices_until: str = ""
     mode: str = ""
     at: datetime | None = None
 
+    @property
+    def until(self) -> int:
+        """The last revision of slices that the word tells about; 0 where revisions are no numbers."""
+        return max(_number(self.slices), _number(self.slices_until))
+
     def covers(self, service: Service, slices: Iterable[EndpointSlice]) -> bool:
-        """Whether this Service, with these slices, is what the node's kernel serves."""
+        """Whether this Service and these slices are in the node's kernel. There may be others that the node still has: what
+        was removed has no revision."""
         return _reached(service.metadata.resource_version, self.services) and all(
             _reached(piece.metadata.resource_version, self.slices) for piece in slices
         )
@@ -47,7 +56,7 @@ def lease_document(ack: Acknowledgement) -> Json:
         "name": lease_name(ack.node),
         "namespace": NAMESPACE,
         "labels": {LABEL: LABEL_VALUE},
-        "annotations": {SERVICES: ack.services, SLICES: ack.slices, MODE: ack.mode},
+        "annotations": {SERVICES: ack.services, SLICES: ack.slices, UNTIL: ack.slices_until, MODE: ack.mode},
     }
     return {
         "apiVersion": "coordination.k8s.io/v1",
@@ -72,9 +81,14 @@ def read_lease(lease: Lease) -> Acknowledgement | None:
         node=lease.metadata.name.removeprefix(PREFIX),
         services=notes[SERVICES],
         slices=notes[SLICES],
+        slices_until=notes.get(UNTIL, ""),
         mode=notes.get(MODE, ""),
         at=at,
     )
+
+
+def _number(version: str) -> int:
+    return int(version) if version.isdecimal() else 0
 
 
 def _reached(version: str, by: str) -> bool:

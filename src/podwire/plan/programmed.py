@@ -1,6 +1,6 @@
 """On which nodes is a Service programmed? From the nodes' own words (model.acknowledgement)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -27,8 +27,13 @@ class Programmed:
 
 
 def programmed(
-    service: Service, slices: Iterable[EndpointSlice], nodes: Iterable[Node], acks: Mapping[str, Acknowledgement]
+    service: Service,
+    slices: Iterable[EndpointSlice],
+    nodes: Iterable[Node],
+    acks: Mapping[str, Acknowledgement],
+    unaware: Collection[str] = (),
 ) -> Programmed:
+    """`unaware`: nodes that may still have slices of this Service that are gone."""
     if ignored(service):
         kind = service.spec.type if service.spec.type == "ExternalName" else "headless, or another proxy's"
         return Programmed(why=f"no node programs it: it is {kind}")
@@ -40,7 +45,7 @@ def programmed(
     for node in sorted(nodes, key=lambda node: node.metadata.name):
         name = node.metadata.name
         ack = acks.get(name)
-        if ack is not None and ack.covers(service, pieces):
+        if ack is not None and name not in unaware and ack.covers(service, pieces):
             on.append(name)
             if ack.at is not None:
                 times.append(ack.at)

@@ -93,6 +93,7 @@ async def test_a_watch_that_ends_or_breaks_is_resumed_where_it_was() -> None:
         informer.subscribe(story)
         async with running(informer):
             await story.until(lambda: "+b" in story.lines)
+            assert (informer.resource_version, informer.changed_version) == ("21", "21")
     resumed = [query["resourceVersion"] for method, _, query, _ in server.requests if method == "WATCH"]
     assert resumed == ["5", "6", "20"]
 
@@ -222,3 +223,21 @@ async def test_a_revision_that_the_server_does_not_know_yet_means_a_new_list() -
         async with running(informer):
             await story.until(lambda: "+b" in story.lines)
     assert story.lines == ["+a", "-a", "+b"]
+
+
+async def test_bookmarks_and_lists_that_bring_nothing_new_change_nothing() -> None:
+    server = ScriptedServer()
+    server.answer("GET", PATH, listing(5, pod("a", 1)))
+    server.watch(PATH, ("BOOKMARK", {"metadata": {"resourceVersion": "20"}}), ("ERROR", {"code": 410, "reason": "Expired"}))
+    server.answer("GET", PATH, listing(30, pod("a", 1)))
+    server.watch(PATH, ("BOOKMARK", {"metadata": {"resourceVersion": "40"}}), ("DELETED", pod("a", 41)), hold=True)
+    seen: list[tuple[str, str]] = []
+    async with server.serve() as client:
+        informer = Informer(client, PODS, Pod, rng=Random(1))
+        story = Story()
+        informer.subscribe(story)
+        informer.subscribe(lambda change: seen.append((informer.resource_version, informer.changed_version)))
+        async with running(informer):
+            await story.until(lambda: "-a" in story.lines)
+        assert (informer.resource_version, informer.changed_version) == ("41", "41")
+    assert seen == [("", ""), ("40", "5")]

@@ -45,6 +45,12 @@ def test_a_service_is_programmed_where_the_word_covers_it_and_its_slices() -> No
     assert not found.everywhere
 
 
+def test_who_may_not_know_of_a_removal_is_late() -> None:
+    words = {name: word(name, "10", "20") for name in ("n1", "n2")}
+    found = programmed(service("10"), [piece("20")], [node("n1"), node("n2")], words, unaware={"n2"})
+    assert (found.on, found.late) == (("n1",), ("n2",))
+
+
 def test_everywhere_is_every_node_that_is_ready() -> None:
     words = {"n1": word("n1", "100", "9")}
     assert programmed(service("99"), [piece("9")], [node("n1"), node("n2", ready=False)], words).everywhere
