@@ -144,6 +144,9 @@ def _file(name: str, *more: str, text: str) -> Callable[[F], F]:
     "--metrics-port", type=int, metavar="PORT", default=None, help="Older than --metrics-bind-address; 0: not served."
 )
 @switch("--cleanup", text="Remove the rules of all modes, and end. Established connections go on.")
+@switch(
+    "--cleanup-kube-proxy", text="Remove what kube-proxy left (iptables and nftables), and end. Also beside a podwire proxy."
+)
 @switch("--init-only", text="Set the kernel's switches, and end.")
 @switch("--version", "show_version", text="Print podwire's version, and end.")
 @click.option("-v", "--v", "verbosity", type=int, metavar="LEVEL", default=0, help="4 and more: everything that is done.")
@@ -164,7 +167,9 @@ def proxy(
     Follows Services and EndpointSlices of any Kubernetes API server, keeps the kernel's rules in step, puts back what others
     change, and says in the API what is programmed. It takes kube-proxy's flags, written as Go programs have them
     (--masquerade-all, --masquerade-all=false), and its configuration file; flags and fields that need nothing here, such as
-    where kube-proxy writes its log, are taken and have no effect. Stop kube-proxy first, and remove its rules. Needs root.
+    where kube-proxy writes its log, are taken and have no effect. Needs root.
+
+    Stop kube-proxy first; when this serves, `podwire proxy --cleanup-kube-proxy` removes what that left.
 
     When it ends, its rules stay and connections go on; --cleanup removes them.
     """
@@ -182,6 +187,7 @@ def proxy(
             overrides={**_fields(flags), **_addresses(flags, healthz_port, metrics_port)},
             service_cidrs=tuple(filter(None, service_cidrs.split(","))),
             cleanup=flags["cleanup"],
+            cleanup_kube_proxy=flags["cleanup_kube_proxy"],
             init_only=flags["init_only"],
             verbose=flags["verbosity"] >= 4,
         )

@@ -21,6 +21,7 @@ from aiohttp import web
 from podwire.agent.nodelock import AnotherAgent
 from podwire.agent.proxy.agent import ProxyAgent, ProxyEnvironment
 from podwire.agent.proxy.status import health_app, metrics_app
+from podwire.agent.proxymodes.kubeproxy import remove_kube_proxy
 from podwire.agent.proxymodes.modes import ModeOptions, ProxyModes
 from podwire.client.api import ApiClient
 from podwire.client.kubeconfig import client_from_kubeconfig, in_cluster_client
@@ -49,6 +50,7 @@ class Invocation:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     service_cidrs: tuple[str, ...] = ()
     cleanup: bool = False
+    cleanup_kube_proxy: bool = False
     init_only: bool = False
     verbose: bool = False
 
@@ -68,8 +70,22 @@ def run_proxy(options: Invocation) -> None:
         return
     if os.geteuid() != 0:
         raise InvalidInput("podwire proxy changes this host's rules: run it as root")
+    if options.cleanup_kube_proxy:
+        asyncio.run(_clean_up_kube_proxy())
+        return
     with _alone():
         asyncio.run(_until_signal(options, config))
+
+
+async def _clean_up_kube_proxy() -> None:
+    netns = current_netns()
+    kernel = LinuxKernel(netns)
+    try:
+        found = await remove_kube_proxy(kernel, netns)
+    finally:
+        await kernel.close()
+        os.close(netns)
+    log.info("removed of kube-proxy: %s", "; ".join(found) or "nothing, there was nothing of it")
 
 
 def load(options: Invocation) -> ProxyConfig:
