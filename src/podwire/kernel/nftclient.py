@@ -7,10 +7,24 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from podwire.kernel.port import KernelError
 from podwire.model.addr import Family
-from podwire.model.nft import Batch, ChainState, Data, DelElements, NftSet, Prune, Rule, Ruleset, SetState, TableRef, TableState
+from podwire.model.nft import (
+    AddChain,
+    Batch,
+    ChainState,
+    Data,
+    DelElements,
+    NftSet,
+    Prune,
+    Rule,
+    Ruleset,
+    SetRules,
+    SetState,
+    TableRef,
+    TableState,
+)
 from podwire.wire import netlink, nftables
 from podwire.wire.netlink import Ack, Dump, Message
-from podwire.wire.nftables import Unit
+from podwire.wire.nftables import HeldChains, Unit
 
 _RECEIVE_BYTES = 1 << 16
 _DUMP_ATTEMPTS = 20
@@ -42,7 +56,7 @@ class NftClient:
 
         Where it is larger than the send buffer may become (a user namespace may not raise it above net.core.wmem_max), it
         goes in several, cut where each step is safe. Raises KernelError that names the command which the kernel refused."""
-        units = list(nftables.encode_batch(batch))
+        units = list(nftables.encode_batch(batch, self._held_chains(batch)))
         for group in _cut(units, self._room(sum(u.size for u in units))):
             self._transact(group)
         for command in batch.commands:
@@ -80,6 +94,16 @@ class NftClient:
         return found
 
     # --- transactions -----------------------------------------------------------------------------------------
+
+    def _held_chains(self, batch: Batch) -> HeldChains:
+        """What the chains hold whose rules the batch changes; not of those that it makes first."""
+        made = {(c.table, c.chain.name) for c in batch.commands if isinstance(c, AddChain)}
+        changed = {(c.table, c.chain) for c in batch.commands if isinstance(c, SetRules) and c.rules}
+        requests = {place: nftables.dump_request(nftables.GETRULE, place[0], 0, chain=place[1]) for place in changed - made}
+        return {
+            place: [held for _, _, held in map(nftables.decode_rule, self._dump(request))]
+            for place, request in requests.items()
+        }
 
     def _room(self, wanted: int) -> int:
         """How many bytes of units may go in one transaction; raises the send buffer as far as is allowed and needed."""
@@ -153,9 +177,9 @@ class NftClient:
             if table == ref.name:
                 chains[chain.name] = ChainState(chain)
         for msg in self._dump(nftables.dump_request(nftables.GETRULE, ref, 0)):
-            table, chain_name, rule = nftables.decode_rule(msg)
+            table, chain_name, held = nftables.decode_rule(msg)
             if table == ref.name:
-                rules.setdefault(chain_name, []).append(rule)
+                rules.setdefault(chain_name, []).append(held.rule)
         chains |= {n: ChainState(chains[n].chain, tuple(found)) for n, found in rules.items() if n in chains}
         return TableState(chains, self._read_sets(ref))
 

@@ -6,7 +6,7 @@ to the end: a change of one endpoint moves two or three elements, whatever the p
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -31,6 +31,7 @@ from podwire.model.nft import (
 from podwire.model.servicetable import Frontend, FrontendKind, NodeFacts
 from podwire.plan.nftdiff import ElementChanges, RuleChanges
 from podwire.plan.services_rules import (
+    EXACT,
     Number,
     Numbered,
     Sets,
@@ -39,11 +40,13 @@ from podwire.plan.services_rules import (
     numbered_rules,
     pack_number,
     pool_number,
+    pool_size,
     sets_of,
     table_ref,
 )
 
 _ABSENT: Final = object()
+_PICKS = (Numbered.PICK, Numbered.PICK_LOCAL)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -130,7 +133,8 @@ class NumberBook:
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._users: Counter[Number] = Counter()
+        # A rule that comes makes the kernel look at all elements of its maps: the usual ones are always there.
+        self._users = Counter(_number(chain, n) for chain in _PICKS for n in range(1, EXACT + 1))
         self._taken: frozenset[Number] = frozenset()
 
     def use(self, number: Number) -> None:
@@ -158,7 +162,8 @@ class NumberBook:
         )
 
 
-def _numbered_rules(family: Family, numbers: Iterable[Number]) -> dict[str, tuple[Rule, ...]]:
+@lru_cache(maxsize=32)
+def _numbered_rules(family: Family, numbers: frozenset[Number]) -> dict[str, tuple[Rule, ...]]:
     in_use: dict[Numbered, list[int]] = {chain: [] for chain in Numbered}
     for number in numbers:
         in_use[number.chain].append(number.value)
@@ -175,9 +180,9 @@ class Programmed(msgspec.Struct, gc=False):
     def numbers(self) -> Iterator[Number]:
         """Those that need a rule."""
         if self.cluster:
-            yield _number(Numbered.PICK, len(self.cluster))
+            yield _number(Numbered.PICK, pool_size(len(self.cluster)))
         if self.local:
-            yield _number(Numbered.PICK_LOCAL, len(self.local))
+            yield _number(Numbered.PICK_LOCAL, pool_size(len(self.local)))
         if self.frontend.affinity_s:
             yield _number(Numbered.REMEMBER, self.frontend.affinity_s)
 

@@ -1,7 +1,7 @@
 """The fixed part of the Services' nftables: the sets, the base chains, and the rules that look packets up in the maps.
 
-Their number does not grow with Services; only with the distinct sizes of pools and affinity time-outs in use, which have a
-rule each. No element holds a verdict: the kernel answers a change of such a one by validating the whole table, element by
+Their number does not grow with Services; only with the distinct sizes of pools (of a coarse scale) and affinity time-outs in
+use. No element holds a verdict: the kernel answers a change of such a one by validating the whole table, element by
 element, where a number in its place costs the same among a hundred thousand as alone.
 Named in order of a packet's way:
 
@@ -61,7 +61,7 @@ _TCP = 6
 
 
 class Numbered(enum.StrEnum):
-    """Chains that have a rule for each number in use: of backends, of seconds. `.value` is the name."""
+    """Chains that have rules for each number in use: sizes of pools, seconds. `.value` is the name."""
 
     PICK = "pick"
     PICK_LOCAL = "pick-local"
@@ -69,7 +69,7 @@ class Numbered(enum.StrEnum):
 
 
 class Number(NamedTuple):
-    """One of them, and where it has its rule."""
+    """One of them, and where it has its rules."""
 
     chain: Numbered
     value: int
@@ -85,17 +85,39 @@ def pack_number(value: int) -> bytes:
     return value.to_bytes(4, "big")
 
 
+EXACT = 16
+"""Pools of up to so many backends have a rule each, at all times; larger ones share those of their size."""
+
+_DRAWS = 4
+"""How often a random number is drawn that may be nobody's. At most one in three is: one connection in eighty goes on to those
+indices of which each has a backend."""
+
+
+def pool_size(backends: int) -> int:
+    """Out of how many indices to draw one. Above `EXACT` only 24, 32, 48, 64, 96, … (at least two thirds of the indices then
+    have a backend): a rule that comes makes the kernel look at all elements of its maps, so it has to be needed rarely."""
+    if backends <= EXACT:
+        return backends
+    power = 1 << (backends - 1).bit_length()
+    return power * 3 // 4 if backends <= power * 3 // 4 else power
+
+
+def _size_below(size: int) -> int:
+    """The next smaller size of a pool: all of its indices have a backend."""
+    return size * 2 // 3 if size % 3 == 0 else size * 3 // 4
+
+
 def pool_number(pool: Pool) -> bytes:
-    """What `pools` and `local-pools` say of a frontend: how many backends, 0 to refuse, or to drop."""
-    return pack_number(len(pool.backends) or (_DROPPED if pool.drop else 0))
+    """What `pools` and `local-pools` say of a frontend: its pool's size, 0 to refuse, or to drop."""
+    return pack_number(pool_size(len(pool.backends)) or (_DROPPED if pool.drop else 0))
 
 
 @dataclass(frozen=True, slots=True)
 class Sets:
     """All sets and maps of one family's table.
 
-    `services` and `outside` hold the frontends and count their connections; `pools` and `local_pools` say how many backends
-    each has in `endpoints` and `local_endpoints`; `sticky`: for how many seconds its clients stay."""
+    `services` and `outside` hold the frontends and count their connections; `pools` and `local_pools` say out of how many
+    indices to draw one of its `endpoints` or `local_endpoints`; `sticky`: for how many seconds its clients stay."""
 
     services: NftSet
     outside: NftSet
@@ -260,7 +282,7 @@ def numbered_rules(family: Family, in_use: Mapping[Numbered, Collection[int]]) -
     rules: dict[str, tuple[Rule, ...]] = {
         chain.value: (
             *((_known(family),) if sticky else ()),
-            *(_one_of(family, chain, number) for number in sorted(in_use[chain])),
+            *(rule for number in sorted(in_use[chain]) for rule in _one_of(family, chain, number)),
             _if_number(family, chain, _DROPPED, goto(NO_LOCAL), "no endpoint here"),
             Rule((Immediate(goto(REFUSE)),)),
         )
@@ -288,14 +310,22 @@ def _if_number(family: Family, chain: Numbered, number: int, verdict: Verdict, c
     return Rule((*_number_is(family, chain, number), Immediate(verdict)), comment)
 
 
-def _one_of(family: Family, chain: Numbered, number: int) -> Rule:
+def _one_of(family: Family, chain: Numbered, number: int) -> tuple[Rule, ...]:
     if number == LEFT:
-        return _if_number(family, chain, LEFT, ACCEPT, "served by another")
+        return (_if_number(family, chain, LEFT, ACCEPT, "served by another"),)
+    if number <= EXACT:
+        return (_draw(family, chain, number, number, f"one of {number}"),)
+    below = _size_below(number)
+    attempt = _draw(family, chain, number, number, f"one of up to {number}")
+    return (*(attempt for _ in range(_DRAWS)), _draw(family, chain, number, below, f"nobody's: one of the first {below}"))
+
+
+def _draw(family: Family, chain: Numbered, number: int, indices: int, comment: str) -> Rule:
     f = Fields(family)
     _, backends = _pools_of(family, chain)
-    index = Numgen(f.frontend_registers, number)
+    index = Numgen(f.frontend_registers, indices)
     rewrite = Dnat(family_is_ipv6=family is Family.IPV6, reg_address=0, reg_port=f.addr)
-    return Rule((*_number_is(family, chain, number), index, Lookup(backends.name, 0, dreg=0), rewrite), f"one of {number}")
+    return Rule((*_number_is(family, chain, number), index, Lookup(backends.name, 0, dreg=0), rewrite), comment)
 
 
 def _known(family: Family) -> Rule:

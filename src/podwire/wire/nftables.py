@@ -53,6 +53,7 @@ from podwire.wire.netlink import (
     nested,
     parse_attrs,
 )  # fmt: skip
+from podwire.wire.nftedit import Edit, HeldRule, edit_rules
 from podwire.wire.nftexpr import decode_counter, decode_data, decode_expressions, encode_expression, encode_verdict
 
 SUBSYSTEM = 10
@@ -82,7 +83,7 @@ _PADDING = (b"", b"\0\0\0", b"\0\0", b"\0")
 
 
 class Unit(NamedTuple):
-    """Messages that belong into one transaction, and the command that they come from. Sequence numbers are still 0."""
+    """Messages (perhaps none) that belong into one transaction, and their command. Sequence numbers are still 0."""
 
     messages: tuple[bytes, ...]
     command: Command
@@ -107,14 +108,24 @@ def _message(kind: int, flags: int, table: TableRef, *attrs: bytes) -> bytes:
 # --- encoding -----------------------------------------------------------------------------------------------------
 
 
-def encode_batch(batch: Batch) -> Iterator[Unit]:
-    """Every command as one or more units, in order; large element lists make several, a `Prune` none."""
+HeldChains = Mapping[tuple[TableRef, str], Sequence[HeldRule]]
+"""(table, chain) → its rules."""
+
+
+def encode_batch(batch: Batch, held: HeldChains | None = None) -> Iterator[Unit]:
+    """Every command as one or more units, in order; large element lists make several, a `Prune` none.
+
+    `held`: what some chains hold now; they are edited, others are written anew."""
+    chains = dict(held or {})
     for index, command in enumerate(batch.commands):
         if isinstance(command, AddElements | DelElements | ReplaceElements):
             yield from _element_units(command)
         elif isinstance(command, SetRules):
-            flush = _flush_message(command.table, command.chain)
-            yield Unit((flush, *(_rule_message(command, rule) for rule in command.rules)), command)
+            place = (command.table, command.chain)
+            edit = edit_rules(chains[place], command.rules) if place in chains else None
+            yield Unit(_edit_messages(command, edit) if edit else _chain_messages(command), command)
+            if place in chains:
+                chains[place] = edit.result if edit else [HeldRule(rule, 0) for rule in command.rules]
         elif isinstance(command, DelChain):
             head = attr_str(1, command.table.name) + attr_str(3, command.name)
             yield Unit((_flush_message(command.table, command.name), _message(DELCHAIN, 0, command.table, head)), command)
@@ -157,12 +168,26 @@ def _flush_message(table: TableRef, chain: str) -> bytes:
     return _message(DELRULE, 0, table, attr_str(1, table.name), attr_str(2, chain))
 
 
-def _rule_message(command: SetRules, rule: Rule) -> bytes:
+def _chain_messages(command: SetRules) -> tuple[bytes, ...]:
+    return (_flush_message(command.table, command.chain), *(_rule_message(command, rule) for rule in command.rules))
+
+
+def _edit_messages(command: SetRules, edit: Edit) -> tuple[bytes, ...]:
+    """Insertions first: see `nftedit`."""
+    head = (attr_str(1, command.table.name), attr_str(2, command.chain))
+    deletions = (_message(DELRULE, 0, command.table, *head, attr_be64(3, handle)) for handle in edit.deletions)
+    return (*(_rule_message(command, rule, before) for rule, before in edit.insertions), *deletions)
+
+
+def _rule_message(command: SetRules, rule: Rule, before: int = 0) -> bytes:
+    """`before`: the handle of the next rule; 0: the rule comes last."""
     attrs = [attr_str(1, command.table.name), attr_str(2, command.chain)]
     attrs.append(nested(4, *(encode_expression(e) for e in rule.expressions)))
+    if before:
+        attrs.append(attr_be64(6, before))
     if rule.comment:
         attrs.append(attr(7, _comment_udata(rule.comment)))
-    return _message(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, command.table, *attrs)
+    return _message(NEWRULE, NLM_F_CREATE | (0 if before else NLM_F_APPEND), command.table, *attrs)
 
 
 def _comment_udata(comment: str) -> bytes:
@@ -304,12 +329,13 @@ def _interval_element(n: int, key: bytes) -> bytes:
 
 
 def dump_request(kind: int, table: TableRef, seq: int, *, set_name: str = "", chain: str = "") -> bytes:
-    """A dump of the table's chains (GETCHAIN), rules (GETRULE), sets (GETSET) or of one set's elements (GETSETELEM)."""
+    """A dump of the table's chains (GETCHAIN), rules (GETRULE; only those of `chain`), sets (GETSET) or of one set's elements
+    (GETSETELEM)."""
     attrs = []
     if kind != GETCHAIN:  # chains are always dumped for the whole family
         attrs.append(attr_str(1, table.name))
-    if set_name:
-        attrs.append(attr_str(2, set_name))
+    if set_name or chain:
+        attrs.append(attr_str(2, set_name or chain))
     return message(SUBSYSTEM << 8 | kind, NLM_F_REQUEST | NLM_F_DUMP, seq, _nfgen(_family(table.family)), *attrs)
 
 
@@ -341,10 +367,11 @@ def decode_chain(msg: Message) -> tuple[str, Chain]:
     return as_str(a[1]), Chain(as_str(a[3]), base)
 
 
-def decode_rule(msg: Message) -> tuple[str, str, Rule]:
+def decode_rule(msg: Message) -> tuple[str, str, HeldRule]:
     """A NEWRULE message → (table, chain, rule)."""
     a = parse_attrs(msg.payload, _BODY)
-    return as_str(a[1]), as_str(a[2]), Rule(decode_expressions(a.get(4, b"")), _decode_comment(a.get(7, b"")))
+    rule = Rule(decode_expressions(a.get(4, b"")), _decode_comment(a.get(7, b"")))
+    return as_str(a[1]), as_str(a[2]), HeldRule(rule, as_be(a.get(3, b"\0")))
 
 
 def _decode_comment(udata: bytes) -> str:

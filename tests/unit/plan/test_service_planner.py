@@ -26,7 +26,7 @@ from podwire.model.objects import EndpointSlice, Service
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.services import TABLE, ServicePlanner
 from podwire.plan.services_maps import arrange
-from podwire.plan.services_rules import pack_number, sets_of
+from podwire.plan.services_rules import EXACT, pack_number, pool_size, sets_of
 
 IPV4, IPV6 = TableRef(Family.IPV4, TABLE), TableRef(Family.IPV6, TABLE)
 
@@ -68,15 +68,12 @@ def test_nothing_changed_is_an_empty_batch() -> None:
 def test_one_endpoint_more_adds_one_element_and_says_so() -> None:
     planner = ServicePlanner(FACTS)
     planner.set_service(key("web"), *web(3))
-    planner.set_service(key("other"), *web(4, clusterIP="10.96.0.20"))
     planner.take_batch()
     planner.set_service(key("web"), *web(4))
     batch = planner.take_batch()
     assert elements(batch, AddElements) == {"endpoints": ["10.96.0.10 . tcp . 80 . 3 : 10.244.4.2 . 8080"]}
     assert elements(batch, ReplaceElements) == {"pools": ["10.96.0.10 . tcp . 80 : 4"]}
-    assert len(batch.commands) == 3
-    (rules,) = [c for c in batch.commands if isinstance(c, SetRules)]
-    assert [rule.comment for rule in rules.rules if rule.comment.startswith("one of")] == ["one of 4"]
+    assert len(batch.commands) == 2
 
 
 def test_the_last_endpoint_fills_the_hole() -> None:
@@ -102,25 +99,46 @@ def test_commands_stand_in_an_order_that_is_safe_to_cut() -> None:
     planner = ServicePlanner(FACTS)
     planner.set_service(key("web"), *web(2))
     planner.take_batch()
-    planner.set_service(key("web"), *web(12))
+    planner.set_service(key("web"), *web(30))
     change = planner.take_batch()
-    grown = [str(c).split("{")[0].split("\n")[0].strip() for c in change.commands]
-    assert grown == [
+    assert heads(change) == [
+        "flush chain ip podwire pick",
+        "add element ip podwire endpoints",
+        "replace element ip podwire pools",
+    ]
+    planner.set_service(key("web"), *web(40))
+    change = planner.take_batch()
+    assert heads(change) == [
         "flush chain ip podwire pick",
         "add element ip podwire endpoints",
         "replace element ip podwire pools",
         "flush chain ip podwire pick",
     ]
-    said = [[rule.comment for rule in c.rules][:-2] for c in change.commands if isinstance(c, SetRules)]
-    assert said == [["one of 2", "one of 12"], ["one of 12"]]
+    assert [large_pools(c) for c in change.commands if isinstance(c, SetRules)] == [{32, 48}, {48}]
     planner.set_service(key("web"), *web(2))
-    shrunk = [str(c).split("{")[0].split("\n")[0].strip() for c in planner.take_batch().commands]
-    assert shrunk == [
-        "flush chain ip podwire pick",
+    assert heads(planner.take_batch()) == [
         "replace element ip podwire pools",
         "delete element ip podwire endpoints",
         "flush chain ip podwire pick",
     ]
+
+
+def heads(batch: Batch) -> list[str]:
+    return [str(c).split("{")[0].split("\n")[0].strip() for c in batch.commands]
+
+
+def large_pools(command: SetRules) -> set[int]:
+    said = [rule.comment.removeprefix("one of up to ") for rule in command.rules]
+    return {int(text) for text in said if text.isdecimal()}
+
+
+def test_a_large_pool_has_an_endpoint_for_two_thirds_of_its_indices_and_for_all_of_the_next_smaller() -> None:
+    sizes = sorted({pool_size(n) for n in range(1, 3000)})
+    assert sizes[:20] == [*range(1, EXACT + 1), 24, 32, 48, 64]
+    for n in range(1, 2000):
+        at = sizes.index(pool_size(n))
+        assert (sizes[at - 1] if at else 0) < n <= sizes[at]
+        assert 3 * n >= 2 * sizes[at]
 
 
 def test_every_prefix_of_a_batch_applies() -> None:

@@ -58,6 +58,7 @@ from podwire.model.nftexpr import (
 )
 from podwire.wire import nftables
 from podwire.wire.netlink import attr_be32, attr_str, nested, parse_messages
+from podwire.wire.nftedit import HeldRule
 from podwire.wire.nftexpr import decode_expression, encode_expression
 
 TABLE = TableRef(Family.IPV4, "t")
@@ -146,7 +147,7 @@ def test_chain_and_rule_round_trip() -> None:
     _, new_chain, flush, new_rule, _ = parse_messages(sent(AddChain(TABLE, chain), SetRules(TABLE, "pre", (rule,))))
     assert nftables.decode_chain(new_chain) == ("t", chain)
     assert nftables.message_kind(flush) == nftables.DELRULE
-    assert nftables.decode_rule(new_rule) == ("t", "pre", rule)
+    assert nftables.decode_rule(new_rule) == ("t", "pre", HeldRule(rule, 0))
 
 
 @pytest.mark.parametrize(
