@@ -349,7 +349,9 @@ class Plumbing:
             return True
         there = {(peer.dev, peer.public_key): peer for _, peers in found.values() for peer in peers}
         return len(there) != len(wanted) or any(
-            replace(peer, endpoint=None) != there.get((peer.dev, peer.public_key)) for peer in wanted
+            (other := there.get((peer.dev, peer.public_key))) is None
+            or (other.allowed, other.keepalive, other.psk) != (peer.allowed, peer.keepalive, peer.psk)
+            for peer in wanted
         )
 
     # --- inside: the lock is held ---------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ LAZY_SECONDS = 5.0
 """How soon the node is looked at when only expected things were heard; under them a stranger's change could hide."""
 WARY_SECONDS = 60.0
 """So long after a repair expected things are looked at as soon as others: who has changed something does it again."""
-POLL_SECONDS, POLL_SHARE = 0.4, 0.02
+POLL_SECONDS, POLL_SHARE = 0.4, 0.05
 """How often WireGuard's devices are looked at, of which the kernel tells nothing: every so many seconds, or less often where it
 would take more than this part of the time."""
 AUDIT_SECONDS = 300.0

@@ -149,15 +149,15 @@ class LinuxKernel:
 
         return await self._off_loop(read)
 
-    async def observe_wireguard(self, devices: Sequence[str]) -> dict[str, tuple[Wireguard, frozenset[WireguardPeer]]]:
+    async def observe_wireguard(self, devices: Sequence[str]) -> dict[str, tuple[Wireguard, tuple[WireguardPeer, ...]]]:
         space = self._space(HOST)
 
-        def read() -> dict[str, tuple[Wireguard, frozenset[WireguardPeer]]]:
+        def read() -> dict[str, tuple[Wireguard, tuple[WireguardPeer, ...]]]:
             found = {}
             for name in devices:
                 with suppress(KernelError, Unsupported):
                     state = space.wireguard.read(name)
-                    found[name] = state.device, frozenset(state.peers)
+                    found[name] = state.device, state.peers
             return found
 
         return await self._off_loop(read)

@@ -71,7 +71,7 @@ class Kernel(Protocol):
         device is shown without its settings."""
         ...
 
-    async def observe_wireguard(self, devices: Sequence[str]) -> Mapping[str, tuple[Wireguard, frozenset[WireguardPeer]]]:
+    async def observe_wireguard(self, devices: Sequence[str]) -> Mapping[str, tuple[Wireguard, tuple[WireguardPeer, ...]]]:
         """The settings and peers of these devices of HOST, as `observe` has them; those that are not there are left out."""
         ...
 

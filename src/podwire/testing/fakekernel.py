@@ -99,11 +99,11 @@ class FakeKernel:
         state = self._attached_space(ns).state()
         return NetState(links=state.links, addresses=state.addresses)
 
-    async def observe_wireguard(self, devices: Sequence[str]) -> dict[str, tuple[Wireguard, frozenset[WireguardPeer]]]:
+    async def observe_wireguard(self, devices: Sequence[str]) -> dict[str, tuple[Wireguard, tuple[WireguardPeer, ...]]]:
         state = self.host.state()
         kinds = {name: link.kind for name, link in state.links.items() if name in devices}
         return {
-            name: (kind, frozenset(peer for peer in state.wireguard if peer.dev == name))
+            name: (kind, tuple(peer for peer in state.wireguard if peer.dev == name))
             for name, kind in kinds.items()
             if isinstance(kind, Wireguard)
         }

@@ -9,6 +9,7 @@ import ipaddress
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from podwire.model.addr import IPAddress, IPNetwork
 from podwire.model.kernelstate import Wireguard, WireguardPeer
@@ -45,6 +46,9 @@ _REMOVE, _REPLACE_ALLOWED = 1, 2
 _AF_INET, _AF_INET6 = 2, 10
 _SOCKADDR_IN = struct.Struct("=H2s4s8x")
 _SOCKADDR_IN6 = struct.Struct("=H2sI16sI")
+
+_REMEMBERED = 4096
+"""Peers as they were read: devices are read often, and change seldom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,7 @@ def dump_device(family: int, name: str) -> bytes:
 def read_device(name: str, messages: Iterable[Message]) -> WireguardState:
     """The answer to `dump_device`. A peer with many networks goes on in the next message."""
     port, key = 0, b""
-    allowed: dict[bytes, list[IPNetwork]] = {}
+    allowed: dict[bytes, bytes] = {}
     settings: dict[bytes, tuple[int, bytes]] = {}
     for msg in messages:
         attrs = parse_attrs(msg.payload, _GENL.size)
@@ -123,18 +127,15 @@ def read_device(name: str, messages: Iterable[Message]) -> WireguardState:
             public = peer.get(_PEER_PUBLIC_KEY, b"")
             if _PEER_KEEPALIVE in peer:
                 settings[public] = as_u16(peer[_PEER_KEEPALIVE]), peer.get(_PEER_PSK, b"")
-            allowed.setdefault(public, []).extend(_networks(peer.get(_PEER_ALLOWED, b"")))
-    peers = tuple(
-        WireguardPeer(
-            name,
-            _text(public),
-            tuple(sorted(networks, key=network_order)),
-            keepalive=settings.get(public, (0, b""))[0],
-            psk=_text(settings.get(public, (0, b""))[1]),
-        )
-        for public, networks in allowed.items()
-    )
+            allowed[public] = allowed.get(public, b"") + peer.get(_PEER_ALLOWED, b"")
+    peers = tuple(_peer(name, public, raw, *settings.get(public, (0, b""))) for public, raw in allowed.items())
     return WireguardState(Wireguard(port, _text(key)), peers)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _peer(name: str, public: bytes, allowed: bytes, keepalive: int, psk: bytes) -> WireguardPeer:
+    networks = tuple(sorted(_networks(allowed), key=network_order))
+    return WireguardPeer(name, _text(public), networks, keepalive=keepalive, psk=_text(psk))
 
 
 def network_order(network: IPNetwork) -> tuple[int, int, int]:
