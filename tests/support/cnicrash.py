@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -117,8 +118,8 @@ def in_child(work: Callable[[], Awaitable[None]], kill_after: float = 0.0) -> in
         try:
             asyncio.run(work())  # type: ignore[arg-type]  # a coroutine function's
             status = 0
-        except BaseException as error:  # the fork must not go on as the parent
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        except BaseException:  # the fork must not go on as the parent
+            traceback.print_exc()
         finally:
             os._exit(status)
     if kill_after:

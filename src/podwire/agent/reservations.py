@@ -34,6 +34,13 @@ CREATE TABLE IF NOT EXISTS network (one INTEGER PRIMARY KEY CHECK (one = 1), rec
 _Statement = tuple[str, tuple[str | bytes, ...]]
 
 
+class RecordUnusable(PodwireError):
+    """The file cannot be opened as what it should be."""
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        super().__init__(f"the node's record of addresses {path} cannot be used ({error}): is there room on its disk?")
+
+
 class AddressTaken(PodwireError):
     """An address that was asked for has another holder, or is none that a pod may have."""
 
@@ -71,11 +78,15 @@ class Reservations:
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens or makes the file at `path`. Raises sqlite3.Error where that cannot be done."""
+        """Opens or makes the file at `path`. Raises RecordUnusable."""
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.executescript(_SCHEMA)
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            self._db.close()
+            raise RecordUnusable(path, error) from error
         rows = self._db.execute("SELECT address, uid, namespace, name, since FROM reservation").fetchall()
         self._by_address = {r.address: r for r in (Reservation(ipaddress.ip_address(row[0]), *row[1:]) for row in rows)}
         given = self._db.execute("SELECT prefix, address FROM last_given").fetchall()

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import shutil
-import sqlite3
 from contextlib import AsyncExitStack, ExitStack
 
 from podwire.agent.nodelock import NodeLock
@@ -55,10 +54,7 @@ def _attached(membership: Membership) -> list[str]:
     path = membership.state / "agent" / "reservations.db"
     if not path.exists():
         return []
-    try:
-        reservations = Reservations(path)
-    except sqlite3.Error as error:
-        raise HostError(f"{path} cannot be read: {error}") from error
+    reservations = Reservations(path)
     try:
         return sorted({f"{r.namespace}/{r.name}" for r in reservations.all() if r.uid.startswith(CNI_UID)})
     finally:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from podwire.agent.reservations import AddressTaken, Owner, Reservations
+from podwire.agent.reservations import AddressTaken, Owner, RecordUnusable, Reservations
 from podwire.model.addr import IPAddress, IPNetwork
 from podwire.plan.ipam import AddressesExhausted
 
@@ -152,7 +152,7 @@ WRITER = """
 import asyncio, ipaddress, sys
 from datetime import datetime, UTC
 from pathlib import Path
-from podwire.agent.reservations import AddressTaken, Owner, Reservations
+from podwire.agent.reservations import AddressTaken, Owner, RecordUnusable, Reservations
 
 async def main() -> None:
     book = Reservations(Path(sys.argv[1]))
@@ -180,3 +180,9 @@ def test_every_address_that_was_given_survives_a_kill(tmp_path: Path) -> None:
     held = {r.uid: str(r.address) for r in book.all()}
     book.close()
     assert [(number, held.get(number)) for number, _ in told] == [tuple(line) for line in told]
+
+
+def test_a_file_that_is_no_record_is_said_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / "r.db").write_bytes(b"anything but a database" * 100)
+    with pytest.raises(RecordUnusable, match=r"r\.db cannot be used \(file is not a database\)"):
+        Reservations(tmp_path / "r.db")
