@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,19 @@ async def test_two_hosts_join_through_etcd(tmp_path: Path) -> None:
         one, two = await stack.enter_async_context(overlay_hosts(tmp_path, config))
         await stack.enter_async_context(etcd_on(one, config))
         docker = tmp_path / "docker.env"
-        first = stack.enter_context(agent_on(one, "--ip-masq", "--docker-options-file", str(docker)))
+        systemd = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        first = stack.enter_context(
+            agent_on(
+                one, "--ip-masq", "--docker-options-file", str(docker), environment={"NOTIFY_SOCKET": str(tmp_path / "notify")}
+            )
+        )
         stack.enter_context(agent_on(two, "--ip-masq=false"))
         for host in (one, two):
             await until(partial(ready, host, 1), 20)
             await host.add_pod()
+        assert systemd.recv(100) == b"READY=1"
         for family in families:
             await carries(one, two, family)
         assert (one.subnet_env["FLANNEL_IPMASQ"], two.subnet_env["FLANNEL_IPMASQ"]) == ("true", "false")

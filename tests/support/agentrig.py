@@ -4,7 +4,7 @@ import asyncio
 import os
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
@@ -46,10 +46,13 @@ def socket_in(netns: int, info: tuple[int, int, int, str, tuple[object, ...]]) -
 
 
 @contextmanager
-def agent_on(host: OverlayHost, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+def agent_on(
+    host: OverlayHost, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator["subprocess.Popen[str]"]:
     """The command in the host's namespace, its options half in the environment."""
-    environment = {
+    variables = {
         **os.environ,
+        **(environment or {}),
         "FLANNELD_ETCD_ENDPOINTS": URL,
         "FLANNELD_IFACE": "eth0",
         "FLANNELD_SUBNET_FILE": str(host.folder / "subnet.env"),
@@ -57,7 +60,7 @@ def agent_on(host: OverlayHost, *arguments: str) -> Iterator["subprocess.Popen[s
     }
     process = subprocess.Popen(
         [*PODWIRE, "agent", "--node-name", f"n{host.index}", "--healthz-port", str(HEALTH), *arguments],
-        env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: setns(host.netns, CLONE_NEWNET),
+        env=variables, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: setns(host.netns, CLONE_NEWNET),
     )  # fmt: skip
     try:
         yield process

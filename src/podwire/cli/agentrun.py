@@ -17,6 +17,7 @@ from podwire.agent.overlayd.files import read_last_subnets
 from podwire.agent.overlayd.host import LinuxHost
 from podwire.agent.subnets.etcd import EtcdSubnets
 from podwire.cli.etcdaccess import etcd_client
+from podwire.hosts.systemd import notify
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import current_netns
 from podwire.kernel.syscalls import release_memory
@@ -114,6 +115,7 @@ async def serve(settings: Settings) -> None:
 async def _settle(agent: OverlayAgent) -> None:
     """Taking a host over with thousands of peers needs memory that is not needed again."""
     await agent.ready()
+    notify("READY=1")
     release_memory()
 
 
