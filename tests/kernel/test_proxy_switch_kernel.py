@@ -208,3 +208,29 @@ async def test_what_a_stranger_flushes_in_legacy_tables_is_put_back(site: Site, 
                 await asyncio.sleep(0.02)
         assert client.save(Family.IPV4).count("PODWIRE") > broken.count("PODWIRE")
         assert await site.rig.who("world", NODE, 30080) <= {"p2", "p3"}
+
+
+async def test_a_rule_that_is_replaced_by_one_of_its_size_is_found_too(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the number nor the size of the rules tells, so legacy tables are compared from time to time."""
+    monkeypatch.setattr("podwire.agent.proxymodes.iptables.AUDIT_SECONDS", 0.3)
+    async with site.proxy(ProxyMode.IPTABLES):
+        client = IptablesClient(site.rig.fds["node"], find_programs(Flavour.LEGACY))  # type: ignore[arg-type]  # see pytestmark
+        right, size = client.save(Family.IPV4), client.fingerprint()
+        line = next(line for line in right.splitlines() if line.startswith("-A PODWIRE-SVC") and "10.244.1.2:8080" in line)
+        wrong = line.replace("10.244.1.2:8080", "10.244.9.9:8080")
+        chain = [text for text in right.splitlines() if text.startswith(f"-A {line.split()[1]} ")]
+        command = [
+            "/usr/sbin/iptables-legacy",
+            "-t",
+            "nat",
+            "-R",
+            line.split()[1],
+            str(chain.index(line) + 1),
+            *wrong.split()[2:],
+        ]
+        run_in_netns(site.rig.fds["node"], lambda: subprocess.run(command, check=True, capture_output=True))
+        assert client.fingerprint() == size
+        async with asyncio.timeout(5):
+            while "10.244.9.9" in client.save(Family.IPV4):  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.05)
+        assert site.health.repairs == 1

@@ -24,8 +24,9 @@ from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts, ServiceTable
+from podwire.plan.services_maps import place_of
 from podwire.plan.services_table import host_port_table
-from podwire.plan.staleflows import StaleFlows
+from podwire.plan.staleflows import UDP, StaleFlows
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,9 @@ class ServiceSync:
         """The kernel is not as planned, and it is our own doing."""
         self._localhost = LocalhostSwitch(kernel, health)
         self._busy = True
+        self._put_back = False
+        self._waiting: float | None = None
+        self._working: float | None = None
         self._stale = StaleFlows()
         self._ports: dict[str, tuple[Pod, ServiceTable]] = {}
         self._switches: list[tuple[MakeRules, asyncio.Future[None]]] = []
@@ -102,7 +106,7 @@ class ServiceSync:
     def set_host_ports(self, uid: str, pod: Pod | None) -> None:
         """A pod of this node with its addresses in `status.podIPs`, or None when it is gone."""
         self._dirty_ports[uid] = pod
-        self._wake.set()
+        self._want()
 
     async def host_ports_programmed(self) -> None:
         """Returns once the kernel has the host ports that were set before this call."""
@@ -138,12 +142,12 @@ class ServiceSync:
         self._resync = True
         if because and len(self._heard) < _MOST_NAMED:
             self._heard[because] = None
-        self._wake.set()
+        self._want()
 
     def set_facts(self, facts: NodeFacts) -> None:
         """The node changed (its zone, its addresses) while this runs: everything is planned again, what differs programmed."""
         self._new_facts = facts
-        self._wake.set()
+        self._want()
 
     async def switch(self, make_rules: MakeRules) -> None:
         """Change the back end while running: the new one is programmed in full, then the old one removed. In between both
@@ -164,6 +168,16 @@ class ServiceSync:
         """Whether the kernel holds the rules for all that has been heard of."""
         return not self._busy and not self._wake.is_set()
 
+    @property
+    def pending_since(self) -> float | None:
+        """Since when (loop time) something waits to be programmed, be it that programming hangs; None: nothing does."""
+        return self._working if self._working is not None else self._waiting
+
+    def _want(self) -> None:
+        if self._waiting is None:
+            self._waiting = asyncio.get_running_loop().time()
+        self._wake.set()
+
     async def run(self, facts: NodeFacts) -> None:
         """Program until cancelled. Call it when the informers are synced and the host ports of adopted pods are set:
         until then nothing is touched, because an incomplete plan would take away what an earlier agent made."""
@@ -174,11 +188,15 @@ class ServiceSync:
         rules = self._make_rules(facts)
         watch = group.create_task(self._watch(rules))
         backoff = Backoff(self._rng, initial=0.05, maximum=30.0)
+        flows = Backoff(self._rng, initial=0.1, maximum=30.0)
         loop = asyncio.get_running_loop()
         while True:
             self._busy = True
             self._wake.clear()
             started = loop.time()
+            if self._working is None:
+                self._working = self._waiting if self._waiting is not None else started
+            self._waiting = None
             asked, self._host_ports_asked = self._host_ports_asked, []
             facts = self._refit(rules, facts)
             try:
@@ -208,11 +226,15 @@ class ServiceSync:
             self._health.works("services")
             self._health.services_ready = True
             self._programmed.set()
-            self._busy = False
+            self._busy, self._working = False, None
             if self._clean_up is not None:
                 self._remove(None, partial(self._clean_up, rules), group)
                 self._clean_up = None
-            await self._wake.wait()
+            if not self._stale:
+                flows.reset()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(flows.next() if self._stale else None):
+                    await self._wake.wait()
             await asyncio.sleep(max(0.0, started + MIN_INTERVAL - loop.time()))
 
     async def _answer_readers(self, rules: ServiceRules) -> None:
@@ -221,7 +243,11 @@ class ServiceSync:
             return
         keys = tuple(self._unread)
         try:
-            held = await rules.holds(keys) if isinstance(rules, ReadsBack) else await rules.compare() == 0
+            held = await rules.holds(keys) if isinstance(rules, ReadsBack) else None
+            if held is None:
+                commands = await rules.compare()
+                held = not commands
+                self._put_back |= self._repaired(commands)
         except KernelError:
             self._readers += readers
             raise
@@ -329,19 +355,17 @@ class ServiceSync:
     async def _sync(self, rules: ServiceRules, facts: NodeFacts) -> None:
         started = asyncio.get_running_loop().time()
         self._feed(rules, facts)
-        repaired, full = False, self._resync
+        if not self._programmed.is_set():
+            places = map(place_of, await rules.served())
+            self._stale.note_all(facts.service_cidrs, ((p.address, p.port) for p in places if p.protocol == UDP))
+        repaired, self._put_back, full = self._put_back, False, self._resync
         if full:
             if not facts.loopback:
                 await self._localhost.forbid()
             expected, self._resync, self._differs = self._differs, False, False
             commands = await rules.compare()
-            if commands and self._health.services_ready and not expected:
-                self._health.repairs += 1
-                self._health.repaired["rules"] += 1
-                repaired = True
-                heard = f" ({', '.join(self._heard)})" if self._heard else ""
-                log.warning("services: rules were not as left%s; %d commands put them back", heard, commands)
-            self._heard = {}
+            if not expected:
+                repaired |= self._repaired(commands)
         else:
             commands = await rules.program()
         if commands:
@@ -385,8 +409,17 @@ class ServiceSync:
                 self._ports[uid] = (pod, after)
             self._stale.note(before, after)
         self._dirty_ports = {}
-        if not self._programmed.is_set():
-            self._stale.note_all(facts.service_cidrs)
+
+    def _repaired(self, commands: int) -> bool:
+        """Take note that comparing took so many commands. Whether that was a repair."""
+        heard, self._heard = self._heard, {}
+        if not commands or not self._health.services_ready:
+            return False
+        self._health.repairs += 1
+        self._health.repaired["rules"] += 1
+        why = f" ({', '.join(heard)})" if heard else ""
+        log.warning("services: rules were not as left%s; %d commands put them back", why, commands)
+        return True
 
     async def _forget_stale(self) -> Mapping[Family, int]:
         """After the rules have changed: before, a client's next packet would lead to the old endpoint again."""
@@ -435,4 +468,4 @@ class ServiceSync:
         self._dirty[key] = None
         if self._queued is None:
             self._queued = asyncio.get_running_loop().time()
-        self._wake.set()
+        self._want()

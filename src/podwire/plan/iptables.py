@@ -386,6 +386,12 @@ def parse_save(text: str) -> Chains:
     return Chains({ref: tuple(lines) for ref, lines in found.items()}, {ref: tuple(lines) for ref, lines in jumps.items()})
 
 
+def served(observed: Mapping[Family, Chains]) -> frozenset[bytes]:
+    """The keys of all frontends that have rules there."""
+    lines = (line for held in observed.values() for (table, _), rules in held.rules.items() if table == NAT for line in rules)
+    return frozenset(key for line in lines if (key := rules.frontend_key_of(line)) is not None)
+
+
 def _counters(text: str) -> dict[tuple[str, str], int]:
     """Packets by ("", chain of a frontend that a rule leads to) and by (chain, destination that it writes)."""
     found: dict[tuple[str, str], int] = {}

@@ -13,6 +13,7 @@ Frontends hang in up to 256 chains by the last byte of their address, so a packe
 """
 
 import ipaddress
+import re
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
@@ -20,6 +21,7 @@ from hashlib import blake2b
 from podwire.model.addr import Family, IPNetwork
 from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFacts, Pool, backend_address, backend_port
 from podwire.plan.nftexprs import multicast, networks_of
+from podwire.plan.services_maps import place_key
 
 PREFIX = "PODWIRE-"
 """Every chain of ours begins so, and no rule of ours stands in another's but the jumps of `HOOKS`."""
@@ -41,6 +43,7 @@ Rules = tuple[str, ...]
 """The lines of one chain, without `-A <chain>`."""
 
 _PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
+_FRONTEND = re.compile(r"-d ([0-9a-f.:]+)/(?:32|128) -p (\w+) -m \w+ --dport (\d+) ")
 _UNQUOTED = frozenset(string.ascii_letters + string.digits + "_-")
 _LOOPBACK = "127.0.0.0/8"
 
@@ -153,6 +156,16 @@ def _unreachable(family: Family) -> str:
 def frontend_match(frontend: Frontend) -> str:
     protocol = _PROTOCOLS[frontend.protocol]
     return f"-d {_host(frontend.address)} -p {protocol} -m {protocol} --dport {frontend.port}"
+
+
+def frontend_key_of(line: str) -> bytes | None:
+    """The key of the frontend that a rule is for, whose match begins as `frontend_match` has it; None for other rules."""
+    found = _FRONTEND.match(line)
+    if found is None:
+        return None
+    address, protocol, port = found.groups()
+    number = next((number for number, name in _PROTOCOLS.items() if name == protocol), 0)
+    return place_key(ipaddress.ip_address(address).packed, number, int(port)) if number else None
 
 
 def nat_entry(frontend: Frontend, key: bytes, pool: Pool, owner: str, *, outside: bool) -> Rules:

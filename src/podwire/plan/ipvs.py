@@ -30,7 +30,7 @@ from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFact
 from podwire.plan.nftdiff import diff_ruleset, order_changes
 from podwire.plan.nftexprs import Fields, is_protocol
 from podwire.plan.serviceledger import ServiceLedger
-from podwire.plan.services_maps import CountedBook, FamilyMaps, Programmed
+from podwire.plan.services_maps import CountedBook, FamilyMaps, Programmed, place_of
 from podwire.plan.services_rules import LEFT, REFUSE, Number, Numbered, Sets, pack_number, sets_of
 from podwire.plan.services_table import LOOPBACK
 
@@ -300,4 +300,4 @@ def ours(
 
 def _virtual_at(key: bytes) -> VirtualKey:
     """A map's key (address . protocol . port) → the virtual server's."""
-    return VirtualKey(key[:-8], key[-8], int.from_bytes(key[-4:-2], "big"))
+    return VirtualKey(*place_of(key))

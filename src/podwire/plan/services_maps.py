@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -62,6 +62,23 @@ def _pack_index(index: int) -> bytes:
 def frontend_key(frontend: Frontend) -> bytes:
     """address . protocol . port, as the registers hold them."""
     return frontend.address + bytes((frontend.protocol, 0, 0, 0)) + _pack_port(frontend.port)
+
+
+class Place(NamedTuple):
+    """Where clients connect to: a packed address, an IP protocol's number, a port."""
+
+    address: bytes
+    protocol: int
+    port: int
+
+
+def place_key(address: bytes, protocol: int, port: int) -> bytes:
+    return address + bytes((protocol, 0, 0, 0)) + _pack_port(port)
+
+
+def place_of(key: bytes) -> Place:
+    """What `place_key` made the key of."""
+    return Place(key[:-8], key[-8], int.from_bytes(key[-4:-2], "big"))
 
 
 class ElementBook:

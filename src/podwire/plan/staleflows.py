@@ -2,45 +2,58 @@
 
 The kernel decides about a connection at its first packet, and UDP has no end: a client that keeps sending from one port keeps
 its connection, and its endpoint, for ever. So after a Service's endpoints changed, those connections are forgotten
-that lead to none of them, also where the Service has no endpoint left or is gone (kubernetes issue 139628). TCP is left
-alone: its end is seen.
+that lead to none of them, also where the Service has no endpoint left or is gone (kubernetes issue 139628). An endpoint is an
+address with a port: one whose port changed is another. TCP is left alone: its end is seen.
 """
 
-import ipaddress
 from collections.abc import Iterable, Mapping
 
 from podwire.model.addr import IPNetwork
 from podwire.model.flow import Flow
 from podwire.model.objects import Endpoint, EndpointSlice
-from podwire.model.servicetable import Frontend, ServiceTable, backend_address
+from podwire.model.servicetable import Backend, Frontend, ServiceTable, backend
+from podwire.plan.services_table import PROTOCOLS, pack_address
 
 UDP = 17
+
+Place = tuple[bytes, int]
+"""A packed address and a UDP port that clients send to."""
+_Serving = Mapping[str, frozenset[Backend]]
+"""By the name of the Service's port."""
 
 
 class StaleFlows:
     """Gathers the UDP frontends whose endpoints changed; `matches` picks the connections to forget."""
 
     def __init__(self) -> None:
-        self._allowed: dict[tuple[bytes, int], frozenset[bytes]] = {}
+        self._allowed: dict[Place, frozenset[Backend]] = {}
         self._ranges: tuple[IPNetwork, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self._allowed or self._ranges)
 
-    def note_all(self, service_cidrs: Iterable[IPNetwork]) -> None:
-        """Every Service there is has been noted: connections to other addresses of these ranges were made to Services that
-        went while nobody looked."""
+    def note_all(self, service_cidrs: Iterable[IPNetwork], served: Iterable[Place] = ()) -> None:
+        """Every Service there is has been noted. Connections to other addresses of these ranges, and to what else the kernel
+        has `served`, were made to Services that went while nobody looked."""
         self._ranges = tuple(service_cidrs)
+        for place in served:
+            self._allowed.setdefault(place, frozenset())
 
     def note(self, old: ServiceTable, new: ServiceTable, slices: Iterable[EndpointSlice] = ()) -> None:
         """A Service's table changed. Endpoints in `slices` that still serve keep their connections, chosen or not."""
         before, after = _udp(old), _udp(new)
-        if before == after:
+        if not before and not after:
             return
-        serving = serving_addresses(slices)
-        for key in before.keys() | after.keys():
-            if before.get(key) != after.get(key):
-                self._allowed[key] = after[key] | serving if key in after else frozenset()
+        changed = [
+            place for place in before.keys() | after.keys() if _backends(before.get(place)) != _backends(after.get(place))
+        ]
+        if not changed:
+            return
+        serving = serving_endpoints(slices)
+        for place in changed:
+            frontend = after.get(place)
+            kept = serving.get(frontend.port_name, frozenset()) if frontend else frozenset()
+            self._allowed[place] = (_backends(frontend) or frozenset()) | kept
 
     def take(self) -> "StaleFlows":
         """What was gathered so far, as a value of its own; this one is empty then."""
@@ -61,13 +74,18 @@ class StaleFlows:
         allowed = self._allowed.get((flow.original.dst.packed, flow.original.dport))
         if allowed is None:
             return any(flow.original.dst in network for network in self._ranges)
-        return flow.reply.src.packed not in allowed
+        return backend(flow.reply.src.packed, flow.reply.sport) not in allowed
 
 
-def serving_addresses(slices: Iterable[EndpointSlice]) -> frozenset[bytes]:
-    """Packed addresses of the endpoints that still answer (serving; nil means ready's value, whose nil means yes)."""
-    found = {address for part in slices for endpoint in part.endpoints if _serves(endpoint) for address in endpoint.addresses}
-    return frozenset(packed for text in found if (packed := _pack(text)))
+def serving_endpoints(slices: Iterable[EndpointSlice]) -> _Serving:
+    """The UDP endpoints that still answer (serving; nil means ready's value, whose nil means yes), by name of port."""
+    found: dict[str, set[Backend]] = {}
+    for part in slices:
+        packed = [a for e in part.endpoints if _serves(e) for text in e.addresses if (a := pack_address(text))]
+        for port in part.ports:
+            if port.port and PROTOCOLS.get(port.protocol) == UDP:
+                found.setdefault(port.name, set()).update(backend(address, port.port) for address in packed)
+    return {name: frozenset(endpoints) for name, endpoints in found.items()}
 
 
 def _serves(endpoint: Endpoint) -> bool:
@@ -76,17 +94,12 @@ def _serves(endpoint: Endpoint) -> bool:
     return ready if conditions.serving is None else conditions.serving
 
 
-def _pack(text: str) -> bytes | None:
-    try:
-        return ipaddress.ip_address(text).packed
-    except ValueError:
-        return None  # an FQDN slice, or nonsense: no connection can lead there
+def _udp(table: ServiceTable) -> Mapping[Place, Frontend]:
+    return {(f.address, f.port): f for f in table.frontends if f.protocol == UDP}
 
 
-def _udp(table: ServiceTable) -> Mapping[tuple[bytes, int], frozenset[bytes]]:
-    return {(f.address, f.port): _addresses(f) for f in table.frontends if f.protocol == UDP}
-
-
-def _addresses(frontend: Frontend) -> frozenset[bytes]:
-    backends = frontend.inside.backends + (frontend.outside.backends if frontend.outside else ())
-    return frozenset(map(backend_address, backends))
+def _backends(frontend: Frontend | None) -> frozenset[Backend] | None:
+    """None for no frontend: the first endpoints of a Service are news, and so is that it is gone."""
+    if frontend is None:
+        return None
+    return frozenset(frontend.inside.backends + (frontend.outside.backends if frontend.outside else ()))

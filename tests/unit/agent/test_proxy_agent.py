@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import ipaddress
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -17,12 +18,14 @@ from podwire.agent.proxy.agent import ProxyAgent, ProxyEnvironment
 from podwire.agent.proxy.status import health_app, metrics_app
 from podwire.agent.proxymodes.nft import NftRules
 from podwire.client.api import ApiClient
+from podwire.kernel.port import KernelError
 from podwire.model.acknowledgement import NAMESPACE, Acknowledgement, lease_name, read_lease
 from podwire.model.addr import Family
-from podwire.model.ids import ObjectKey
+from podwire.model.flow import Flow, FlowTuple
+from podwire.model.ids import HOST, NetnsName, ObjectKey
 from podwire.model.nft import Batch, DelTable, TableRef
 from podwire.model.objects import EndpointSlice, Lease, Service
-from podwire.model.ops import CommitNft
+from podwire.model.ops import Applied, CommitNft, Plan
 from podwire.model.proxyconfig import parse_proxy_config
 from podwire.model.resources import ENDPOINTSLICES, LEASES, NODES, SERVICES
 from podwire.plan.services import TABLE
@@ -154,6 +157,83 @@ async def test_an_outage_of_the_api_server(cluster: MemoryCluster) -> None:
         await endpoints(cluster, 1)
         await cluster.until(lambda: elements(kernel, "endpoints") == 1)
         await cluster.until(lambda: acknowledged(cluster))
+
+
+async def test_a_round_that_hangs_is_unhealthy_after_a_while(cluster: MemoryCluster) -> None:
+    class Hanging(FakeKernel):
+        gate: asyncio.Event | None = None
+
+        async def apply(self, plan: Plan) -> Applied:
+            if self.gate is not None:
+                await self.gate.wait()
+            return await super().apply(plan)
+
+    kernel = Hanging()
+    async with proxy(cluster, kernel, tolerated_seconds=0.3) as agent:
+        assert agent.health().healthy
+        kernel.gate = asyncio.Event()
+        await endpoints(cluster, 1)
+        await cluster.until(lambda: not agent.health().healthy)
+        assert "changes have waited for" in agent.health().why
+        kernel.gate.set()
+        await cluster.until(lambda: agent.health().healthy and elements(kernel, "endpoints") == 1)
+
+
+async def test_stale_connections_that_could_not_be_forgotten_are_tried_again(cluster: MemoryCluster) -> None:
+    """kubernetes issue 112604. Nothing else happens meanwhile that would wake the proxy."""
+
+    class Interrupted(FakeKernel):
+        refusals = 0
+
+        async def forget_flows(self, wanted: Callable[[Flow], bool], ns: NetnsName = HOST) -> int:
+            if self.refusals:
+                self.refusals -= 1
+                raise KernelError("conntrack: interrupted", 4)
+            return await super().forget_flows(wanted, ns)
+
+    kernel = Interrupted()
+    await service(cluster, "dns", clusterIP="10.96.0.53", ports=[{"name": "http", "port": 53, "protocol": "UDP"}])
+    async with proxy(cluster, kernel) as agent:
+        client, server, pod = (ipaddress.ip_address(text) for text in ("10.244.1.9", "10.96.0.53", "10.244.1.2"))
+        flow = Flow(FlowTuple(client, server, 17, 4000, 53), FlowTuple(pod, client, 17, 8080, 4000))
+        await cluster.until(lambda: elements(kernel, "pools") == 3)
+        kernel.host.flows.append(flow)
+        kernel.refusals = 2
+        await cluster.client.delete(SERVICES, "dns", "default")
+        await cluster.until(lambda: not kernel.host.flows)
+        assert kernel.refusals == 0
+        await cluster.until(lambda: not agent.health().why)
+
+
+async def test_at_the_start_udp_clients_of_node_ports_that_went_are_forgotten(cluster: MemoryCluster) -> None:
+    kernel = FakeKernel()
+    spec = {"type": "NodePort", "ports": [{"name": "http", "port": 53, "nodePort": 30053, "protocol": "UDP"}]}
+    await service(cluster, "dns", **spec)
+    async with proxy(cluster, kernel):
+        pass
+    await cluster.client.delete(SERVICES, "dns", "default")
+    client, node, pod = (ipaddress.ip_address(text) for text in ("198.18.1.1", "198.18.0.11", "10.244.1.2"))
+    gone = Flow(FlowTuple(client, node, 17, 4000, 30053), FlowTuple(pod, client, 17, 8080, 4000))
+    others = Flow(FlowTuple(client, node, 17, 4000, 30054), FlowTuple(pod, client, 17, 8080, 4000))
+    kernel.host.flows += [gone, others]
+    async with proxy(cluster, kernel):
+        await cluster.until(lambda: kernel.host.flows == [others])
+
+
+async def test_what_reading_back_puts_back_is_said_and_counted(
+    cluster: MemoryCluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where everything is compared instead: for many Services at once, and in modes that cannot look at single ones."""
+    monkeypatch.setattr("podwire.agent.proxymodes.nft._FEW", 0)
+    kernel = FakeKernel()
+    async with proxy(cluster, kernel) as agent:
+        await cluster.until(lambda: acknowledged(cluster))
+        kernel.host.ruleset = kernel.host.ruleset.apply(Batch((DelTable(TableRef(Family.IPV6, TABLE)),)))
+        await endpoints(cluster, 1)
+        await cluster.until(lambda: acknowledged(cluster))
+        assert TableRef(Family.IPV6, TABLE) in kernel.host.ruleset.tables
+        assert "podwire_proxy_repairs_total 1" in await agent.metrics_text()
+        assert "rules were not as left" in caplog.text
 
 
 async def test_health_and_metrics_over_http(cluster: MemoryCluster) -> None:

@@ -1,17 +1,17 @@
 import ipaddress
 
 from podwire.model.flow import DST_NAT, Flow, FlowTuple
-from podwire.model.objects import Endpoint, EndpointConditions, EndpointSlice
+from podwire.model.objects import Endpoint, EndpointConditions, EndpointPort, EndpointSlice
 from podwire.model.servicetable import Frontend, FrontendKind, Pool, ServiceTable, backend
-from podwire.plan.staleflows import StaleFlows, serving_addresses
+from podwire.plan.staleflows import StaleFlows, serving_endpoints
 
 CLIENT = ipaddress.ip_address("10.244.1.9")
 DNS = ipaddress.ip_address("10.96.0.10")
 ONE, TWO = (ipaddress.ip_address(f"10.244.2.{n}") for n in (1, 2))
 
 
-def table(*endpoints: object, protocol: int = 17) -> ServiceTable:
-    pool = Pool(tuple(backend(ipaddress.ip_address(str(ip)).packed, 5353) for ip in endpoints))
+def table(*endpoints: object, protocol: int = 17, port: int = 5353) -> ServiceTable:
+    pool = Pool(tuple(backend(ipaddress.ip_address(str(ip)).packed, port) for ip in endpoints))
     return ServiceTable((Frontend(DNS.packed, protocol, 53, FrontendKind.CLUSTER_IP, pool),))
 
 
@@ -48,7 +48,9 @@ def test_connections_from_before_the_service_had_endpoints_go() -> None:
 def test_an_endpoint_that_terminates_but_serves_keeps_its_clients() -> None:
     ending = Endpoint(addresses=(str(ONE),), conditions=EndpointConditions(ready=False, serving=True, terminating=True))
     stale = StaleFlows()
-    stale.note(table(ONE, TWO), table(TWO), [EndpointSlice(endpoints=(ending,))])
+    stale.note(
+        table(ONE, TWO), table(TWO), [EndpointSlice(endpoints=(ending,), ports=(EndpointPort(port=5353, protocol="UDP"),))]
+    )
     assert not stale.matches(flow(ONE))
 
 
@@ -73,9 +75,31 @@ def test_serving_follows_ready_where_it_is_not_said() -> None:
     def endpoint(number: int, **conditions: bool) -> Endpoint:
         return Endpoint(addresses=(f"10.0.0.{number}",), conditions=EndpointConditions(**conditions))
 
-    part = EndpointSlice(endpoints=(endpoint(1), endpoint(2, ready=False), endpoint(3, ready=False, serving=True)))
-    odd = EndpointSlice(endpoints=(Endpoint(addresses=("example.com",)),))
-    assert serving_addresses([part, odd]) == {ipaddress.ip_address(f"10.0.0.{n}").packed for n in (1, 3)}
+    part = EndpointSlice(
+        endpoints=(endpoint(1), endpoint(2, ready=False), endpoint(3, ready=False, serving=True)),
+        ports=(EndpointPort(name="dns", port=53, protocol="UDP"), EndpointPort(name="dns-tcp", port=53)),
+    )
+    odd = EndpointSlice(endpoints=(Endpoint(addresses=("example.com",)),), ports=part.ports)
+    expected = frozenset(backend(ipaddress.ip_address(f"10.0.0.{n}").packed, 53) for n in (1, 3))
+    assert serving_endpoints([part, odd]) == {"dns": expected}
+
+
+def test_an_endpoint_whose_port_changed_is_another() -> None:
+    stale = StaleFlows()
+    stale.note(table(ONE, port=5353), table(ONE, port=9999))
+    assert stale.matches(flow(ONE))
+
+
+def test_what_was_served_before_and_is_no_more_keeps_none() -> None:
+    """Node ports and balancers' addresses of Services that went while nobody looked."""
+    stale = StaleFlows()
+    stale.note(ServiceTable(), table(ONE))
+    node = ipaddress.ip_address("198.18.0.11")
+    stale.note_all((), [(DNS.packed, 53), (node.packed, 30053)])
+    gone = FlowTuple(CLIENT, node, 17, 4000, 30053)
+    assert stale.matches(Flow(gone, FlowTuple(ONE, CLIENT, 17, 5353, 4000), status=DST_NAT))
+    assert not stale.matches(flow(ONE)), "what is planned is told by its endpoints"
+    assert not stale.matches(Flow(gone._replace(dport=30054), FlowTuple(ONE, CLIENT, 17, 5353, 4000), status=DST_NAT))
 
 
 def test_at_the_start_connections_to_services_that_are_gone_go() -> None:

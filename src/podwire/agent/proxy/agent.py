@@ -65,6 +65,7 @@ class ProxyEnvironment:
     clean_up: CleanUp | None = None
     service_cidrs: tuple[IPNetwork, ...] = ()
     cpus: int = 1
+    tolerated_seconds: float = TOLERATED_SECONDS
     clock: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
     rng: Random = field(default_factory=Random)
 
@@ -116,11 +117,14 @@ class ProxyAgent:
         return self._ports.ports
 
     def health(self) -> ProxyHealth:
-        metrics, now = self.metrics, self._env.clock()
-        updated = datetime.fromtimestamp(metrics.last_success, UTC) if metrics.last_success else None
-        since = metrics.failing_since
-        healthy = updated is not None and (since is None or now.timestamp() - since < TOLERATED_SECONDS)
+        success = self.metrics.last_success
+        updated = datetime.fromtimestamp(success, UTC) if success else None
+        pending = self._sync.pending_since
+        waited = asyncio.get_running_loop().time() - pending if pending is not None else 0.0
+        healthy = updated is not None and waited < self._env.tolerated_seconds
         why = "; ".join(f"{subject}: {reason}" for subject, reason in sorted(self._health.degraded.items()))
+        if updated is not None and not healthy and not why:
+            why = f"changes have waited for {waited:.0f} s"
         return ProxyHealth(healthy, self._eligible(), updated, why or ("" if updated else "nothing is programmed yet"))
 
     async def metrics_text(self) -> str:

@@ -38,7 +38,6 @@ class ProxyMetrics:
     tables: dict[ObjectKey, ServiceTable] = field(default_factory=dict)
     last_success: float = 0.0
     last_queued: float = 0.0
-    failing_since: float | None = None
     healthz: Counter[int] = field(default_factory=Counter)
     livez: Counter[int] = field(default_factory=Counter)
     _sync: Histogram = field(default_factory=lambda: Histogram(_SYNC_BOUNDS))
@@ -74,10 +73,7 @@ class ProxyMetrics:
         now = self.wall()
         if done.error:
             self._totals["failures"] += 1
-            if self.failing_since is None:
-                self.failing_since = now
             return
-        self.failing_since = None
         self.last_success = now
         self.last_queued = now - (self.loop_time() - done.queued)
         self._sync.observe(done.seconds)

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from podwire.agent.proxymodes.port import Connections, RuleCount
 from podwire.kernel.iptables import Flavour, IptablesClient, TooLarge, choose_programs
@@ -12,7 +12,7 @@ from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts, ServiceTable
-from podwire.plan.iptables import Chains, IptablesPlanner, Restore, parse_save, restore
+from podwire.plan.iptables import Chains, IptablesPlanner, Restore, parse_save, restore, served
 from podwire.plan.iptables_rules import MASQUERADE_BIT, NAT
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,12 @@ _PART_LINES = 300
 
 _LOOK_SECONDS = 0.5
 """How often legacy tables are asked for their size: the kernel does not tell when somebody changes them."""
+AUDIT_SECONDS = 15.0
+"""How often they are compared, for a rule may be replaced by one of the same size."""
+_AUDIT_SHARE = 30
+"""Where comparing takes long, so many times as long goes by before it is done again."""
+_UNKNOWN = b"?"
+"""A fingerprint that no tables have."""
 
 
 class IptablesRules:
@@ -38,6 +44,7 @@ class IptablesRules:
         self._planner = IptablesPlanner(facts, masquerade_bit=masquerade_bit)
         self._client: IptablesClient | None = None
         self._fingerprint = b""
+        self._compared_seconds = 0.0
         self._written: dict[tuple[Family, str], int] = {}
 
     @property
@@ -61,13 +68,25 @@ class IptablesRules:
         return await self._restore(self._planner.take())
 
     async def compare(self) -> int:
-        client = await self._opened()
+        client, loop = await self._opened(), asyncio.get_running_loop()
+        began = loop.time()
+        # From before reading: what is changed meanwhile is noticed.
+        self._fingerprint = await off_loop(client.fingerprint)
         observed = await off_loop(lambda: observe(client))
-        return await self._restore(self._planner.resync(observed))
+        commands = await self._restore(self._planner.resync(observed))
+        self._compared_seconds = loop.time() - began
+        return commands
+
+    async def served(self) -> Collection[bytes]:
+        client = await self._opened()
+        return served(await off_loop(lambda: observe(client)))
 
     async def changed(self) -> None:
-        client = await self._opened()
-        while client.flavour is Flavour.NFT or await off_loop(client.fingerprint) == self._fingerprint:  # noqa: ASYNC110
+        client, loop = await self._opened(), asyncio.get_running_loop()
+        if client.flavour is Flavour.NFT:
+            await loop.create_future()  # every change is announced
+        audit = loop.time() + max(AUDIT_SECONDS, _AUDIT_SHARE * self._compared_seconds)
+        while loop.time() < audit and await off_loop(client.fingerprint) == self._fingerprint:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def remove(self) -> None:
@@ -89,10 +108,13 @@ class IptablesRules:
         client = await self._opened()
         texts = [text for text in texts if text.family in client.families]
         self._written = {(text.family, part.table): part.rules for text in texts for part in text.tables}
-        try:
-            for text in texts:
-                await off_loop_to_the_end(lambda text=text: carry_out(client, text))  # type: ignore[misc]
-        finally:
+        if not texts:
+            return 0
+        touched = await off_loop(client.fingerprint) != self._fingerprint
+        self._fingerprint = _UNKNOWN
+        for text in texts:
+            await off_loop_to_the_end(lambda text=text: carry_out(client, text))  # type: ignore[misc]
+        if not touched:
             self._fingerprint = await off_loop(client.fingerprint)
         return sum(text.chains for text in texts)
 

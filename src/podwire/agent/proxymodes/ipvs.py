@@ -3,7 +3,7 @@
 import asyncio
 import ipaddress
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import TypeVar
@@ -102,6 +102,9 @@ class IpvsRules:
             here = {a.interface.ip.packed for a in network.addresses}
             drained = {k: s for k, s in state.servers.items() if k.address in here and not any(s.servers.values())}
             self._held |= drained
+
+    async def served(self) -> Collection[bytes]:
+        return (await self.connections(endpoints=False)).frontends.keys()
 
     async def changed(self) -> None:
         loop = asyncio.get_running_loop()

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from podwire.agent.proxymodes.port import Connections
 from podwire.kernel.port import Kernel, KernelError
@@ -53,9 +53,12 @@ class NftRules:
     async def compare(self) -> int:
         return await commit(self._kernel, self._planner.resync(await self._kernel.observe_nft(TABLE)))
 
-    async def holds(self, keys: Sequence[ObjectKey]) -> bool:
+    async def served(self) -> Collection[bytes]:
+        return (await self.connections(endpoints=False)).frontends.keys()
+
+    async def holds(self, keys: Sequence[ObjectKey]) -> bool | None:
         if len(keys) > _FEW:
-            return await self.compare() == 0
+            return None
         for key in keys:
             for question in questions(self._planner.frontends(key)):
                 if not question.holds(await self._kernel.lookup_nft(question.table, question.set, question.keys)):

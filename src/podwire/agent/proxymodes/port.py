@@ -1,6 +1,6 @@
 """What a back end for Services is to the agent: fed with objects, it plans; told to, it brings the kernel up to date."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -53,6 +53,11 @@ class ServiceRules(Protocol):
         """Bring the kernel from what it holds to what is planned. Returns how many commands that took: 0 is all well."""
         ...
 
+    async def served(self) -> Collection[bytes]:
+        """The keys (`services_maps.frontend_key`) of all frontends that the kernel serves by this back end, planned or not.
+        Raises KernelError."""
+        ...
+
     async def changed(self) -> None:
         """Returns when somebody else may have changed these rules, where the kernel does not announce it (`KernelEvent`)."""
         ...
@@ -70,8 +75,9 @@ class ServiceRules(Protocol):
 class ReadsBack(Protocol):
     """A back end that can look at single Services. Others have to be compared as a whole."""
 
-    async def holds(self, keys: Sequence[ObjectKey]) -> bool:
-        """Whether the kernel, read back, serves these Services as is planned. Raises KernelError."""
+    async def holds(self, keys: Sequence[ObjectKey]) -> bool | None:
+        """Whether the kernel, read back, serves these Services as is planned; None where comparing everything is cheaper than
+        to look at so many. Raises KernelError."""
         ...
 
 
