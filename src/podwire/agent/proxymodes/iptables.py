@@ -86,7 +86,7 @@ class IptablesRules:
         if client.flavour is Flavour.NFT:
             await loop.create_future()  # every change is announced
         audit = loop.time() + max(AUDIT_SECONDS, _AUDIT_SHARE * self._compared_seconds)
-        while loop.time() < audit and await off_loop(client.fingerprint) == self._fingerprint:
+        while loop.time() < audit and await off_loop(client.fingerprint) == self._fingerprint:  # noqa: ASYNC110
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def remove(self) -> None:
