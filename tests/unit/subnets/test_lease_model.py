@@ -3,7 +3,7 @@ when it is over everybody has one, knows the others', and nothing is left behind
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
 from itertools import combinations
@@ -58,10 +58,10 @@ steps = st.lists(
 class WatchedEtcd(FakeEtcd):
     """Sees to it that nobody of ours writes over, or deletes, what is another's, or holds what has run out.
 
-    machine_of: whose address that is. held: the keys that machines hold by their own clocks."""
+    machine_of: whose address that is. held: which machine holds a key by its own clock."""
 
     def __init__(
-        self, machine_of: Callable[[str], int | None], held: Callable[[], Collection[str]], lazy: Callable[[], float]
+        self, machine_of: Callable[[str], int | None], held: Callable[[], Mapping[str, int]], lazy: Callable[[], float]
     ) -> None:
         super().__init__(lazy=lazy)
         self._machine_of, self._held = machine_of, held
@@ -76,9 +76,10 @@ class WatchedEtcd(FakeEtcd):
             self._writer = None
 
     def revoke(self, lease: int) -> None:
-        ends = [key for key, kv in self.keys.items() if kv.lease == lease]
-        if too_long := [key for key in ends if key.rpartition("/")[2] in self._held()]:
-            self.robbed = f"{too_long} ran out, and is held still"
+        for key, kv in self.keys.items():
+            owner = self._machine_of(_address(kv.value)) if kv.lease == lease else None
+            if owner is not None and self._held().get(key.rpartition("/")[2]) == owner:
+                self.robbed = f"{key} ran out, and machine {owner} holds it still"
         super().revoke(lease)
 
     def _commit(self, events: list[EtcdEvent]) -> None:
@@ -238,9 +239,9 @@ class Model:
         for machine in self.machines:
             await machine.crash()
 
-    def held(self) -> set[str]:
-        running = (machine.manager for machine in self.machines if machine.held)
-        return {lease.node for manager in running if manager is not None and (lease := manager.own.held)}
+    def held(self) -> dict[str, int]:
+        running = ((machine.index, machine.manager.own.held) for machine in self.machines if machine.held and machine.manager)
+        return {lease.node: index for index, lease in running if lease is not None}
 
     def machine_of(self, address: str) -> int | None:
         """Whose address that is; None: a stranger's."""
