@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from ipaddress import ip_network
 from random import Random
 
 from podwire.agent.acknowledge import Acknowledger
@@ -20,12 +19,11 @@ from podwire.agent.healthchecks import HealthCheckPorts
 from podwire.agent.localnet import concerns_rules
 from podwire.agent.proxy.connections import endpoint_connections, localhost_connections, service_connections
 from podwire.agent.proxy.metrics import ProxyMetrics, rule_counts
+from podwire.agent.proxy.serviceranges import ServiceRanges
 from podwire.agent.proxy.status import ProxyHealth
 from podwire.agent.proxymodes.port import CountsRules, MakeRules, ServiceRules
 from podwire.agent.services import SERVICE_SELECTOR, SLICE_SELECTOR, CleanUp, ServiceSync
 from podwire.client.api import ApiClient
-from podwire.client.backoff import Backoff
-from podwire.client.errors import ApiError, Forbidden, NotFound
 from podwire.client.informer import Change, Informer
 from podwire.kernel.port import Kernel, KernelError
 from podwire.model.addr import IPNetwork
@@ -35,13 +33,12 @@ from podwire.model.objects import EndpointSlice, Node, Service
 from podwire.model.ops import SetSysctl
 from podwire.model.proxyconfig import ProxyConfig, conntrack_switches
 from podwire.model.proxymode import ProxyMode
-from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES, Resource
+from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.proxyfacts import proxy_facts
 
 log = logging.getLogger(__name__)
 
-SERVICECIDRS = Resource("networking.k8s.io", "v1", "servicecidrs", "ServiceCIDR", namespaced=False)
 TO_BE_DELETED = "ToBeDeletedByClusterAutoscaler"
 """A taint: the node is about to go, and balancers shall look elsewhere."""
 
@@ -93,6 +90,7 @@ class ProxyAgent:
         self._ports = HealthCheckPorts(self._sync, env.kernel, lambda: self.health().healthy)
         self._acknowledger = Acknowledger(client, env.node, self._sync, env.clock, rng)
         self._node_seen = asyncio.Event()
+        self._ranges = ServiceRanges(client, env.service_cidrs, rng, self._node_seen.set)
         config = env.config
         self._own_addresses = (
             bool(config.node_port_addresses)
@@ -162,15 +160,16 @@ class ProxyAgent:
             for informer in (self._nodes, self._services, self._slices):
                 group.create_task(informer.run())
             await self._set_switches()
-            service_cidrs = await self._service_cidrs()
-            facts = await self._facts(service_cidrs)
+            group.create_task(self._ranges.run())
+            await self._ranges.known()
+            facts = await self._facts()
             group.create_task(self._listen())
             group.create_task(self._ports.run())
             group.create_task(self._acknowledger.run())
             await self._services.synced()
             await self._slices.synced()
             group.create_task(self._sync.run(facts))
-            await self._follow_node(facts, service_cidrs)
+            await self._follow_node(facts)
 
     async def _set_switches(self) -> None:
         """The connection tracker's, as configured. Those that may not be written here are left as they are."""
@@ -179,23 +178,7 @@ class ProxyAgent:
         for failure in applied.failures:
             log.info("left as it is: %s", failure.message)
 
-    async def _service_cidrs(self) -> tuple[IPNetwork, ...]:
-        """The cluster's ServiceCIDRs, where the API server tells (Kubernetes 1.33)."""
-        backoff = Backoff(self._env.rng, initial=0.2, maximum=10.0)
-        while True:
-            try:
-                found = await self._env.client.list(SERVICECIDRS)
-            except (NotFound, Forbidden) as error:
-                log.info("unused addresses of the Service range are not refused, for the range is not known (%s)", error)
-                return self._env.service_cidrs
-            except ApiError as error:
-                log.warning("ServiceCIDRs: %s", error)
-                await asyncio.sleep(backoff.next())
-                continue
-            texts = [text for item in found.items for text in item.get("spec", {}).get("cidrs") or ()]
-            return tuple(ip_network(text) for text in sorted(set(texts))) or self._env.service_cidrs
-
-    async def _facts(self, service_cidrs: tuple[IPNetwork, ...]) -> NodeFacts:
+    async def _facts(self) -> NodeFacts:
         """Waits for the Node. Raises InvalidInput."""
         await self._nodes.synced()
         while True:
@@ -208,19 +191,19 @@ class ProxyAgent:
             self._node_seen.clear()
             await self._node_seen.wait()
         self._health.works("node")
-        facts = proxy_facts(self._env.config, node, await self._env.kernel.observe(), service_cidrs)
+        facts = proxy_facts(self._env.config, node, await self._env.kernel.observe(), self._ranges.networks)
         if not facts.local_sources:
             log.warning("pods of this node are not known by their addresses: every client of a ClusterIP is masqueraded")
         return facts
 
-    async def _follow_node(self, facts: NodeFacts, service_cidrs: tuple[IPNetwork, ...]) -> None:
-        """Zone, addresses and pod CIDRs may change."""
+    async def _follow_node(self, facts: NodeFacts) -> None:
+        """Zone, addresses and pod CIDRs may change, and where ClusterIPs come from."""
         while True:
             await self._node_seen.wait()
             await asyncio.sleep(SETTLE_SECONDS)
             self._node_seen.clear()
             try:
-                new = await self._facts(service_cidrs)
+                new = await self._facts()
             except (InvalidInput, KernelError) as error:
                 log.warning("node %s changed, and its rules cannot follow: %s", self._env.node, error)
                 self._health.failed("node", error)
