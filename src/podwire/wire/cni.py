@@ -19,6 +19,7 @@ from podwire.model.cni import (
     INVALID_ENVIRONMENT,
     LABELS,
     UNDECODABLE,
+    UNSUPPORTED_FIELD,
     AttachmentKey,
     Bandwidth,
     CniError,
@@ -106,6 +107,8 @@ def parse_request(environment: Mapping[str, str], config: bytes) -> CniRequest:
     if command == "VERSION":
         return CniRequest(command=command, version=version if version in CNI_VERSIONS else CNI_VERSIONS[-1], network="")
     _check_version(command, version)
+    if command in ("ADD", "CHECK") and document.get("prevResult") is None:
+        _refuse_unsupported(document)
     return CniRequest(
         command=command,
         version=version,
@@ -140,6 +143,27 @@ def _check_version(command: str, version: Any) -> None:
     since = _SINCE.get(command)
     if since and CNI_VERSIONS.index(version) < CNI_VERSIONS.index(since):
         raise CniError(INCOMPATIBLE_VERSION, f"config version {version} does not allow {command}", f"it takes {since} or later")
+
+
+_UNSUPPORTED = (
+    ("vlan",),
+    ("vlanTrunk",),
+    ("ipam", "type"),
+    ("ipam", "subnet"),
+    ("ipam", "ranges"),
+    ("runtimeConfig", "ipRanges"),
+)
+"""What another plugin would heed and this one, where it makes the interface, cannot: addresses are the node's own."""
+
+
+def _refuse_unsupported(document: Json) -> None:
+    for path in _UNSUPPORTED:
+        value: Any = document
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        if value:
+            said = f"{'.'.join(path)}: {json.dumps(value)}"
+            raise CniError(UNSUPPORTED_FIELD, f"unsupported field in the network configuration: {said}")
 
 
 def _network_name(document: Json) -> str:
