@@ -70,6 +70,7 @@ async def make_node(
         reservations=reservations,
         set_host_ports=host_ports.__setitem__,
         host_ports_programmed=programmed,
+        services_known=lambda: True,
         spool=Spool(directory / "cni.sock.spool"),
         health=health,
         clock=lambda: datetime.now(UTC),

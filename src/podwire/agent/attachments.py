@@ -63,7 +63,9 @@ log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 30.0
 HOST_PORT_SECONDS = 15.0
-"""How long ADD waits for host ports; DEL waits less, for its own good only."""
+"""How long ADD waits for host ports."""
+CLOSING_SECONDS = 2.0
+"""How long DEL does, before it leaves the rest for later."""
 RETRY_SECONDS = 5.0
 
 Listener = Callable[[AttachmentRecord, tuple[IPAddress, ...] | None], None]
@@ -72,14 +74,16 @@ Listener = Callable[[AttachmentRecord, tuple[IPAddress, ...] | None], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachmentEnvironment:
-    """What attachments share with the rest of the node; as in `podworker.PodEnvironment`. `boot` is this boot's id; `nsfs`
-    a path on the file system of namespaces."""
+    """What attachments share with the rest of the node; as in `podworker.PodEnvironment`. `services_known`: whether the rules
+    for Services and host ports have been programmed once, so that a change of them is a matter of milliseconds. `boot` is
+    this boot's id; `nsfs` a path on the file system of namespaces."""
 
     kernel: Kernel
     plumbing: Plumbing
     reservations: Reservations
     set_host_ports: Callable[[str, Pod | None], None]
     host_ports_programmed: Callable[[], Awaitable[None]]
+    services_known: Callable[[], bool]
     spool: Spool
     health: Health
     clock: Callable[[], datetime]
@@ -280,7 +284,7 @@ class Attachments:
         record = self._records.get(key.uid)
         if record is not None:
             await self._remove(record, netns)
-        elif key.uid in self._unreleased and not self._provisional:
+        elif key.uid in self._unreleased and await self._ports_closed():
             await self._release(key)
         if key.uid not in self._unreleased:
             self._env.spool.forget(key)
@@ -399,12 +403,23 @@ class Attachments:
             what = f"the interface of container {record.container} cannot be removed"
             raise CniError(KERNEL_REFUSED, what, str(error)) from error
         self._records.pop(uid, None)
-        if record.ports and self._provisional:
-            self._keep(record.key)  # the host's rules still lead to the addresses
+        if record.ports and not await self._ports_closed():
+            self._keep(record.key)
         else:
             await self._release(record.key)
         for listener in self._listeners:
             listener(record, None)
+
+    async def _ports_closed(self) -> bool:
+        """Whether no rule of the host leads any more to addresses that are to be free."""
+        if not self._env.services_known():
+            return False
+        try:
+            async with asyncio.timeout(CLOSING_SECONDS):
+                await self._env.host_ports_programmed()
+        except TimeoutError:
+            return False
+        return True
 
     async def _release(self, key: AttachmentKey) -> None:
         """Free the addresses. What the disk does not take now is tried again: it is no reason for an engine to keep asking."""

@@ -244,6 +244,7 @@ class NodeAgent:
                 reservations=env.reservations,
                 set_host_ports=sync.set_host_ports,
                 host_ports_programmed=sync.host_ports_programmed,
+                services_known=lambda: sync.mode is not None,
                 spool=Spool(socket.with_name(socket.name + ".spool")),
                 health=self._health,
                 clock=self._clock,

@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,25 @@ async def test_host_ports_are_those_of_a_pod(engine: Engine) -> None:
     assert caught.value.code == INVALID_CONFIG
     engine.end("c1")
     await engine.add("c2", runtimeConfig=WEB)
+
+
+async def test_no_rule_leads_to_an_address_that_is_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    await engine.add("c1", runtimeConfig=WEB)
+    await engine.add("c2")
+    attachments = engine.node.attachments
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as rules:
+        rules.setattr("podwire.agent.attachments.CLOSING_SECONDS", 0.05)
+        rules.setattr(attachments, "_env", replace(attachments._env, host_ports_programmed=never))
+        await engine.delete("c1")
+        await engine.delete("c2")
+        assert not engine.veths()
+        assert len(engine.held) == 2, "those of c1, to whose port the host's rules may still lead"
+    await attachments.sweep()
+    assert not engine.held
 
 
 async def test_chained_only_the_ports_are_ours(engine: Engine) -> None:
