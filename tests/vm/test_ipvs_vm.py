@@ -1,4 +1,5 @@
-"""IPVS, in the virtual machine whose kernel has it: every case of Services with real packets, draining, change of mode."""
+"""IPVS, in the virtual machine whose kernel has it: every case of Services with real packets, what is promised to random
+clusters' clients, draining, change of mode."""
 
 import sys
 from pathlib import Path
@@ -17,4 +18,4 @@ def test_ipvs_gives_the_verdicts_of_the_other_modes() -> None:
     printed = run_in_vm(
         "env", "PYTHONDONTWRITEBYTECODE=1", "bash", "-c", f"modprobe -a {_MODULES}; exec {run}", seconds=500
     )  # fmt: skip
-    assert "3 passed" in printed
+    assert "6 passed" in printed
