@@ -13,16 +13,15 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-import yaml
 from aiohttp import web
 from hostrig import Host, machines, until
+from rbacrig import Right, right_for, rights_of
 from sandboxrig import Container, cni_ready, end_listener
 
 from podwire.apiserver.app import create_app
 from podwire.apiserver.auth import ADMIN, User
 from podwire.apiserver.config import ServerConfig
 from podwire.apiserver.pki import Authority, kubeconfig
-from podwire.apiserver.request import parse_path
 from podwire.apiserver.server import ApiServer, Listener
 from podwire.client.api import ApiClient
 from podwire.controllers.config import ControllersConfig, default_cluster_cidr
@@ -40,28 +39,20 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
-MANIFESTS = Path(__file__).parents[2] / "deploy/kubernetes"
 ADDRESS = "198.18.7.254"
-Request = tuple[str, str, str]
-"""(verb, API group, resource[/subresource]) as RBAC has them."""
 
 
 class Site:
     def __init__(self, hosts: list[Host], client: ApiClient, config: Path) -> None:
         self.hosts, self.client, self.config = hosts, client, config
-        self.requests: set[Request] = set()
+        self.requests: set[Right] = set()
         self.third = hosts[0]
 
     def note(self, request: web.Request) -> None:
-        if not request.headers.get("User-Agent", "").startswith("podwire/host-"):
-            return
-        target = parse_path(request.path)
-        assert target is not None, request.path
-        verb = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}.get(request.method, "get")
-        if verb == "get" and not target.name:
-            verb = "watch" if request.query.get("watch") == "true" else "list"
-        plural = target.kind.resource.plural + (f"/{target.subresource}" if target.subresource else "")
-        self.requests.add((verb, target.kind.resource.group, plural))
+        if request.headers.get("User-Agent", "").startswith("podwire/host-"):
+            right = right_for(request)
+            assert right is not None, request.path
+            self.requests.add(right)
 
     async def start(self, host: Host, *arguments: str) -> None:
         await host.start(
@@ -188,9 +179,7 @@ async def _node_again(site: Site, host: Host) -> None:
 
 
 async def test_the_agent_asked_for_nothing_that_its_manifest_does_not_allow(site: Site) -> None:
-    documents = yaml.safe_load_all((MANIFESTS / "agent/account.yaml").read_text())
-    rules = [rule for d in documents if d["kind"] in ("ClusterRole", "Role") for rule in d["rules"]]
-    allowed = {(v, g, r) for rule in rules for v in rule["verbs"] for g in rule["apiGroups"] for r in rule["resources"]}
+    allowed = rights_of("agent/account.yaml")
     allowed.add(("patch", "", "nodes"))  # components/startup-taint, for the taint of these nodes
     assert site.requests <= allowed
     assert allowed - site.requests <= {("create", "", "events"), ("patch", "", "events"), ("watch", "", "nodes")}

@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 from faultyserver import EXPIRED, Faults, Refusal, events
 from labcommand import PODWIRE
+from rbacrig import rights_of
 from servicerig import FACTS, ServiceRig, service_rig
 
 from podwire.apiserver.app import create_app
@@ -192,3 +193,11 @@ async def test_a_token_that_is_good_no_more_and_then_replaced(site: Site) -> Non
     fresh.rename(site.token)
     await site.leads(web, "p3")
     site.faults.token = ""
+
+
+async def test_it_asked_for_nothing_that_its_manifest_does_not_allow(site: Site) -> None:
+    allowed = rights_of("proxy/account.yaml")
+    assert site.faults.rights <= allowed
+    assert {(verb, plural) for verb, _, plural in allowed - site.faults.rights} <= {
+        ("get", "nodes"), ("get", "configmaps"), ("create", "events"), ("patch", "events"), ("watch", "servicecidrs"),
+    }  # fmt: skip

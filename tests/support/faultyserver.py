@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from aiohttp import web
+from rbacrig import Right, right_for
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 EXPIRED = {"kind": "Status", "status": "Failure", "reason": "Expired", "code": 410, "message": "too old resource version"}
@@ -24,12 +25,12 @@ class Refusal:
 class Faults:
     """A middleware for `create_app`. Concerned are requests whose User-Agent begins with `user_agent`.
 
-    token: the only good one, where it is set. requests: how many there were, by (get|watch, plural) and by 401."""
+    token: the only good one, where it is set. rights: what was asked for. unauthorized: how often the token was not good."""
 
     def __init__(self, user_agent: str) -> None:
         self.token = ""
         self.away = False
-        self.requests: dict[tuple[str, str], int] = defaultdict(int)
+        self.rights: set[Right] = set()
         self.unauthorized = 0
         self._user_agent = user_agent
         self._instead: dict[tuple[str, str], deque[Refusal]] = defaultdict(deque)
@@ -62,9 +63,8 @@ class Faults:
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if not request.headers.get("User-Agent", "").startswith(self._user_agent):
             return await handler(request)
-        verb = "watch" if request.query.get("watch") else "list"
-        plural = request.path.rpartition("/")[2]
-        self.requests[verb, plural] += 1
+        verb, _, plural = right = right_for(request) or ("get", "", request.path)
+        self.rights.add(right)
         self._changed.set()
         if self.away:
             return web.Response(status=503)
@@ -73,7 +73,7 @@ class Faults:
             return web.Response(status=401, text="Unauthorized")
         if self._instead[verb, plural]:
             return _refuse(self._instead[verb, plural].popleft())
-        if verb == "list":
+        if verb != "watch":
             return await handler(request)
         self._open[id(request)] = request
         try:
