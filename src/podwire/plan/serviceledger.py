@@ -111,6 +111,10 @@ class ServiceLedger(Generic[S]):
         else:
             self._tables.pop(owner, None)
         self._count(old, new)
+        if not old.frontends:
+            for frontend in new.frontends:
+                self._claim(frontend_key(frontend), owner, frontend)
+            return
         before = {frontend_key(f): f for f in old.frontends}
         after = {frontend_key(f): f for f in new.frontends}
         for key in before:

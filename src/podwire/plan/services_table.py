@@ -1,10 +1,11 @@
 """Service + EndpointSlices (or a Pod's host ports) → `ServiceTable`: kube-proxy's semantics by name (compat.md D5)."""
 
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
-from podwire.model.objects import Endpoint, EndpointSlice, Pod, Service, ServicePort, ServiceSpec
+from podwire.model.objects import EndpointHints, EndpointSlice, Pod, Service, ServicePort, ServiceSpec
 from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFacts, Pool, ServiceTable, backend
 
 PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
@@ -13,10 +14,18 @@ _PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 _HEADLESS_LABEL = "service.kubernetes.io/headless"
 
 _NOTHING = ServiceTable()
+_NOBODY: frozenset[bytes] = frozenset()
 _ADDRESS_BYTES = {"IPv4": 4, "IPv6": 16}
 LOOPBACK = bytes((127, 0, 0, 1))
 """A frontend on it serves the node's own processes, whose source (127.0.0.1 too) must not leave the node."""
-_OCTETS = {str(n): n for n in range(256)}
+_OCTETS = {str(n): bytes((n,)) for n in range(256)}
+
+
+@lru_cache(maxsize=1 << 14)
+def _pack_network(text: str) -> bytes:
+    """The first three numbers of an IPv4 address."""
+    a, b, c = text.split(".")
+    return _OCTETS[a] + _OCTETS[b] + _OCTETS[c]
 
 
 def pack_address(text: str) -> bytes | None:
@@ -25,10 +34,16 @@ def pack_address(text: str) -> bytes | None:
     try:
         if ":" in text:
             return ipaddress.IPv6Address(text).packed
-        a, b, c, d = text.split(".")
-        return bytes((_OCTETS[a], _OCTETS[b], _OCTETS[c], _OCTETS[d]))
+        network, _, last = text.rpartition(".")
+        return _pack_network(network) + _OCTETS[last]
     except (KeyError, ValueError):
         return None
+
+
+@lru_cache(maxsize=1 << 12)
+def _pack_port(port: int) -> bytes:
+    """What a backend's bytes end with."""
+    return backend(b"", port)
 
 
 def ignored(service: Service) -> bool:
@@ -40,61 +55,61 @@ def ignored(service: Service) -> bool:
 # --- endpoints ----------------------------------------------------------------------------------------------------
 
 
-_Candidate = tuple[bytes, Endpoint]
-"""An endpoint and its packed address."""
-
-
 class _Source(NamedTuple):
-    """One slice: its endpoints that are ready, and those that are not but still serve while they terminate."""
+    """One slice: the addresses of its endpoints that are ready, and of those that are not but still serve while they terminate;
+    which of both are `here`, on this node; and the hints of the ready ones that have any."""
 
     piece: EndpointSlice
     length: int
-    ready: list[_Candidate]
-    leaving: list[_Candidate]
+    ready: list[bytes]
+    leaving: list[bytes]
+    ready_here: list[bytes]
+    leaving_here: list[bytes]
+    hints: list[EndpointHints]
 
 
-def _sources(slices: Sequence[EndpointSlice]) -> Iterator[_Source]:
+def _sources(slices: Sequence[EndpointSlice], here: str) -> Iterator[_Source]:
+    # A node plans for all endpoints of the cluster: this and `_pools` are most of the time that it takes.
+    pack = pack_address
     for piece in slices:
         length = _ADDRESS_BYTES.get(piece.address_type, 0)
         if not length or _HEADLESS_LABEL in piece.metadata.labels:
             continue
-        source = _Source(piece, length, [], [])
+        source = _Source(piece, length, [], [], [], [], [])
         for endpoint in piece.endpoints:
-            if not endpoint.addresses or not (address := pack_address(endpoint.addresses[0])) or len(address) != length:
+            addresses = endpoint.addresses
+            if not addresses or not (address := pack(addresses[0])) or len(address) != length:
                 continue
             conditions = endpoint.conditions
             if conditions.ready is not False:
-                source.ready.append((address, endpoint))
+                source.ready.append(address)
+                if endpoint.node_name == here:
+                    source.ready_here.append(address)
+                if endpoint.hints is not None:
+                    source.hints.append(endpoint.hints)
             elif conditions.serving and conditions.terminating:
-                source.leaving.append((address, endpoint))
+                source.leaving.append(address)
+                if endpoint.node_name == here:
+                    source.leaving_here.append(address)
         yield source
 
 
-_Found = tuple[Backend, Endpoint]
-
-
-def _choose(ready: list[_Found], leaving: list[_Found]) -> list[_Found]:
-    """The ready ones; if there are none, those that still serve while they terminate."""
-    return ready or leaving
-
-
-def _by_topology(ready: list[_Found], facts: NodeFacts) -> list[_Found]:
+def _by_topology(ready: list[Backend], hints: list[EndpointHints], facts: NodeFacts) -> list[Backend]:
     """PreferSameNode, else PreferSameZone, else all. Only ever for the whole list: every ready endpoint must have a hint."""
-    hints = [endpoint.hints for _, endpoint in ready]
-    if not all(hints):
+    if len(hints) < len(ready):
         return ready
     for value, names in (
-        (facts.name, [[n.name for n in h.for_nodes] for h in hints if h]),
-        (facts.zone, [[z.name for z in h.for_zones] for h in hints if h]),
+        (facts.name, [[n.name for n in h.for_nodes] for h in hints]),
+        (facts.zone, [[z.name for z in h.for_zones] for h in hints]),
     ):
         if value and all(names) and any(value in n for n in names):
-            return [f for f, n in zip(ready, names, strict=True) if value in n]
+            return [b for b, n in zip(ready, names, strict=True) if value in n]
     return ready
 
 
-def _pool(found: list[_Found], *, drop: bool = False) -> Pool:
+def _pool(backends: Iterable[Backend], *, drop: bool = False) -> Pool:
     # Sorted: the order must not depend on the order of slices. A set: slices may overlap while they are reshuffled.
-    return Pool(tuple(sorted({b for b, _ in found})), drop=drop)
+    return Pool(tuple(sorted(set(backends))), drop=drop)
 
 
 class _Pools(NamedTuple):
@@ -105,20 +120,23 @@ class _Pools(NamedTuple):
 
 
 def _pools(port: ServicePort, sources: list[_Source], facts: NodeFacts, needs_local: bool) -> _Pools:
-    ready: list[_Found] = []
-    leaving: list[_Found] = []
-    for source in sources:
-        for target in source.piece.ports:
-            if target.name == port.name and target.protocol == port.protocol and target.port:
-                tail = backend(b"", target.port)
-                ready += [(address + tail, endpoint) for address, endpoint in source.ready]
-                leaving += [(address + tail, endpoint) for address, endpoint in source.leaving]
-    chosen = _by_topology(ready, facts) if ready else leaving
+    offers = [
+        (source, _pack_port(target.port))
+        for source in sources
+        for target in source.piece.ports
+        if target.name == port.name and target.protocol == port.protocol and target.port
+    ]
+    chosen = [address + tail for source, tail in offers for address in source.ready]
+    if chosen:
+        chosen = _by_topology(chosen, [hint for source, _ in offers for hint in source.hints], facts)
+    else:
+        chosen = [address + tail for source, tail in offers for address in source.leaving]
     cluster = _pool(chosen)
     if not needs_local:
         return _Pools(cluster, cluster)
-    here = facts.name
-    local = _choose([f for f in ready if f[1].node_name == here], [f for f in leaving if f[1].node_name == here])
+    local = [address + tail for source, tail in offers for address in source.ready_here]
+    if not local:
+        local = [address + tail for source, tail in offers for address in source.leaving_here]
     return _Pools(cluster, _pool(local, drop=bool(chosen)))
 
 
@@ -140,7 +158,7 @@ def service_table(service: Service | None, slices: Sequence[EndpointSlice], fact
     spec = service.spec
     inside_local = spec.internal_traffic_policy == "Local"
     outside_local = spec.external_traffic_policy == "Local" and _reached_from_outside(service)
-    sources = list(_sources(slices))
+    sources = list(_sources(slices, facts.name))
     frontends: dict[tuple[bytes, int, int], Frontend] = {}
     cluster_ips: list[bytes] = []
     for length in _address_lengths(service):
@@ -152,14 +170,14 @@ def service_table(service: Service | None, slices: Sequence[EndpointSlice], fact
             inside = pools.local if inside_local else pools.cluster
             for frontend in _frontends(service, port, places, inside, pools, outside_local):
                 frontends.setdefault((frontend.address, frontend.protocol, frontend.port), frontend)
-    here = facts.name
-    local = [a for s in sources for found in (s.ready, s.leaving) for a, endpoint in found if endpoint.node_name == here]
+    ready = {address for source in sources for address in source.ready_here}
+    leaving = [address for source in sources for address in source.leaving_here]
     return ServiceTable(
         tuple(frontends.values()),
-        frozenset(local),
+        frozenset(ready.union(leaving)) if ready or leaving else _NOBODY,
         frozenset(cluster_ips),
         health_check_port=spec.health_check_node_port if outside_local and spec.type == "LoadBalancer" else 0,
-        local_ready=len({a for s in sources for a, endpoint in s.ready if endpoint.node_name == here}),
+        local_ready=len(ready),
     )
 
 
