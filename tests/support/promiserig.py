@@ -40,8 +40,10 @@ def some_clusters(family: Family, count: int, *, real: bool) -> list[Cluster]:
 
 
 async def prepare(rig: ServiceRig) -> None:
-    """Nothing that the kernel limits or refuses by itself."""
+    """Nothing that the kernel limits or refuses by itself; a server on the node, too, as a pod with hostNetwork would be."""
     await rig.kernel.apply(tuple(SetSysctl(name, value, HOST) for name, value in _SWITCHES.items()))
+    await rig.serve("node", Family.IPV4, 8080, ADDRESSES["node"])
+    await rig.serve("node", Family.IPV6, 8080, to_ipv6(ADDRESSES["node"]))
 
 
 async def become_of(
@@ -58,8 +60,9 @@ async def become_of(
     return Outcome.SERVED, who, seen
 
 
-ADDRESSES = {"p2": "10.244.1.2", "p3": "10.244.1.3", "p4": "10.244.1.4", "far": "10.244.2.2"}
-ADDRESSES_V6 = {"p2": "fd00:10:244:1::2", "p3": "fd00:10:244:1::3", "p4": "fd00:10:244:1::4", "far": "fd00:10:244:2::2"}
+ADDRESSES = {"p2": "10.244.1.2", "p3": "10.244.1.3", "p4": "10.244.1.4", "far": "10.244.2.2", "node": "198.18.0.11"}
+_TIMES = 3
+"""How often a client comes back where it shall stay with its endpoint."""
 
 
 async def kept(rig: ServiceRig, cluster: Cluster, where: str, connection: Connection) -> str:
@@ -74,12 +77,17 @@ async def kept(rig: ServiceRig, cluster: Cluster, where: str, connection: Connec
     if got is not promised.outcome and not (alike and got is Outcome.REFUSED):
         return label  # a process of the node is told of either (EPERM) when it sends a datagram
     if got is Outcome.SERVED:
-        address = ipaddress.ip_address((ADDRESSES if connection.dst.version == 4 else ADDRESSES_V6)[who])
+        address = ipaddress.ip_address(ADDRESSES[who] if connection.dst.version == 4 else to_ipv6(ADDRESSES[who]))
         if (address, 8080) not in promised.targets:
             return label
         masqueraded = ipaddress.ip_address(seen) != connection.src
-        if masqueraded is not ((address, 8080) in promised.masqueraded):
+        # The node's own address looks the same to itself.
+        if masqueraded is not ((address, 8080) in promised.masqueraded) and (where, who) != ("node", "node"):
             return label
+        for _ in range(_TIMES if promised.sticky and len(promised.targets) > 1 else 0):
+            _, again, _ = await become_of(rig, where, connection, 10 * rig.patience_s)
+            if again != who:
+                return f"{label}\n  and then {again}, not {who} again"
     return ""
 
 

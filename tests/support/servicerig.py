@@ -115,9 +115,10 @@ class ServiceRig:
             assert applied.ok, applied.failures
         assert await self.kernel.observe_nft(TABLE) == self.planner.desired()
 
-    async def serve(self, where: str, family: Family, port: int) -> None:
-        """TCP and UDP servers in `where` that answer with its name and the client's address as they see it."""
-        any_host = "0.0.0.0" if family is Family.IPV4 else "::"
+    async def serve(self, where: str, family: Family, port: int, host: str = "") -> None:
+        """TCP and UDP servers in `where` that answer with its name and the client's address as they see it. `host`: the address
+        to answer at, where there are several that datagrams might be answered from."""
+        any_host = host or ("0.0.0.0" if family is Family.IPV4 else "::")
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             while await reader.readline():

@@ -10,9 +10,9 @@ Named in order of a packet's way:
     inside     ─► in `services`? pick ─► refuse, drop
     pick       ─► where this client went before ; `pools` says N? one of N `endpoints` ; refuse
     postrouting ─► rewritten? remember (affinity), rewritten (masquerade) ; leaving-pods (masquerade out of the cluster)
+    input      ─► rewritten? remember (affinity)
 """
 
-import enum
 import ipaddress
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -42,7 +42,15 @@ from podwire.model.nftexpr import (
 )
 from podwire.model.servicetable import NodeFacts, Pool
 from podwire.plan import masquerade
-from podwire.plan.nftexprs import Expressions, Fields, destination_rewritten, from_this_machine, is_protocol, networks_of
+from podwire.plan.nftexprs import (
+    Expressions,
+    Fields,
+    destination_rewritten,
+    from_interface,
+    from_this_machine,
+    is_protocol,
+    networks_of,
+)
 
 TABLE = "podwire"
 """The name of our tables, one in family `ip` and one in `ip6`."""
@@ -55,23 +63,23 @@ _AFFINITY_SIZE = 1 << 20
 _AFFINITY_DEFAULT_S = 10800
 """Kubernetes' default; every element says its own."""
 
+_LOCAL_CLIENTS, _LOCAL_CLIENT_S = 1 << 16, 2
+"""Addresses that a pod of this node used: noted where its packet comes in, asked for where the same packet goes out."""
+
 _LOOPBACK_NETWORK = ipaddress.ip_network("127.0.0.0/8")
 _DSTNAT, _SRCNAT = -100, 100
 _TCP = 6
 
 
-class Numbered(enum.StrEnum):
-    """Chains that have rules for each number in use: sizes of pools, seconds. `.value` is the name."""
-
-    PICK = "pick"
-    PICK_LOCAL = "pick-local"
-    REMEMBER = "remember"
+PICK, PICK_LOCAL, REMEMBER = "pick", "pick-local", "remember"
+NUMBERED = (PICK, PICK_LOCAL, REMEMBER)
+"""Chains that have rules for each number in use: sizes of pools, seconds."""
 
 
 class Number(NamedTuple):
-    """One of them, and where it has its rules."""
+    """One of them, and the chain that has rules for it."""
 
-    chain: Numbered
+    chain: str
     value: int
 
 
@@ -131,13 +139,15 @@ class Sets:
     keep_source: NftSet
     hairpin: NftSet
     cluster_ips: NftSet
+    local_clients: NftSet
     restricted: NftSet
     source_ranges: NftSet
 
     def all(self) -> tuple[NftSet, ...]:
         return (
             self.endpoints, self.local_endpoints, self.pools, self.local_pools, self.affinity, self.sticky, self.masquerade,
-            self.keep_source, self.hairpin, self.cluster_ips, self.source_ranges, self.restricted, self.services, self.outside,
+            self.keep_source, self.hairpin, self.cluster_ips, self.local_clients, self.source_ranges, self.restricted,
+            self.services, self.outside,
         )  # fmt: skip
 
 
@@ -160,6 +170,7 @@ def sets_of(family: Family) -> Sets:
         keep_source=NftSet("keep-source", frontend),
         hairpin=NftSet("hairpin", (ip, ip)),
         cluster_ips=NftSet("cluster-ips", (ip,)),
+        local_clients=NftSet("local-clients", (ip,), timeout_s=_LOCAL_CLIENT_S, size=_LOCAL_CLIENTS),
         restricted=NftSet("restricted", frontend),
         source_ranges=NftSet("source-ranges", (*frontend, ip), interval=True),
     )
@@ -172,12 +183,13 @@ def table_ref(family: Family) -> TableRef:
 _BASES = {
     "prerouting": BaseHook("nat", Hook.PREROUTING, _DSTNAT),
     "output": BaseHook("nat", Hook.OUTPUT, _DSTNAT),
+    "input": BaseHook("nat", Hook.INPUT, _SRCNAT),
     "postrouting": BaseHook("nat", Hook.POSTROUTING, _SRCNAT),
 }
 
 
 def fixed_chains() -> tuple[Chain, ...]:
-    regular = (REFUSE, NO_LOCAL, *(n.value for n in Numbered), _INSIDE, _REWRITTEN, masquerade.CHAIN)
+    regular = (REFUSE, NO_LOCAL, *NUMBERED, _INSIDE, _REWRITTEN, masquerade.CHAIN)
     return (*(Chain(name) for name in regular), *(Chain(name, base) for name, base in _BASES.items()))
 
 
@@ -191,6 +203,8 @@ def fixed_rules(family: Family, facts: NodeFacts) -> dict[str, tuple[Rule, ...]]
         masquerade.CHAIN: masquerade.chain_rules(family, facts),
         "prerouting": _prerouting(family, facts),
         "output": (_source_ranges(family), Rule((Immediate(goto(_INSIDE)),))),
+        # What goes to an endpoint on the node itself never gets to postrouting.
+        "input": (Rule((*destination_rewritten(), Immediate(jump(REMEMBER)))),),
         "postrouting": (
             Rule((*destination_rewritten(), Immediate(jump(_REWRITTEN)))),
             *masquerade.entry_rules(family, facts),
@@ -231,18 +245,26 @@ def _prerouting(family: Family, facts: NodeFacts) -> tuple[Rule, ...]:
             Rule((*f.from_network(cidr), Immediate(goto(_INSIDE))), "from a pod of this node")
             for cidr in networks_of(family, facts.local_pods)
         ),
+        *(_from_interface(family, name) for name in facts.local_interfaces),
         Rule(
-            (*f.frontend(), Lookup(sets.outside.name, 0), Immediate(goto(Numbered.PICK_LOCAL.value))),
+            (*f.frontend(), Lookup(sets.outside.name, 0), Immediate(goto(PICK_LOCAL))),
             "externalTrafficPolicy: Local",
         ),
         Rule((Immediate(goto(_INSIDE)),)),
     )
 
 
+def _from_interface(family: Family, name: str) -> Rule:
+    """Where the packet leaves, the device it came by is not known any more if it was bridged."""
+    f, sets = Fields(family), sets_of(family)
+    note = Dynset(DynsetOp.UPDATE, sets.local_clients.name, 0, timeout_s=_LOCAL_CLIENT_S)
+    return Rule((*from_interface(name), f.saddr(0), note, Immediate(goto(_INSIDE))), "from a pod of this node")
+
+
 def _inside(family: Family, facts: NodeFacts) -> tuple[Rule, ...]:
     f, sets = Fields(family), sets_of(family)
     return (
-        Rule((*f.frontend(), Lookup(sets.services.name, 0), Immediate(goto(Numbered.PICK.value))), "to a Service"),
+        Rule((*f.frontend(), Lookup(sets.services.name, 0), Immediate(goto(PICK))), "to a Service"),
         Rule((f.daddr(0), Lookup(sets.cluster_ips.name, 0), Immediate(goto(REFUSE))), "no such port on this ClusterIP"),
         *(
             Rule((*f.to_network(cidr), Counter(), Immediate(DROP)), "no Service has this ClusterIP")
@@ -254,9 +276,10 @@ def _inside(family: Family, facts: NodeFacts) -> tuple[Rule, ...]:
 def _rewritten(family: Family, facts: NodeFacts) -> tuple[Rule, ...]:
     f, sets = Fields(family), sets_of(family)
     frontend = f.original_frontend()
+    known = Lookup(sets.local_clients.name, 0)
     to_cluster_ip = (f.original_daddr(0), Lookup(sets.cluster_ips.name, 0), Masquerade())
     return (
-        Rule((Immediate(jump(Numbered.REMEMBER.value)),)),
+        Rule((Immediate(jump(REMEMBER)),)),
         Rule((*frontend, Lookup(sets.masquerade.name, 0), Masquerade()), "externalTrafficPolicy: Cluster"),
         Rule((f.saddr(0), f.daddr(f.addr), Lookup(sets.hairpin.name, 0), Masquerade()), "a pod to itself"),
         *((Rule(to_cluster_ip, "to a ClusterIP: masquerade all"),) if facts.masquerade_all else ()),
@@ -264,6 +287,7 @@ def _rewritten(family: Family, facts: NodeFacts) -> tuple[Rule, ...]:
             Rule((*f.from_network(cidr), Immediate(RETURN)), "from a pod of this node")
             for cidr in networks_of(family, facts.local_pods)
         ),
+        *((Rule((f.saddr(0), known, Immediate(RETURN)), "from a pod of this node"),) if facts.local_interfaces else ()),
         Rule(to_cluster_ip, "to a ClusterIP, from no pod"),
         Rule(
             (*from_this_machine(), *frontend, Lookup(sets.keep_source.name, 0), Masquerade()),
@@ -275,30 +299,30 @@ def _rewritten(family: Family, facts: NodeFacts) -> tuple[Rule, ...]:
 # --- chains with a rule for each number -----------------------------------------------------------------------------
 
 
-def numbered_rules(family: Family, in_use: Mapping[Numbered, Collection[int]]) -> dict[str, tuple[Rule, ...]]:
+def numbered_rules(family: Family, in_use: Mapping[str, Collection[int]]) -> dict[str, tuple[Rule, ...]]:
     """The rules of the numbered chains. A packet is compared with one number after the other, small ones first: the first
     packet of a connection is looked up once for each, which is some 0.05 µs."""
-    sticky = bool(in_use[Numbered.REMEMBER])
+    sticky = bool(in_use[REMEMBER])
     rules: dict[str, tuple[Rule, ...]] = {
-        chain.value: (
+        chain: (
             *((_known(family),) if sticky else ()),
             *(rule for number in sorted(in_use[chain]) for rule in _one_of(family, chain, number)),
             _if_number(family, chain, _DROPPED, goto(NO_LOCAL), "no endpoint here"),
             Rule((Immediate(goto(REFUSE)),)),
         )
-        for chain in (Numbered.PICK, Numbered.PICK_LOCAL)
+        for chain in (PICK, PICK_LOCAL)
     }
-    rules[Numbered.REMEMBER.value] = tuple(_remember(family, seconds) for seconds in sorted(in_use[Numbered.REMEMBER]))
+    rules[REMEMBER] = tuple(_remember(family, seconds) for seconds in sorted(in_use[REMEMBER]))
     return rules
 
 
-def _pools_of(family: Family, chain: Numbered) -> tuple[NftSet, NftSet]:
+def _pools_of(family: Family, chain: str) -> tuple[NftSet, NftSet]:
     """(the map of numbers, the map of backends)"""
     sets = sets_of(family)
-    return (sets.pools, sets.endpoints) if chain is Numbered.PICK else (sets.local_pools, sets.local_endpoints)
+    return (sets.pools, sets.endpoints) if chain == PICK else (sets.local_pools, sets.local_endpoints)
 
 
-def _number_is(family: Family, chain: Numbered, number: int) -> Expressions:
+def _number_is(family: Family, chain: str, number: int) -> Expressions:
     """Leaves the frontend in the first registers, and the number behind it, where an index goes."""
     f = Fields(family)
     behind = f.frontend_registers
@@ -306,11 +330,11 @@ def _number_is(family: Family, chain: Numbered, number: int) -> Expressions:
     return (*f.frontend(), Lookup(numbers.name, 0, dreg=behind), Cmp(CmpOp.EQ, behind, pack_number(number)))
 
 
-def _if_number(family: Family, chain: Numbered, number: int, verdict: Verdict, comment: str) -> Rule:
+def _if_number(family: Family, chain: str, number: int, verdict: Verdict, comment: str) -> Rule:
     return Rule((*_number_is(family, chain, number), Immediate(verdict)), comment)
 
 
-def _one_of(family: Family, chain: Numbered, number: int) -> tuple[Rule, ...]:
+def _one_of(family: Family, chain: str, number: int) -> tuple[Rule, ...]:
     if number == LEFT:
         return (_if_number(family, chain, LEFT, ACCEPT, "served by another"),)
     if number <= EXACT:
@@ -320,7 +344,7 @@ def _one_of(family: Family, chain: Numbered, number: int) -> tuple[Rule, ...]:
     return (*(attempt for _ in range(_DRAWS)), _draw(family, chain, number, below, f"nobody's: one of the first {below}"))
 
 
-def _draw(family: Family, chain: Numbered, number: int, indices: int, comment: str) -> Rule:
+def _draw(family: Family, chain: str, number: int, indices: int, comment: str) -> Rule:
     f = Fields(family)
     _, backends = _pools_of(family, chain)
     index = Numgen(f.frontend_registers, indices)

@@ -9,7 +9,7 @@ silent, kube-proxy's behaviour (docs/reference/services.md says where).
 import enum
 import ipaddress
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from podwire.model.addr import IPAddress, IPNetwork
 from podwire.model.objects import Endpoint, EndpointSlice, Pod, Service, ServicePort
@@ -30,13 +30,15 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A connection's first packet as it is sent. `protocol` is the API's word. `made_here`: by a process of the node itself."""
+    """A connection's first packet as it is sent. `protocol` is the API's word. `made_here`: by a process of the node itself;
+    `interface`: else the node's device that it comes in by."""
 
     src: IPAddress
     dst: IPAddress
     protocol: str
     port: int
     made_here: bool = False
+    interface: str = ""
 
 
 class Outcome(enum.Enum):
@@ -49,12 +51,14 @@ class Outcome(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class Promise:
     """`targets`: where it may arrive, each as likely as the others. `masqueraded`: those of them that see the node's address
-    as its source. `why`: the rule of the API that decides, for humans."""
+    as its source. `sticky`: the client's next connections go where this one went. `why`: the rule of the API that decides,
+    for humans."""
 
     outcome: Outcome
     targets: frozenset[Target] = frozenset()
     masqueraded: frozenset[Target] = frozenset()
     why: str = ""
+    sticky: bool = False
 
 
 def promise(cluster: Cluster, connection: Connection) -> Promise:
@@ -107,13 +111,14 @@ class _ClusterIP(_Claim):
     def answer(self) -> Promise:
         local_only = self.service.spec.internal_traffic_policy == "Local"
         pool = _local(self.listed, self.node) if local_only else _anywhere(self.listed, self.node)
-        from_pod = _within(self.connection.src, self.node.local_pods)
+        from_pod = _of_a_pod_here(self.node, self.connection)
         everyone = self.node.masquerade_all or not from_pod
         return self._to(pool, set(pool) if everyone else set(), f"ClusterIP of {self.owner}")
 
     def _to(self, pool: Sequence[Target], seen: set[Target], why: str) -> Promise:
         if pool:
-            return _served_by(self.node, self.connection, pool, seen, why)
+            served = _served_by(self.node, self.connection, pool, seen, why)
+            return replace(served, sticky=self.service.spec.session_affinity == "ClientIP")
         if _usable(self.listed):
             return Promise(Outcome.DROPPED, why=f"{why}: endpoints, but none on this node")
         return Promise(Outcome.REFUSED, why=f"{why}: no endpoints")
@@ -135,7 +140,7 @@ class _External(_ClusterIP):
         if self.connection.made_here:
             pool = _anywhere(self.listed, self.node)
             return self._to(pool, set(pool), f"{why}, from the node itself")
-        if _within(self.connection.src, self.node.local_pods):
+        if _of_a_pod_here(self.node, self.connection):
             return self._to(_anywhere(self.listed, self.node), set(), f"{why}, from a pod of this node")
         return self._to(_local(self.listed, self.node), set(), f"{why}, policy Local")
 
@@ -145,6 +150,14 @@ class _External(_ClusterIP):
             return True
         # A node that holds the balancer's address may use it as its source: it counts as the node itself.
         return self.connection.src == self.connection.dst and any(_within(ip, networks) for ip in self.node.node_ips)
+
+
+def _of_a_pod_here(node: NodeFacts, connection: Connection) -> bool:
+    """As the node is told to tell: by the device that packets come in by, or by their address."""
+    if not node.local_interfaces:
+        return _within(connection.src, node.local_pods)
+    names = [(name.rstrip("*"), name.endswith("*")) for name in node.local_interfaces]
+    return any(connection.interface.startswith(n) if any_end else connection.interface == n for n, any_end in names)
 
 
 def _claims(cluster: Cluster, connection: Connection) -> Iterator[_Claim]:

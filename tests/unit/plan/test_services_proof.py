@@ -67,13 +67,39 @@ def test_a_planner_that_is_told_lies_is_found_out(lie: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["services", "outside", "pools", "local-pools", "masquerade", "keep-source", "cluster-ips", "hairpin", "source-ranges"],
+    [
+        "services",
+        "outside",
+        "pools",
+        "local-pools",
+        "endpoints",
+        "local-endpoints",
+        "sticky",
+        "masquerade",
+        "keep-source",
+        "cluster-ips",
+        "hairpin",
+        "restricted",
+        "source-ranges",
+    ],
 )
 def test_a_lost_element_is_found_out(name: str) -> None:
     def found_out(cluster: Cluster) -> bool:
         ruleset = planned(cluster).desired()
         damaged = Ruleset({ref: _without(table, name) for ref, table in ruleset.tables.items()})
         return damaged != ruleset and bool(disagreements(cluster, damaged))
+
+    assert _found(found_out)
+
+
+def test_clients_that_are_not_noted_on_the_way_to_the_node_itself_are_found_out() -> None:
+    def found_out(cluster: Cluster) -> bool:
+        ruleset = planned(cluster).desired()
+        tables = {
+            ref: replace(table, chains={name: chain for name, chain in table.chains.items() if name != "input"})
+            for ref, table in ruleset.tables.items()
+        }
+        return bool(disagreements(cluster, Ruleset(tables)))
 
     assert _found(found_out)
 
