@@ -67,7 +67,7 @@ class Kernel(Protocol):
         ...
 
     async def observe_devices(self, ns: NetnsName = HOST) -> NetState:
-        """Of what `observe` gives the links and their addresses alone: a millisecond, however many peers there are. A WireGuard
+        """Of what `observe` gives the links and their addresses alone: a few milliseconds, however many peers there are. A WireGuard
         device is shown without its settings."""
         ...
 

@@ -3,13 +3,14 @@ when it is over everybody has one, knows the others', and nothing is left behind
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
 from itertools import combinations
 from random import Random
 from typing import TypeVar
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtualtime import run_virtual
@@ -58,15 +59,23 @@ steps = st.lists(
 class WatchedEtcd(FakeEtcd):
     """Sees to it that nobody of ours writes over, or deletes, what is another's, or holds what has run out.
 
-    machine_of: whose address that is. held: which machine holds a key by its own clock."""
+    machine_of: whose address that is. held: (machine, key) of what each holds by its own clock."""
 
     def __init__(
-        self, machine_of: Callable[[str], int | None], held: Callable[[], Mapping[str, int]], lazy: Callable[[], float]
+        self, machine_of: Callable[[str], int | None], held: Callable[[], set[tuple[int, str]]], lazy: Callable[[], float]
     ) -> None:
         super().__init__(lazy=lazy)
         self._machine_of, self._held = machine_of, held
         self._writer: int | None = None
         self.robbed = ""
+        self.deceived: set[tuple[int, str]] = set()
+        """(machine, key) of what a stranger wrote over or deleted: a machine that is cut off cannot know, and holds until its
+        own end what etcd may have given to another by then. No program can do better."""
+
+    def by_stranger(self, operation: PutKey | DeleteKeys) -> None:
+        name = operation.key.rpartition("/")[2]
+        self.deceived |= {(machine, key) for machine, key in self._held() if key == name}
+        self.txn([], [operation], [])
 
     def txn_of(self, machine: int, compare: Sequence[Compare], success: Sequence[Operation]) -> TxnResponse:
         self._writer = machine
@@ -78,7 +87,7 @@ class WatchedEtcd(FakeEtcd):
     def revoke(self, lease: int) -> None:
         for key, kv in self.keys.items():
             owner = self._machine_of(_address(kv.value)) if kv.lease == lease else None
-            if owner is not None and self._held().get(key.rpartition("/")[2]) == owner:
+            if owner is not None and (owner, key.rpartition("/")[2]) in self._held():
                 self.robbed = f"{key} ran out, and machine {owner} holds it still"
         super().revoke(lease)
 
@@ -218,9 +227,13 @@ class Model:
         self.server = WatchedEtcd(self.machine_of, self.held, lambda: self.rng.choice([0.0, 0.0, self.rng.uniform(0, 30)]))
 
     def check(self) -> None:
-        for one, other in combinations(self.machines, 2):
-            assert not set(one.held) & set(other.held), f"{one.held} has two owners"
         assert not self.server.robbed
+        held = {machine.index: machine.held for machine in self.machines}
+        if self.server.deceived:
+            self.server.deceived &= self.held()  # the others know
+            held |= {index: () for index, _ in self.server.deceived}
+        for one, other in combinations(held.values(), 2):
+            assert not (one and other) or not set(one) & set(other), f"{one} has two owners"
 
     async def run(self, script: list[Step]) -> None:
         server = self.server
@@ -239,9 +252,9 @@ class Model:
         for machine in self.machines:
             await machine.crash()
 
-    def held(self) -> dict[str, int]:
+    def held(self) -> set[tuple[int, str]]:
         running = ((machine.index, machine.manager.own.held) for machine in self.machines if machine.held and machine.manager)
-        return {lease.node: index for index, lease in running if lease is not None}
+        return {(index, lease.node) for index, lease in running if lease is not None}
 
     def machine_of(self, address: str) -> int | None:
         """Whose address that is; None: a stranger's."""
@@ -261,7 +274,7 @@ class Model:
             case "delete":
                 keys = sorted(k for k in self.server.keys if "/subnets/" in k)
                 if keys:
-                    self.server.txn([], [DeleteKeys(keys[machine.index % len(keys)])], [])
+                    self.server.by_stranger(DeleteKeys(keys[machine.index % len(keys)]))
             case "compact":
                 with contextlib.suppress(EtcdCompacted):
                     self.server.compact(self.server.revision)
@@ -288,7 +301,7 @@ class Model:
 
     def put_foreign(self, key: str) -> None:
         foreign = b'{"PublicIP":"192.168.0.77","PublicIPv6":"fd00::77","BackendType":"vxlan"}'
-        self.server.txn([], [PutKey(key, foreign, self.server.grant(30).id)], [])
+        self.server.by_stranger(PutKey(key, foreign, self.server.grant(30).id))
 
     async def doze(self, machine: Machine) -> None:
         """It starts again, and is suspended between its first look and its first write. Meanwhile another takes its subnet."""
@@ -319,7 +332,8 @@ class Model:
             assert machine.listener.own == machine.manager.own
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.timeout(90)
+@settings(max_examples=80, deadline=None)
 @given(st.sampled_from(sorted(CONFIGS)), st.integers(0, 2**32), steps)
 def test_no_subnet_ever_has_two_owners(family: str, seed: int, script: list[Step]) -> None:
     model = Model(family, seed)
