@@ -67,8 +67,8 @@ class Kernel(Protocol):
         ...
 
     async def observe_devices(self, ns: NetnsName = HOST) -> NetState:
-        """Of what `observe` gives the links and their addresses alone: a few milliseconds, however many peers there are. A WireGuard
-        device is shown without its settings."""
+        """Of what `observe` gives the links and their addresses alone: a few milliseconds, however many peers there are. A
+        WireGuard device is shown without its settings."""
         ...
 
     async def observe_wireguard(self, devices: Sequence[str]) -> Mapping[str, tuple[Wireguard, tuple[WireguardPeer, ...]]]:
