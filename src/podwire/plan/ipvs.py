@@ -31,7 +31,7 @@ from podwire.plan.nftdiff import diff_ruleset, order_changes
 from podwire.plan.nftexprs import Fields, is_protocol
 from podwire.plan.serviceledger import ServiceLedger
 from podwire.plan.services_maps import CountedBook, FamilyMaps, Programmed, place_of
-from podwire.plan.services_rules import LEFT, REFUSE, Number, Numbered, Sets, pack_number, sets_of
+from podwire.plan.services_rules import LEFT, PICK, PICK_LOCAL, REFUSE, Number, Sets, pack_number, sets_of
 from podwire.plan.services_table import LOOPBACK
 
 TABLE = "podwire-ipvs"
@@ -115,7 +115,7 @@ class IpvsMaps(FamilyMaps):
         self.servers: dict[VirtualKey, VirtualServer] = {}
         self._scheduler = scheduler
         self._own = {ip.packed for ip in facts.node_ips}
-        for chain in (Numbered.PICK, Numbered.PICK_LOCAL):
+        for chain in (PICK, PICK_LOCAL):
             self._numbers.use(Number(chain, LEFT))
         self._bound = CountedBook(self._ipvs_sets.bound)
         self._books[self._ipvs_sets.bound.name] = self._bound

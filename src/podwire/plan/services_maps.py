@@ -32,8 +32,11 @@ from podwire.model.servicetable import Frontend, FrontendKind, NodeFacts
 from podwire.plan.nftdiff import ElementChanges, RuleChanges
 from podwire.plan.services_rules import (
     EXACT,
+    NUMBERED,
+    PICK,
+    PICK_LOCAL,
+    REMEMBER,
     Number,
-    Numbered,
     Sets,
     fixed_chains,
     fixed_rules,
@@ -46,7 +49,6 @@ from podwire.plan.services_rules import (
 )
 
 _ABSENT: Final = object()
-_PICKS = (Numbered.PICK, Numbered.PICK_LOCAL)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -59,9 +61,12 @@ def _pack_index(index: int) -> bytes:
     return index.to_bytes(4, sys.byteorder)
 
 
+_PROTOCOLS = tuple(bytes((number, 0, 0, 0)) for number in range(256))
+
+
 def frontend_key(frontend: Frontend) -> bytes:
     """address . protocol . port, as the registers hold them."""
-    return frontend.address + bytes((frontend.protocol, 0, 0, 0)) + _pack_port(frontend.port)
+    return frontend.address + _PROTOCOLS[frontend.protocol] + _pack_port(frontend.port)
 
 
 class Place(NamedTuple):
@@ -88,31 +93,36 @@ class ElementBook:
         self.set = of
         self.elements: dict[bytes, Data] = {}
         self.comments: dict[bytes, str] = {}
-        self._before: dict[bytes, object] = {}
+        self._before: dict[bytes, object] | None = None
+        """None: nothing has been taken, so all elements are new."""
 
     def put(self, key: bytes, data: Data = None) -> None:
         old = self.elements.get(key, _ABSENT)
         if old is data or old == data:
             return
-        self._before.setdefault(key, old)
+        if self._before is not None:
+            self._before.setdefault(key, old)
         self.elements[key] = data
 
     def put_pool(self, key: bytes, backends: Sequence[bytes]) -> None:
         """The indexed elements of a frontend that has none so far."""
         for index, data in enumerate(backends):
             indexed = key + _pack_index(index)
-            self._before.setdefault(indexed, _ABSENT)
+            if self._before is not None:
+                self._before.setdefault(indexed, _ABSENT)
             self.elements[indexed] = data
 
     def drop(self, key: bytes) -> None:
         old = self.elements.pop(key, _ABSENT)
-        if old is not _ABSENT:
+        if old is not _ABSENT and self._before is not None:
             self._before.setdefault(key, old)
 
     def take(self) -> ElementChanges:
         """What changed since the last call."""
         changes = ElementChanges(self.set, comments=self.comments)
-        for key, old in self._before.items():
+        if self._before is None:
+            changes.added = list(self.elements.items())
+        for key, old in (self._before or {}).items():
             new = self.elements.get(key, _ABSENT)
             if new is _ABSENT:
                 if old is not _ABSENT:
@@ -151,7 +161,7 @@ class NumberBook:
     def __init__(self, family: Family) -> None:
         self._family = family
         # A rule that comes makes the kernel look at all elements of its maps: the usual ones are always there.
-        self._users = Counter(_number(chain, n) for chain in _PICKS for n in range(1, EXACT + 1))
+        self._users = Counter(_number(chain, n) for chain in (PICK, PICK_LOCAL) for n in range(1, EXACT + 1))
         self._taken: frozenset[Number] = frozenset()
 
     def use(self, number: Number) -> None:
@@ -181,7 +191,7 @@ class NumberBook:
 
 @lru_cache(maxsize=32)
 def _numbered_rules(family: Family, numbers: frozenset[Number]) -> dict[str, tuple[Rule, ...]]:
-    in_use: dict[Numbered, list[int]] = {chain: [] for chain in Numbered}
+    in_use: dict[str, list[int]] = {chain: [] for chain in NUMBERED}
     for number in numbers:
         in_use[number.chain].append(number.value)
     return numbered_rules(family, in_use)
@@ -197,15 +207,15 @@ class Programmed(msgspec.Struct, gc=False):
     def numbers(self) -> Iterator[Number]:
         """Those that need a rule."""
         if self.cluster:
-            yield _number(Numbered.PICK, pool_size(len(self.cluster)))
+            yield _number(PICK, pool_size(len(self.cluster)))
         if self.local:
-            yield _number(Numbered.PICK_LOCAL, pool_size(len(self.local)))
+            yield _number(PICK_LOCAL, pool_size(len(self.local)))
         if self.frontend.affinity_s:
-            yield _number(Numbered.REMEMBER, self.frontend.affinity_s)
+            yield _number(REMEMBER, self.frontend.affinity_s)
 
 
 @lru_cache(maxsize=4096)
-def _number(chain: Numbered, value: int) -> Number:
+def _number(chain: str, value: int) -> Number:
     return Number(chain, value)
 
 
