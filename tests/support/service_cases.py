@@ -47,6 +47,8 @@ SOURCES = {
     "friend": "192.0.2.9",
 }
 LOOPBACK = {"loopback": "127.0.0.1"}
+INTERFACES = {"local-pod": "cni0", "other-local-pod": "cni0", "remote-pod": "far0", "outside": "eth0", "friend": "eth0"}
+"""By which of the node's devices their packets come in."""
 
 FACTS = NodeFacts(
     name="n1",
@@ -171,7 +173,9 @@ def _items() -> Iterator[tuple[str, Family, dict[str, Any]]]:
 
 def facts_of(short: dict[str, Any]) -> NodeFacts:
     """`FACTS` with what a case says otherwise. `local_sources: cluster`: every pod counts as one of this node."""
-    changed = {**short, "local_sources": FACTS.cluster_cidrs} if short.get("local_sources") == "cluster" else short
+    changed = {**short, "local_sources": FACTS.cluster_cidrs} if short.get("local_sources") == "cluster" else {**short}
+    if "local_interfaces" in changed:
+        changed["local_interfaces"] = tuple(changed["local_interfaces"])
     return replace(FACTS, **changed)
 
 
@@ -180,7 +184,8 @@ def _expectation(item: dict[str, Any], family: Family) -> Expectation:
     address, port = item["to"].split()
     number, protocol = port.split("/")
     src = ipaddress.ip_address(source if family is Family.IPV4 or ":" in source else to_ipv6(source))
-    packet = Packet(src, ipaddress.ip_address(address), PROTOCOLS[protocol], 40000, int(number), item.get("mark", 0))
+    packet = Packet(src, ipaddress.ip_address(address), PROTOCOLS[protocol], 40000, int(number), item.get("mark", 0),
+                    INTERFACES.get(item["from"], ""))  # fmt: skip
     reaches = item.get("reaches", ())
     if isinstance(reaches, dict):
         reaches = [f"{ip} {reaches['port']}" for ip in _many(reaches["count"], family)]

@@ -61,10 +61,10 @@ _FLAGS = (
         "--detect-local-mode",
         "detectLocalMode",
         "MODE",
-        "ClusterCIDR, NodeCIDR or BridgeInterface: how this node's pods are told.",
+        "ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix: how this node's pods are told.",
     ),
     _Flag("--pod-bridge-interface", "detectLocal.bridgeInterface", "NAME", "The bridge, for BridgeInterface."),
-    _Flag("--pod-interface-name-prefix", "detectLocal.interfaceNamePrefix", "PREFIX", ""),
+    _Flag("--pod-interface-name-prefix", "detectLocal.interfaceNamePrefix", "PREFIX", "The devices, for InterfaceNamePrefix."),
     _Flag(
         "--nodeport-addresses",
         "nodePortAddresses",

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 REGISTERS = 16
 
+IFNAMSIZ = 16
+"""Bytes of a device's name in a register, zeros at its end included."""
 IPS_DST_NAT = 1 << 5
 """A bit of `ct status` (linux/netfilter/nf_conntrack_common.h): the connection's destination was rewritten."""
 RTN_UNICAST, RTN_LOCAL = 1, 2
@@ -71,6 +73,7 @@ class Payload:
 
 class MetaKey(enum.Enum):
     MARK = 3
+    IIFNAME = 6
     L4PROTO = 16
 
 

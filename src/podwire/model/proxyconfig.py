@@ -3,7 +3,7 @@
 import contextlib
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -143,6 +143,13 @@ class ProxyConfig(View, frozen=True):
         return options.masquerade_all
 
 
+_INTERFACE = re.compile(r"[^\s/:*+]{1,15}")
+_INTERFACE_FIELDS: Mapping[str, Callable[[DetectLocal], tuple[str, str]]] = {
+    "BridgeInterface": lambda found: ("bridgeInterface", found.bridge_interface),
+    "InterfaceNamePrefix": lambda found: ("interfaceNamePrefix", found.interface_name_prefix),
+}
+"""Modes that go by a device: the field that names it, and its value."""
+
 WITHOUT_EFFECT = frozenset(
     (
         "apiVersion", "kind", "featureGates", "logging", "enableProfiling", "showHiddenMetricsForVersion", "winkernel",
@@ -210,17 +217,17 @@ def _check(config: ProxyConfig, source: str) -> None:
         _check_sections(config)
     except InvalidInput as error:
         raise InvalidInput(f"{source}: {error}") from error
-    if config.detect_local_mode not in ("", "ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"):
+    if config.detect_local_mode not in ("", "ClusterCIDR", "NodeCIDR", *_INTERFACE_FIELDS):
         raise InvalidInput(
-            f"{source}: detectLocalMode {config.detect_local_mode!r} is none of ClusterCIDR, NodeCIDR, BridgeInterface"
+            f"{source}: detectLocalMode {config.detect_local_mode!r} is none of ClusterCIDR, NodeCIDR, BridgeInterface, "
+            "InterfaceNamePrefix"
         )
-    if config.detect_local_mode == "InterfaceNamePrefix":
-        raise InvalidInput(
-            f"{source}: detectLocalMode InterfaceNamePrefix is not served, since pods are told by their addresses here; "
-            "use ClusterCIDR, NodeCIDR or BridgeInterface"
-        )
-    if config.detect_local_mode == "BridgeInterface" and not config.detect_local.bridge_interface:
-        raise InvalidInput(f"{source}: detectLocalMode BridgeInterface needs detectLocal.bridgeInterface")
+    if config.detect_local_mode in _INTERFACE_FIELDS:
+        field, name = _INTERFACE_FIELDS[config.detect_local_mode](config.detect_local)
+        if not name:
+            raise InvalidInput(f"{source}: detectLocalMode {config.detect_local_mode} needs detectLocal.{field}")
+        if not _INTERFACE.fullmatch(name):
+            raise InvalidInput(f"{source}: detectLocal.{field}: {name!r} is no name of a device")
 
 
 def _check_sections(config: ProxyConfig) -> None:

@@ -19,6 +19,7 @@ class NodeFacts:
     `node_ips`: the addresses that node ports and host ports listen on. `pod_cidrs`: this node's own. `cluster_cidrs`: all
     pods of the cluster. `service_cidrs`: where ClusterIPs come from. `zone`: topology.kubernetes.io/zone.
     `local_sources`: whose traffic counts as that of a pod of this node (kube-proxy's detectLocalMode); empty: `pod_cidrs`.
+    `local_interfaces`: instead of addresses, the devices it comes in by: names, or beginnings of names followed by "*".
     `masquerade_all`: whoever uses a ClusterIP is seen with the node's address. `loopback`: node ports and host ports also
     listen on 127.0.0.1; needs the sysctl route_localnet (IPv6 has no such switch, so nothing listens on ::1)."""
 
@@ -29,12 +30,15 @@ class NodeFacts:
     service_cidrs: tuple[IPNetwork, ...] = ()
     zone: str = ""
     local_sources: tuple[IPNetwork, ...] = ()
+    local_interfaces: tuple[str, ...] = ()
     masquerade_all: bool = False
     loopback: bool = False
 
     @property
     def local_pods(self) -> tuple[IPNetwork, ...]:
-        """Sources that are treated as pods of this node."""
+        """Sources that are treated as pods of this node; none where `local_interfaces` tell them."""
+        if self.local_interfaces:
+            return ()
         return self.local_sources or self.pod_cidrs
 
 

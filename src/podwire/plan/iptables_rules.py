@@ -82,16 +82,16 @@ def _digest(data: bytes) -> str:
 
 def fixed_chains(family: Family, facts: NodeFacts, mark: str) -> dict[tuple[str, str], Rules]:
     """(table, chain) → rules, of every chain that no Service has a part in."""
-    pods = networks_of(family, facts.local_pods)
+    pods = (*map(_from, networks_of(family, facts.local_pods)), *map(_by, facts.local_interfaces))
     loopback = facts.loopback and family is Family.IPV4
     inside, outside, others = chain("INSIDE"), chain("OUTSIDE"), '-m comment --comment "from a pod of this node"'
     to_mark = f"-j MARK --set-xmark {mark}/{mark}"
-    returns = tuple(f"{_from(cidr)}{others} -j RETURN" for cidr in pods)
+    returns = tuple(f"{pod}{others} -j RETURN" for pod in pods)
     unreachable = _unreachable(family)
     chains: dict[tuple[str, str], Rules] = {
         (NAT, chain("PREROUTING")): (
             *((f"-d {_LOOPBACK} -j ACCEPT",) if loopback else ()),
-            *(f"{_from(cidr)}{others} -g {inside}" for cidr in pods),
+            *(f"{pod}{others} -g {inside}" for pod in pods),
             f"-j {outside}",
             f"-g {inside}",
         ),
@@ -111,7 +111,7 @@ def fixed_chains(family: Family, facts: NodeFacts, mark: str) -> dict[tuple[str,
         ),
         (FILTER, chain("FILTER")): (
             "-m conntrack --ctstate DNAT -j RETURN",
-            *(f"{_from(cidr)}{others} -g {chain('F-INSIDE')}" for cidr in pods),
+            *(f"{pod}{others} -g {chain('F-INSIDE')}" for pod in pods),
             f"-j {chain('F-OUT')}",
             f"-g {chain('F-INSIDE')}",
         ),
@@ -140,6 +140,10 @@ def _leaving(family: Family, facts: NodeFacts, mark: str) -> Rules:
 
 def _from(network: IPNetwork) -> str:
     return f"-s {network} " if network.prefixlen else ""
+
+
+def _by(interface: str) -> str:
+    return f"-i {interface.replace('*', '+')} "
 
 
 def _to(network: IPNetwork) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from podwire.model.addr import Family, IPNetwork
 from podwire.model.nft import FieldType, ip_field
 from podwire.model.nftexpr import (
+    IFNAMSIZ,
     IPS_DST_NAT,
     RTN_LOCAL,
     Bitwise,
@@ -104,6 +105,13 @@ def destination_rewritten() -> Expressions:
 def from_this_machine() -> Expressions:
     """fib saddr type local"""
     return (FibSaddrType(0), Cmp(CmpOp.EQ, 0, host_u32(RTN_LOCAL)))
+
+
+def from_interface(pattern: str) -> Expressions:
+    """iifname; `pattern` is a name, or the beginning of names and "*"."""
+    name = pattern.encode()
+    value = name[:-1] if name.endswith(b"*") else name.ljust(IFNAMSIZ, b"\0")
+    return (Meta(MetaKey.IIFNAME, 0), Cmp(CmpOp.EQ, 0, value))
 
 
 def has_mark(bit: int) -> Expressions:

@@ -4,7 +4,6 @@ import ipaddress
 from collections.abc import Iterable
 
 from podwire.model.addr import IPAddress, IPNetwork
-from podwire.model.errors import InvalidInput
 from podwire.model.kernelstate import NetState
 from podwire.model.objects import Node
 from podwire.model.proxyconfig import PRIMARY, ProxyConfig
@@ -16,15 +15,14 @@ ZONE_LABEL = "topology.kubernetes.io/zone"
 
 
 def proxy_facts(config: ProxyConfig, node: Node, state: NetState, service_cidrs: Iterable[IPNetwork]) -> NodeFacts:
-    """Pods' own addresses are none of a proxy's business: nothing is masqueraded but what Services ask for.
-
-    Raises InvalidInput where the node is not as the configuration expects it."""
+    """Pods' own addresses are none of a proxy's business: nothing is masqueraded but what Services ask for."""
     return NodeFacts(
         name=node.metadata.name,
         node_ips=_node_port_addresses(config, node, state),
         service_cidrs=tuple(service_cidrs),
         zone=node.metadata.labels.get(ZONE_LABEL, ""),
-        local_sources=_local_sources(config, node, state),
+        local_sources=_local_sources(config, node),
+        local_interfaces=_local_interfaces(config),
         masquerade_all=config.masquerade_all,
         loopback=_loopback(config),
     )
@@ -57,18 +55,19 @@ def _unfit(ip: IPAddress) -> bool:
     return ip.is_loopback or (ip.version == 6 and ip.is_link_local)
 
 
-def _local_sources(config: ProxyConfig, node: Node, state: NetState) -> tuple[IPNetwork, ...]:
-    """Whose traffic counts as that of this node's pods (detectLocalMode). Where neither is said, and no CIDR is given, it is
-    the node's own pod CIDR, which is right wherever nodes have one."""
+def _local_sources(config: ProxyConfig, node: Node) -> tuple[IPNetwork, ...]:
+    """Whose traffic counts as that of this node's pods (detectLocalMode), by address. Where neither is said, and no CIDR is
+    given, it is the node's own pod CIDR, which is right wherever nodes have one."""
     of_node = tuple(ipaddress.ip_network(text) for text in node.spec.pod_cidrs or filter(None, (node.spec.pod_cidr,)))
+    return of_node if config.detect_local_mode == "NodeCIDR" else config.cluster_cidrs or of_node
+
+
+def _local_interfaces(config: ProxyConfig) -> tuple[str, ...]:
+    """The same by the device that packets come in by."""
     match config.detect_local_mode:
-        case "NodeCIDR":
-            return of_node
         case "BridgeInterface":
-            bridge = config.detect_local.bridge_interface
-            found = tuple(a.interface.network for a in state.addresses if a.dev == bridge and not _unfit(a.interface.ip))
-            if not found:
-                raise InvalidInput(f"detectLocal.bridgeInterface: the node has no {bridge} with an address")
-            return tuple(sorted(found, key=lambda network: (network.version, int(network.network_address))))
+            return (config.detect_local.bridge_interface,)
+        case "InterfaceNamePrefix":
+            return (f"{config.detect_local.interface_name_prefix}*",)
         case _:
-            return config.cluster_cidrs or of_node
+            return ()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from podwire.model.addr import Family, IPAddress, family_of
 from podwire.model.nft import ChainState, Data, Hook, Rule, Ruleset, SetState, TableRef, TableState
 from podwire.model.nftexpr import (
+    IFNAMSIZ,
     IPS_DST_NAT,
     REGISTERS,
     RTN_LOCAL,
@@ -51,7 +52,8 @@ Learned = dict[tuple[TableRef, str], dict[bytes, Data]]
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """What the rules look at. `protocol` is the IP protocol number; ports are 0 where it has none."""
+    """What the rules look at. `protocol` is the IP protocol number; ports are 0 where it has none. `iif`: the device that it
+    comes in by."""
 
     src: IPAddress
     dst: IPAddress
@@ -59,6 +61,7 @@ class Packet:
     sport: int = 0
     dport: int = 0
     mark: int = 0
+    iif: str = ""
 
     @property
     def family(self) -> Family:
@@ -117,15 +120,22 @@ def follow(ruleset: Ruleset, packet: Packet, machine: Machine, *, locally_made: 
     for hook in rest:
         if result.fate is not Fate.PASS:
             break
-        after = run_hook(ruleset, hook, result.packet, machine, original=packet, rewritten=result.rewritten)
+        knows = replace(machine, learned=_both(machine.learned, result.learned))
+        after = run_hook(ruleset, hook, result.packet, knows, original=packet, rewritten=result.rewritten)
         result = replace(
             after,
             masquerade=result.masquerade or after.masquerade,
             rewritten=result.rewritten or after.rewritten,
             steps=result.steps + after.steps,
-            learned={**result.learned, **after.learned},
+            learned=_both(result.learned, after.learned),
         )
     return result
+
+
+def _both(
+    older: Mapping[tuple[TableRef, str], Mapping[bytes, Data]], newer: Mapping[tuple[TableRef, str], Mapping[bytes, Data]]
+) -> Learned:
+    return {place: {**older.get(place, {}), **newer.get(place, {})} for place in {**older, **newer}}
 
 
 def run_hook(
@@ -285,6 +295,8 @@ class _Run:
                 return self._payload(e)
             case Meta(MetaKey.L4PROTO, _):
                 return bytes((self.packet.protocol,))
+            case Meta(MetaKey.IIFNAME, _):
+                return self.packet.iif.encode().ljust(IFNAMSIZ, b"\0")
             case Meta(MetaKey.MARK, _):
                 return self.packet.mark.to_bytes(4, sys.byteorder)
             case Ct(key, _, _):

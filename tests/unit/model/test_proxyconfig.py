@@ -138,7 +138,8 @@ def test_unknown_fields_are_said() -> None:
         ("iptables: {masqueradeBit: none}\n", r"iptables\.masqueradeBit"),
         ("conntrack: {udpTimeout: soon}", "'soon' is no duration"),
         ("detectLocalMode: Magic", "none of ClusterCIDR"),
-        ("detectLocalMode: InterfaceNamePrefix", "is not served"),
+        ("detectLocalMode: InterfaceNamePrefix", "needs detectLocal.interfaceNamePrefix"),
+        ("detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: a/b}", "is no name of a device"),
         ("detectLocalMode: BridgeInterface", "needs detectLocal.bridgeInterface"),
     ],
 )

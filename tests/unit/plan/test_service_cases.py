@@ -80,7 +80,9 @@ def test_the_oracle_promises_what_the_case_says(case: Case) -> None:
         if packet.mark:
             continue  # another program's, not the API's
         protocol = NUMBERS[packet.protocol]
-        promised = promise(cluster, Connection(packet.src, packet.dst, protocol, packet.dport, expectation.locally_made))
+        made_here = expectation.locally_made
+        connection = Connection(packet.src, packet.dst, protocol, packet.dport, made_here, packet.iif)
+        promised = promise(cluster, connection)
         refused = "tcp reset" if protocol == "TCP" else "port unreachable"
         fate = {Outcome.DROPPED: "drop", Outcome.REFUSED: refused}.get(promised.outcome, "pass")
         assert fate == expectation.fate, promised

@@ -92,11 +92,7 @@ class ProxyAgent:
         self._node_seen = asyncio.Event()
         self._ranges = ServiceRanges(client, env.service_cidrs, rng, self._node_seen.set)
         config = env.config
-        self._own_addresses = (
-            bool(config.node_port_addresses)
-            or config.proxy_mode is not ProxyMode.NFTABLES
-            or config.detect_local_mode == "BridgeInterface"
-        )
+        self._own_addresses = bool(config.node_port_addresses) or config.proxy_mode is not ProxyMode.NFTABLES
         self._nodes.subscribe(self._node_changed)
 
     # --- what it says of itself -----------------------------------------------------------------------------------
@@ -192,7 +188,7 @@ class ProxyAgent:
             await self._node_seen.wait()
         self._health.works("node")
         facts = proxy_facts(self._env.config, node, await self._env.kernel.observe(), self._ranges.networks)
-        if not facts.local_sources:
+        if not facts.local_sources and not facts.local_interfaces:
             log.warning("pods of this node are not known by their addresses: every client of a ClusterIP is masqueraded")
         return facts
 
