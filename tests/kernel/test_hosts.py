@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from hostrig import Host, answering, deployment, machines, ready, until
+from sandboxrig import Container
 
 from podwire.client.api import ApiClient
 from podwire.kernel.linux import LinuxKernel
+from podwire.model.cni import TRY_LATER
 from podwire.model.meta import Json
 from podwire.model.resources import DEPLOYMENTS, NODES, PODS, SERVICES
 from podwire.plan.services_rules import TABLE
@@ -90,6 +92,10 @@ async def test_an_agent_killed_and_a_server_killed_take_nothing_with_them(site: 
     for pod in pods:
         assert pod["metadata"]["name"] in await asyncio.to_thread(site.nodes[1].fetch, pod["status"]["podIP"], 8080)
     await node.join()  # neither URL nor token are needed again
+    container = await _attached(node, "offline")  # by what the node remembers of its network
+    here, there = (next(pod for pod in pods if pod["spec"]["nodeName"] == n.name) for n in site.nodes)
+    for pod in (here, there):
+        assert pod["metadata"]["name"] in await asyncio.to_thread(container.fetch, pod["status"]["podIP"], 8080)
     await site.server.start("server", "--data-dir", str(site.data), "--advertise", site.server.address)
     fresh = await answering(site.data / "admin.kubeconfig")
     await fresh.close()
@@ -101,6 +107,23 @@ async def test_an_agent_killed_and_a_server_killed_take_nothing_with_them(site: 
     await site.client.patch(DEPLOYMENTS, "web", {"spec": {"replicas": 6}}, "default")
     for pod in await _pods(site, "web", 6):
         assert pod["metadata"]["name"] in await asyncio.to_thread(node.fetch, pod["status"]["podIP"], 8080)
+    assert container.ip not in {pod["status"]["podIP"] for pod in await _pods(site, "web", 6)}
+    await asyncio.to_thread(container.delete)
+
+
+async def _attached(node: Host, name: str) -> Container:
+    """As an engine that tries again as long as it is told to."""
+    container = Container(node, name)
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await asyncio.to_thread(container.add)
+            except AssertionError as refused:
+                if refused.args[0]["code"] != TRY_LATER:
+                    raise
+                await asyncio.sleep(0.1)
+            else:
+                return container
 
 
 async def test_a_second_agent_on_the_machine_refuses(site: Site) -> None:
