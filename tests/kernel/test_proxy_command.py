@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 import socket
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from proxysite import HEALTH, METRICS, WEB, Site, proxy_site, remove_rules, unti
 from servicerig import FACTS
 
 from podwire.kernel.iptables import Flavour, find_programs
+from podwire.kernel.netns import run_in_netns
 from podwire.model.resources import ENDPOINTSLICES, SERVICES
 from podwire.plan.services import TABLE
 
@@ -77,6 +79,20 @@ async def test_switches_that_cannot_be_set_are_said(site: Site) -> None:
     liberal = ("--conntrack-max-per-core=0", "--conntrack-tcp-be-liberal")
     status, said = await site.outcome(site.command("--init-only", *liberal))
     assert (status, "nf_conntrack_tcp_be_liberal to 1" in said) == (0, True), said
+
+
+async def test_a_policy_that_no_rule_of_nftables_outweighs_is_said(site: Site) -> None:
+    if find_programs(Flavour.NFT) is None:
+        pytest.skip("iptables (nft) is not installed")
+    policy = ["/usr/sbin/iptables-nft", "-P", "FORWARD", "DROP"]
+    run_in_netns(site.rig.fds["node"], lambda: subprocess.run(policy, check=True, capture_output=True))
+    async with site.proxy() as process:
+        _, said = await site.end(process)
+        assert "iptables (nft) drops what is forwarded" in said
+    async with site.proxy("--proxy-mode", "iptables") as process:
+        assert await site.metric("kubeproxy_iptables_ct_state_invalid_dropped_packets_total") == 0
+        _, said = await site.end(process)
+        assert "drops what is forwarded" not in said
 
 
 async def test_a_datagrams_client_follows_its_service(site: Site) -> None:

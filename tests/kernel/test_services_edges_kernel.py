@@ -4,6 +4,7 @@ end."""
 import asyncio
 import socket
 import struct
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -183,6 +184,56 @@ async def test_a_neighbour_does_not_reach_what_listens_on_localhost(rig: Service
         await rig.kernel.forget_flows(lambda flow: True)
         await with_loopback(rig, make, loopback=True)
         assert not await neighbour_reaches(rig, listener)
+
+
+# --- others' rules, and packets of no connection ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flavour", Flavour)
+async def test_services_work_where_docker_drops_what_is_forwarded(rig: ServiceRig, flavour: Flavour) -> None:
+    """In nftables they do not: there, no table's accept outweighs another's drop."""
+    rules = _iptables(flavour, rig, FACTS)
+    web = service(Family.IPV4, "TCP")
+    rules.set_service(web.key, web, listing(Family.IPV4, "TCP", "10.244.1.2"))
+    await rules.compare()
+    policy = [f"/usr/sbin/iptables-{flavour}", "-P", "FORWARD", "DROP"]
+    run_in_netns(rig.fds["node"], lambda: subprocess.run(policy, check=True, capture_output=True))
+    assert await rig.ask("world", "198.18.0.11", 30080) == ("p2", "10.244.1.1")
+    with pytest.raises(TimeoutError):
+        await rig.ask("world", "10.244.1.2", 8080)
+
+
+@pytest.mark.parametrize("flavour", Flavour)
+async def test_packets_of_no_connection_are_dropped_and_counted(rig: ServiceRig, flavour: Flavour) -> None:
+    """kubernetes issue 74839. Without that rule the same packet arrives, which shows that the test can fail."""
+    for drops in (False, True):
+        if find_programs(flavour) is None:
+            pytest.skip(f"iptables ({flavour}) is not installed")
+        rules = IptablesRules(rig.fds["node"], FACTS, flavour=flavour, drop_invalid=drops)
+        await rules.compare()
+        assert await stray_arrives(rig) is not drops
+        assert (await rules.connections(endpoints=False)).invalid_dropped == int(drops)
+
+
+async def stray_arrives(rig: ServiceRig) -> bool:
+    """Whether the pod gets an answer (SYN and ACK) that it never asked for, from the world."""
+    segment = struct.pack("!HHIIBBHHH", 4000, 8080, 1, 1, 5 << 4, 0x12, 1024, 0, 0)
+
+    def opened() -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
+        sock.setblocking(False)
+        return sock
+
+    loop = asyncio.get_running_loop()
+    with run_in_netns(rig.fds["p2"], opened) as there, run_in_netns(rig.fds["world"], opened) as here:
+        here.connect(("10.244.1.2", 0))
+        await loop.sock_sendall(here, segment)
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await loop.sock_recv(there, 100)
+        except TimeoutError:
+            return False
+    return True
 
 
 # --- session affinity ---------------------------------------------------------------------------------------------------

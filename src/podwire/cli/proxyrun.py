@@ -152,6 +152,7 @@ async def serve(options: Invocation, config: ProxyConfig) -> None:
         if options.init_only:
             await _set_switches(kernel, config)
             return
+        await modes.say_who_drops(config.proxy_mode)
         async with _client(options, config) as client:
             agent = ProxyAgent(
                 ProxyEnvironment(
@@ -186,6 +187,7 @@ async def _set_switches(kernel: LinuxKernel, config: ProxyConfig) -> None:
 def _mode_options(config: ProxyConfig) -> ModeOptions:
     return ModeOptions(
         masquerade_bit=config.iptables.masquerade_bit,
+        drop_invalid=not config.conntrack.tcp_be_liberal,
         scheduler=config.ipvs.scheduler or "rr",
         strict_arp=config.ipvs.strict_arp,
     )

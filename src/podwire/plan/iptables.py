@@ -97,9 +97,10 @@ class Restore:
 class IptablesPlanner(ServiceLedger["FamilyChains"]):
     """Holds one node's desired chains. Feed it objects, take the texts that bring the kernel up to date."""
 
-    def __init__(self, facts: NodeFacts, *, masquerade_bit: int = rules.MASQUERADE_BIT) -> None:
+    def __init__(self, facts: NodeFacts, *, masquerade_bit: int = rules.MASQUERADE_BIT, drop_invalid: bool = True) -> None:
+        """`drop_invalid`: drop forwarded packets that the connection tracker cannot place."""
         mark = f"{1 << masquerade_bit:#x}"
-        super().__init__(facts, lambda family, known: FamilyChains(family, known, mark))
+        super().__init__(facts, lambda family, known: FamilyChains(family, known, mark, drop_invalid=drop_invalid))
 
     def take(self) -> list[Restore]:
         """From what was last taken to what is desired now; empty if that is the same."""
@@ -166,11 +167,11 @@ class _CountedAddresses:
 class FamilyChains:
     """All chains of one family."""
 
-    def __init__(self, family: Family, facts: NodeFacts, mark: str) -> None:
+    def __init__(self, family: Family, facts: NodeFacts, mark: str, *, drop_invalid: bool = True) -> None:
         self.family, self._facts, self._mark = family, facts, mark
         self._frontends: dict[bytes, tuple[Frontend, str]] = {}
         self._buckets: dict[ChainRef, dict[bytes, Rules]] = {}
-        self._chains: dict[ChainRef, Rules] = rules.fixed_chains(family, facts, mark)
+        self._chains: dict[ChainRef, Rules] = rules.fixed_chains(family, facts, mark, drop_invalid=drop_invalid)
         self._roots = {"I": (NAT, "INSIDE"), "O": (NAT, "OUTSIDE"), "FI": (FILTER, "F-IN"), "FO": (FILTER, "F-OUT")}
         for table, name in self._roots.values():
             self._chains[table, rules.chain(name)] = ()
@@ -384,6 +385,12 @@ def parse_save(text: str) -> Chains:
             elif f"-j {PREFIX}" in rule or f"-g {PREFIX}" in rule:
                 jumps.setdefault((table, name), []).append(rule)
     return Chains({ref: tuple(lines) for ref, lines in found.items()}, {ref: tuple(lines) for ref, lines in jumps.items()})
+
+
+def invalid_dropped(text: str) -> int:
+    """Packets that `rules.INVALID` dropped, of a filter table as `iptables-save -c` shows it."""
+    end = f" -A {rules.chain('FORWARD')} {rules.INVALID}"
+    return sum(int(line[1:].partition(":")[0]) for line in text.splitlines() if line.endswith(end))
 
 
 def served(observed: Mapping[Family, Chains]) -> frozenset[bytes]:

@@ -6,6 +6,7 @@ Named in order of a packet's way; it does the same as `services_rules` does in n
     nat PREROUTING ─► from a pod here? INSIDE ; OUTSIDE (externalTrafficPolicy: Local) ; INSIDE ─► I-xx ─► SVC-… (─► SEP-…)
     nat OUTPUT     ─► INSIDE
     filter INPUT, FORWARD, OUTPUT ─► what was not rewritten although it should: refused or dropped
+    filter FORWARD ─► what the connection tracker cannot place: dropped ; to be masqueraded, and known connections: accepted
     nat POSTROUTING ─► REWRITTEN (masquerade) ; LEAVING (masquerade out of the cluster)
 
 The nat table can neither refuse nor drop, so the filter table repeats the question of who came from where.
@@ -29,11 +30,11 @@ PREFIX = "PODWIRE-"
 NAT, FILTER = "nat", "filter"
 TABLES = (NAT, FILTER)
 
+_NEW = "-m conntrack --ctstate NEW "
 HOOKS = {
     NAT: (("PREROUTING", "", "PREROUTING"), ("OUTPUT", "", "OUTPUT"), ("POSTROUTING", "", "POSTROUTING")),
-    FILTER: tuple((hook, "-m conntrack --ctstate NEW ", target) for hook, target in
-                  (("INPUT", "INPUT"), ("FORWARD", "FILTER"), ("OUTPUT", "F-INSIDE"))),
-}  # fmt: skip
+    FILTER: (("INPUT", _NEW, "INPUT"), ("FORWARD", "", "FORWARD"), ("OUTPUT", _NEW, "F-INSIDE")),
+}
 """Table → (the kernel's chain, matches, our chain without its prefix)."""
 
 MASQUERADE_BIT = 14
@@ -41,6 +42,9 @@ MASQUERADE_BIT = 14
 
 Rules = tuple[str, ...]
 """The lines of one chain, without `-A <chain>`."""
+
+INVALID = '-m conntrack --ctstate INVALID -m comment --comment "of no known connection" -j DROP'
+"""In the chain FORWARD."""
 
 _PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
 _FRONTEND = re.compile(r"-d ([0-9a-f.:]+)/(?:32|128) -p (\w+) -m \w+ --dport (\d+) ")
@@ -80,8 +84,8 @@ def _digest(data: bytes) -> str:
 # --- the fixed chains ---------------------------------------------------------------------------------------------
 
 
-def fixed_chains(family: Family, facts: NodeFacts, mark: str) -> dict[tuple[str, str], Rules]:
-    """(table, chain) → rules, of every chain that no Service has a part in."""
+def fixed_chains(family: Family, facts: NodeFacts, mark: str, *, drop_invalid: bool) -> dict[tuple[str, str], Rules]:
+    """(table, chain) → rules, of every chain that no Service has a part in. `drop_invalid`: see `_forward`."""
     pods = (*map(_from, networks_of(family, facts.local_pods)), *map(_by, facts.local_interfaces))
     loopback = facts.loopback and family is Family.IPV4
     inside, outside, others = chain("INSIDE"), chain("OUTSIDE"), '-m comment --comment "from a pod of this node"'
@@ -115,6 +119,7 @@ def fixed_chains(family: Family, facts: NodeFacts, mark: str) -> dict[tuple[str,
             f"-j {chain('F-OUT')}",
             f"-g {chain('F-INSIDE')}",
         ),
+        (FILTER, chain("FORWARD")): _forward(mark, drop_invalid=drop_invalid),
         (FILTER, chain("F-INSIDE")): (
             "-m conntrack --ctstate DNAT -j RETURN",
             f"-j {chain('F-IN')}",
@@ -126,6 +131,18 @@ def fixed_chains(family: Family, facts: NodeFacts, mark: str) -> dict[tuple[str,
         (FILTER, chain("REFUSE")): ("-p tcp -j REJECT --reject-with tcp-reset", f"-j REJECT --reject-with {unreachable}"),
     }  # fmt: skip
     return chains
+
+
+def _forward(mark: str, *, drop_invalid: bool) -> Rules:
+    """kube-proxy's KUBE-FORWARD. A packet outside its connection's window (`drop_invalid`) would not be translated back, and
+    its receiver would end the connection (kubernetes issue 74839). Where the policy of FORWARD is to drop, as docker has it,
+    Services work all the same."""
+    return (
+        f"-m conntrack --ctstate NEW -j {chain('FILTER')}",
+        *((INVALID,) if drop_invalid else ()),
+        f'-m mark --mark {mark}/{mark} -m comment --comment "to a Service, masqueraded" -j ACCEPT',
+        '-m conntrack --ctstate RELATED,ESTABLISHED -m comment --comment "known connections" -j ACCEPT',
+    )
 
 
 def _leaving(family: Family, facts: NodeFacts, mark: str) -> Rules:

@@ -17,7 +17,7 @@ from podwire.agent.acknowledge import Acknowledger
 from podwire.agent.health import Health
 from podwire.agent.healthchecks import HealthCheckPorts
 from podwire.agent.localnet import concerns_rules
-from podwire.agent.proxy.connections import endpoint_connections, localhost_connections, service_connections
+from podwire.agent.proxy.connections import endpoint_connections, invalid_packets, localhost_connections, service_connections
 from podwire.agent.proxy.metrics import ProxyMetrics, rule_counts
 from podwire.agent.proxy.serviceranges import ServiceRanges
 from podwire.agent.proxy.status import ProxyHealth
@@ -129,7 +129,7 @@ class ProxyAgent:
         counted, tables = await self._rules.connections(endpoints=False), self.metrics.tables
         text += service_connections(counted, tables)
         if isinstance(self._rules, CountsRules):
-            text += rule_counts(self._rules.rule_counts()) + localhost_connections(counted, tables)
+            text += rule_counts(self._rules.rule_counts()) + localhost_connections(counted, tables) + invalid_packets(counted)
         return text
 
     async def endpoints_text(self) -> str:

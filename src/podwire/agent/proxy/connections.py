@@ -30,6 +30,12 @@ def localhost_connections(counted: Connections, tables: Mapping[ObjectKey, Servi
     return family(name, "counter", "Connections to node ports on 127.0.0.1.", [({}, count)])
 
 
+def invalid_packets(counted: Connections) -> str:
+    """kube-proxy's metric of its iptables mode."""
+    name = "kubeproxy_iptables_ct_state_invalid_dropped_packets_total"
+    return family(name, "counter", "Forwarded packets of no known connection.", [({}, counted.invalid_dropped)])
+
+
 def endpoint_connections(counted: Connections, tables: Mapping[ObjectKey, ServiceTable]) -> str:
     """Connections by Service, frontend and endpoint."""
     samples = []

@@ -12,8 +12,8 @@ from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts, ServiceTable
-from podwire.plan.iptables import Chains, IptablesPlanner, Restore, parse_save, restore, served
-from podwire.plan.iptables_rules import MASQUERADE_BIT, NAT
+from podwire.plan.iptables import Chains, IptablesPlanner, Restore, invalid_dropped, parse_save, restore, served
+from podwire.plan.iptables_rules import FILTER, MASQUERADE_BIT, NAT
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +33,22 @@ _UNKNOWN = b"?"
 class IptablesRules:
     """`ServiceRules` by `IptablesPlanner`, in the namespace behind `netns_fd`, which stays the caller's to keep open.
 
-    `flavour` None: the one in use there. `masquerade_bit`: the packet mark, kube-proxy's --iptables-masquerade-bit."""
+    `flavour` None: the one in use there. `masquerade_bit`: the packet mark, kube-proxy's --iptables-masquerade-bit.
+    `drop_invalid`: drop forwarded packets of no known connection, as kube-proxy does unless it is to be liberal."""
 
     mode = ProxyMode.IPTABLES
 
     def __init__(
-        self, netns_fd: int, facts: NodeFacts, *, flavour: Flavour | None = None, masquerade_bit: int = MASQUERADE_BIT
+        self,
+        netns_fd: int,
+        facts: NodeFacts,
+        *,
+        flavour: Flavour | None = None,
+        masquerade_bit: int = MASQUERADE_BIT,
+        drop_invalid: bool = True,
     ) -> None:
         self._fd, self._wanted = netns_fd, flavour
-        self._planner = IptablesPlanner(facts, masquerade_bit=masquerade_bit)
+        self._planner = IptablesPlanner(facts, masquerade_bit=masquerade_bit, drop_invalid=drop_invalid)
         self._client: IptablesClient | None = None
         self._fingerprint = b""
         self._compared_seconds = 0.0
@@ -98,7 +105,10 @@ class IptablesRules:
         client = await self._opened()
         texts = await off_loop(lambda: {family: client.count(family, NAT) for family in client.families})
         frontends, chosen = self._planner.counted(texts, endpoints=endpoints)
-        return Connections(frontends, chosen)
+        if endpoints:
+            return Connections(frontends, chosen)
+        filters = await off_loop(lambda: [client.count(family, FILTER) for family in client.families])
+        return Connections(frontends, chosen, invalid_dropped=sum(map(invalid_dropped, filters)))
 
     def rule_counts(self) -> Mapping[tuple[Family, str], RuleCount]:
         totals = self._planner.rule_counts()

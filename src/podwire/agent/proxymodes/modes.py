@@ -1,5 +1,6 @@
 """Which back end a node uses, and what the others have left behind."""
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from podwire.agent.localnet import withdraw
 from podwire.agent.proxymodes import iptables, ipvs, nft
 from podwire.agent.proxymodes.port import MakeRules, ServiceRules
 from podwire.kernel.iptables import Flavour, IptablesClient, NotInKernel, Programs, find_programs
-from podwire.kernel.netns import off_loop_to_the_end
+from podwire.kernel.netns import off_loop, off_loop_to_the_end
 from podwire.kernel.port import Kernel, KernelError
 from podwire.model.errors import Unsupported
 from podwire.model.proxymode import ProxyMode
@@ -22,11 +23,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModeOptions:
-    """What single back ends can be told. `flavour` None: the iptables flavour that the host uses. `scheduler`, `strict_arp`:
-    kube-proxy's --ipvs-scheduler and --ipvs-strict-arp."""
+    """What single back ends can be told. `flavour` None: the iptables flavour that the host uses. `drop_invalid`: in iptables,
+    of no known connection. `scheduler`, `strict_arp`: kube-proxy's --ipvs-scheduler and --ipvs-strict-arp."""
 
     flavour: Flavour | None = None
     masquerade_bit: int = MASQUERADE_BIT
+    drop_invalid: bool = True
     scheduler: str = "rr"
     strict_arp: bool = False
 
@@ -52,7 +54,11 @@ class ProxyModes:
                     return nft.NftRules(self.kernel, facts)
                 case ProxyMode.IPTABLES:
                     return iptables.IptablesRules(
-                        self.netns_fd, facts, flavour=options.flavour, masquerade_bit=options.masquerade_bit
+                        self.netns_fd,
+                        facts,
+                        flavour=options.flavour,
+                        masquerade_bit=options.masquerade_bit,
+                        drop_invalid=options.drop_invalid,
                     )
                 case ProxyMode.IPVS:
                     return ipvs.IpvsRules(
@@ -60,6 +66,24 @@ class ProxyModes:
                     )
 
         return make
+
+    async def say_who_drops(self, mode: ProxyMode) -> None:
+        """A line in the log for each flavour of iptables whose policy is to drop what is forwarded. Only its own rules can make
+        an exception: those of `mode` do in its own flavour if they are iptables, and else cannot."""
+        for flavour in Flavour:
+            programs = find_programs(flavour)
+            if programs is None or mode is ProxyMode.IPTABLES:
+                continue
+            client = IptablesClient(self.netns_fd, programs)
+            with contextlib.suppress(KernelError):
+                texts = await off_loop(lambda client=client: [client.save(family) for family in client.families])  # type: ignore[misc]
+                if any(line.startswith(":FORWARD DROP ") for text in texts for line in text.splitlines()):
+                    log.warning(
+                        "iptables (%s) drops what is forwarded, connections to Services too, and no rule of %s can let them "
+                        "pass: set its FORWARD policy to ACCEPT, or use --proxy-mode iptables",
+                        flavour,
+                        mode,
+                    )
 
     async def clean_up(self, used: ServiceRules | None = None) -> tuple[str, ...]:
         """Take what other back ends than `used` have left out of the kernel; None: everything of all, at once. Tracked

@@ -14,10 +14,12 @@ from podwire.model.servicetable import Backend, NodeFacts, ServiceTable
 @dataclass(frozen=True, slots=True)
 class Connections:
     """New connections that the kernel has counted: by frontend's key (`services_maps.frontend_key`), and by that and the
-    endpoint. Counters of rules that are made anew start again."""
+    endpoint. `invalid_dropped`: packets of no known connection, where the back end drops those. Counters of rules that are
+    made anew start again."""
 
     frontends: Mapping[bytes, int] = field(default_factory=dict)
     endpoints: Mapping[tuple[bytes, Backend], int] = field(default_factory=dict)
+    invalid_dropped: int = 0
 
 
 class ServiceRules(Protocol):
