@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from etcdrig import Member, answers, one_member
-from hostrig import answering
+from hostrig import Host, answering
 
 from podwire.apiserver.pki import Authority, KeyPair, kubeconfig
 from podwire.client.api import ApiClient
@@ -43,16 +43,19 @@ def program(name: str) -> str:
 
 
 class Process:
-    """One of the programs, in the tests' own network namespace; its output goes to a file."""
+    """One of the programs, in the tests' own network namespace or on a `host`; its output goes to a file."""
 
-    def __init__(self, folder: Path, name: str, arguments: Sequence[str]) -> None:
-        self.log = folder / f"{name}.log"
+    def __init__(self, folder: Path, name: str, arguments: Sequence[str], host: Host | None = None) -> None:
+        self.log = folder / (f"{name}.log" if host is None else f"{name}-{host.name}.log")
         self._command = (program(name), *arguments)
+        self._fds: tuple[int, ...] = ()
+        if host is not None:
+            self._command, self._fds = ("nsenter", f"--net=/proc/self/fd/{host.netns}", "--", *self._command), (host.netns,)
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         with self.log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(*self._command, stdout=log, stderr=log)
+            self._process = await asyncio.create_subprocess_exec(*self._command, stdout=log, stderr=log, pass_fds=self._fds)
 
     async def ended(self) -> None:
         """Returns when it has ended of itself."""
@@ -137,12 +140,13 @@ class Kubernetes:
 
 
 @asynccontextmanager
-async def kubernetes(folder: Path, *arguments: str) -> AsyncIterator[Kubernetes]:
-    """A control plane at `URL`. The bridge of `hostrig.machines`, which has its address, must be there."""
+async def kubernetes(folder: Path, *arguments: str, on: Member | None = None) -> AsyncIterator[Kubernetes]:
+    """A control plane at `URL`, with an etcd of its own if not `on` that one. The bridge of `hostrig.machines`, which has its
+    address, must be there."""
     program("kube-apiserver")
     authority = _write_files(folder)
     async with AsyncExitStack() as stack:
-        member = await stack.enter_async_context(one_member(folder))
+        member = await stack.enter_async_context(one_member(folder)) if on is None else on
         async with EtcdClient([member.client_url]) as etcd:
             await answers(etcd)
         server = Process(folder, "kube-apiserver", (*_flags(folder, member.client_url), *arguments))
@@ -233,6 +237,16 @@ async def scheduler(kube: Kubernetes) -> AsyncIterator[Process]:
     arguments = (f"--kubeconfig={kube.admin_config}", "--leader-elect=false", "--port=0", "--secure-port=0")
     async with _running(Process(kube.folder, "kube-scheduler", arguments)) as process:
         yield process
+
+
+def kube_proxy(kube: Kubernetes, host: Host) -> Process:
+    """kube-proxy on the host, to be started, in its mode iptables. The machine's connection tracker is left as it is."""
+    switches = ("max-per-core", "min", "tcp-timeout-established", "tcp-timeout-close-wait")
+    arguments = (
+        "--proxy-mode=iptables", "--cluster-cidr=10.244.0.0/16", *(f"--conntrack-{name}=0" for name in switches),
+        f"--hostname-override={host.name}", f"--kubeconfig={kube.admin_config}",
+    )  # fmt: skip
+    return Process(kube.folder, "kube-proxy", arguments, host)
 
 
 @asynccontextmanager
