@@ -17,19 +17,20 @@ from agentrig import API, URL, agent_on, api_on, etcd_on, ready, socket_in
 from labcommand import PODWIRE
 from overlayrig import OverlayHost, config_text, overlay_hosts, until
 
+from podwire.client.api import ApiClient
 from podwire.client.etcd import EtcdClient
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.syscalls import CLONE_NEWNET, setns
 from podwire.model.addr import Family
 from podwire.model.ops import DelFdb, Op
-from podwire.model.resources import NODES
-from podwire.trace.overlaycheck import AGREED, FITTING, KEPT, UNIQUE
+from podwire.model.resources import NODES, PODS
+from podwire.trace.overlaycheck import AGREED, FITTING, KEPT, MAPPED, UNIQUE
 
 pytestmark = [pytest.mark.kernel, pytest.mark.needs("VXLAN devices", "bridge devices", "nftables")]
 
 DUAL = (Family.IPV4, Family.IPV6)
-SOUND = {AGREED: 4, KEPT: 2, FITTING: 2, UNIQUE: 1}
-"""Of two hosts with two subnets each: two ways and two MACs; two packets; two edges."""
+SOUND = {MAPPED: 2, AGREED: 4, KEPT: 2, FITTING: 2, UNIQUE: 1}
+"""Of two hosts with two subnets each: two addresses of its own; two ways and two MACs; two packets; two edges."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ async def test_against_etcd(tmp_path: Path) -> None:
         assert f"{_mac(sound)} has no forwarding entry on flannel.1" in words
         assert f"{UNIQUE}: {source}/24 of" in words
         assert f"overlaps {source}/25" in words
-        assert {f["condition"] for f in broken.wrong} == {AGREED, KEPT, FITTING, UNIQUE}
+        assert {f["condition"] for f in broken.wrong} == {AGREED, KEPT, FITTING, UNIQUE}, words
 
 
 async def _its_entry_is_gone(stack: AsyncExitStack, host: OverlayHost) -> None:
@@ -96,7 +97,7 @@ async def _its_entry_is_gone(stack: AsyncExitStack, host: OverlayHost) -> None:
 
 def _mac(sound: Report) -> str:
     """What the first host says of its own IPv4 tunnel."""
-    words = next(f["evidence"] for f in sound.findings if "flannel.1 has" in f["evidence"])
+    words = next(f["evidence"] for f in sound.findings if "flannel.1 has" in f["evidence"] and f["condition"] == AGREED)
     return str(words.partition(" has ")[2].partition(";")[0])
 
 
@@ -123,15 +124,25 @@ async def test_against_an_api_server(tmp_path: Path) -> None:
         kubeconfig = tmp_path / "kubeconfig"
         kubeconfig.write_text(_kubeconfig(server))
         look = partial(verify, hosts[0], "--kubeconfig-file", str(kubeconfig), "--kube-annotation-prefix", "example.org/net")
+        await _pod(client, "astray", "n2", "10.5.1.9")
         first = await look()
         assert first.status == 1, "without pods nobody answers there"
-        assert {f["condition"] for f in first.wrong} == {FITTING}
+        assert {f["condition"] for f in first.wrong} == {FITTING, MAPPED}
+        assert "10.5.1.9 lies in the subnet of n1; the pod runs on n2" in [f["evidence"] for f in first.wrong]
         assert [f["ok"] for f in first.findings if f["condition"] == KEPT] == [None]
+        await client.delete(PODS, "astray", "default", grace_period_seconds=0)
         for host in hosts:
             await host.add_pod()
         sound = await look()
         assert (sound.status, sound.wrong) == (0, [])
         assert sound.counts == SOUND | {AGREED: 2}
+
+
+async def _pod(client: ApiClient, name: str, node: str, ip: str) -> None:
+    spec = {"nodeName": node, "containers": [{"name": "c", "image": "i"}]}
+    await client.create(PODS, {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}, "default")
+    status = {"status": {"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}]}}
+    await client.patch(PODS, name, status, "default", subresource="status")
 
 
 def _kubeconfig(server: str) -> str:

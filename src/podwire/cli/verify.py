@@ -68,12 +68,13 @@ def overlay(lab_name: str, everything: bool, output: str, **store: Any) -> None:
 def _this_host(store: Mapping[str, Any]) -> Any:
     import asyncio
 
-    from podwire.cli.verifyhost import leases_from
+    from podwire.cli.verifyhost import read_store
     from podwire.lab.verify import document
     from podwire.lab.verifyhost import verify_host
 
     async def run() -> Any:
-        return document(await verify_host(await leases_from(store), store["node_name"]))
+        known = await read_store(store)
+        return document(await verify_host(known.leases, store["node_name"], known.pods))
 
     return asyncio.run(run())
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import current_netns
@@ -14,8 +14,12 @@ from podwire.trace.overlaycheck import (
     AGREED,
     FITTING,
     KEPT,
+    MAPPED,
     Finding,
     NodeView,
+    PodAddress,
+    check_devices,
+    check_mapping,
     check_own,
     check_uniqueness,
     check_ways,
@@ -25,8 +29,9 @@ from podwire.trace.overlaycheck import (
 MOST_AT_ONCE = 64
 
 
-async def verify_host(leases: Mapping[str, Lease], node: str = "") -> list[Finding]:
+async def verify_host(leases: Mapping[str, Lease], node: str = "", pods: Collection[PodAddress] | None = None) -> list[Finding]:
     """`leases`: all there are, by node. `node`: which is this host's; empty: the one with an address that this host has.
+    `pods`: of all nodes, where they are known.
 
     Raises InvalidInput for whom the kernel does not let capture."""
     netns = current_netns()
@@ -39,7 +44,11 @@ async def verify_host(leases: Mapping[str, Lease], node: str = "") -> list[Findi
             words = "no lease names an address of this host; its agent has not leased a subnet yet"
             return [Finding(AGREED, "this host", ok=False, evidence=words)]
         view = NodeView(own, held, state)
-        found = [*check_uniqueness(leases, ()), *check_ways(leases, {own: view}), *check_own(view, leases[own])]
+        found = [*check_devices(view, leases), *check_mapping(leases, pods or ()), *check_uniqueness(leases, pods or ())]
+        if pods is None:
+            words = "not compared: the store does not tell this host of pods, only of subnets"
+            found.append(Finding(MAPPED, "pods", ok=None, evidence=words))
+        found += [*check_ways(leases, {own: view}), *check_own(view, leases[own])]
         peers = [lease for name, lease in leases.items() if name != own]
         return [*found, *await _probe_sources(netns, view, leases[own], peers), *await _probe_mtus(netns, view, peers)]
     finally:

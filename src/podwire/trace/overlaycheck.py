@@ -79,6 +79,17 @@ def check_mapping(leases: Mapping[str, Lease], pods: Iterable[PodAddress]) -> li
     return found
 
 
+def check_devices(view: NodeView, leases: Mapping[str, Lease]) -> Iterator[Finding]:
+    """That each address of the node's devices within the pods' subnets is in the node's own: a bridge that has kept a subnet
+    which is another's by now gives its addresses to pods a second time."""
+    for address in sorted(view.state.addresses, key=lambda a: (a.dev, a.interface.version, int(a.interface.ip))):
+        ip = address.interface.ip
+        owners = [node for node, lease in leases.items() if any(_holds(subnet, ip) for subnet in lease.subnets)]
+        if owners:
+            words = f"{address.dev} has {address.interface}, which lies in the subnet of {' and '.join(owners)}"
+            yield Finding(MAPPED, f"{view.name}: {address.dev}", ok=owners == [view.name], evidence=words)
+
+
 def check_ways(leases: Mapping[str, Lease], views: Mapping[str, NodeView]) -> Iterator[Finding]:
     """From each node in `views` to every other node's subnets. Of nodes without a view the addresses come from the lease."""
     for view in views.values():

@@ -12,7 +12,15 @@ from podwire.model.ids import HOST
 from podwire.model.kernelstate import FdbEntry, NetState
 from podwire.plan.leases import Lease, lease_of_node
 from podwire.plan.node import plan_node
-from podwire.trace.overlaycheck import NodeView, PodAddress, check_mapping, check_own, check_uniqueness, check_ways
+from podwire.trace.overlaycheck import (
+    NodeView,
+    PodAddress,
+    check_devices,
+    check_mapping,
+    check_own,
+    check_uniqueness,
+    check_ways,
+)
 
 NODES = (1, 2, 3)
 
@@ -98,3 +106,14 @@ def test_a_pod_with_a_foreign_address_is_named() -> None:
         "10.244.2.7 lies in the subnet of n2; the pod runs on n1",
         "::7 lies in the subnet of nobody; the pod runs on n1",
     ]
+
+
+def test_a_bridge_that_kept_another_nodes_subnet_is_found() -> None:
+    sound = list(check_devices(view(1), leases()))
+    assert [f.ok for f in sound] == [True] * len(sound)
+    assert "cni0 has 10.244.1.1/24, which lies in the subnet of n1" in [f.evidence for f in sound]
+    moved = {**leases(), "n1": replace(leases()["n3"], node="n1")}
+    moved["n3"] = replace(leases()["n1"], node="n3")
+    wrong = list(check_devices(view(1), moved))
+    assert not any(f.ok for f in wrong)
+    assert "cni0 has 10.244.1.1/24, which lies in the subnet of n3" in [f.evidence for f in wrong]
