@@ -1,4 +1,4 @@
-"""The overlay at scale: `podwire agent` with 5,000 leases in a real etcd, and a start-up storm of 500 nodes at one etcd."""
+"""The overlay at scale: `podwire agent` with 5,000 leases in a real etcd, and a start-up storm of 500 nodes (`bench.storm`)."""
 
 import asyncio
 import ipaddress
@@ -10,27 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from random import Random
 
 from bench.report import Figures, main, percentiles, say, table
+from bench.storm import cpu_seconds, storm
 from podwire.agent.repair import LAZY_SECONDS
-from podwire.agent.subnets.etcd import EtcdSubnets
 from podwire.agent.subnets.registry import DEFAULT_PREFIX
 from podwire.client.etcd import EtcdClient
 from podwire.client.etcdmessages import (
-    Compare,
-    EtcdKeyValue,
-    LeaseResponse,
-    Operation,
     PutKey,
-    RangeResponse,
-    ReadKeys,
-    TxnResponse,
-    WatchResponse,
 )
 from podwire.kernel import netns
 from podwire.kernel.linux import LinuxKernel
@@ -63,26 +53,27 @@ def run() -> Figures:
 
 async def _run() -> Figures:
     with tempfile.TemporaryDirectory(prefix="podwire-bench-", dir=_MEMORY) as folder:
-        figures = await _leases(Path(folder))
-        storm = await _storm(Path(folder))
-    return figures | storm
+        fd = netns.current_netns()
+        kernel = LinuxKernel(fd)
+        try:
+            await _machine(kernel)
+            figures = await _leases(Path(folder), fd, kernel)
+            async with _etcd(Path(folder) / "storm", fd) as (etcd, member):
+                figures |= await storm(etcd, member.pid)
+        finally:
+            await kernel.close()
+            os.close(fd)
+    return figures
 
 
 # --- one agent, many leases ---------------------------------------------------------------------------------------------
 
 
-async def _leases(folder: Path) -> Figures:
-    fd = netns.current_netns()
-    kernel = LinuxKernel(fd)
-    try:
-        await _machine(kernel)
-        async with _etcd(folder / "leases", fd) as etcd:
-            await _fill(etcd, range(LEASES))
-            figures = await _one_agent(etcd, kernel, folder)
-        figures["ip_calls_s"] = await asyncio.to_thread(_ip_calls)
-    finally:
-        await kernel.close()
-        os.close(fd)
+async def _leases(folder: Path, fd: int, kernel: LinuxKernel) -> Figures:
+    async with _etcd(folder / "leases", fd) as (etcd, _):
+        await _fill(etcd, range(LEASES))
+        figures = await _one_agent(etcd, kernel, folder)
+    figures["ip_calls_s"] = await asyncio.to_thread(_ip_calls)
     say(f"  `podwire agent` with {LEASES} leases in etcd, VXLAN (a neighbour, a forwarding entry and a route each):")
     table(
         [
@@ -114,14 +105,14 @@ async def _machine(kernel: LinuxKernel) -> None:
 
 
 @asynccontextmanager
-async def _etcd(folder: Path, fd: int) -> AsyncIterator[EtcdClient]:
+async def _etcd(folder: Path, fd: int) -> AsyncIterator[tuple[EtcdClient, EtcdMember]]:
     place = Place("etcd-1", {Family.IPV4: ipaddress.ip_address("127.0.0.1")})
     member = EtcdMember(place, fd, folder, [place])
     member.start()
     try:
         await write_config([member], f"{DEFAULT_PREFIX}/config", json.dumps(_CONFIG))
         async with EtcdClient([client_url(place)], timeout=30.0) as etcd:
-            yield etcd
+            yield etcd, member
     finally:
         await member.stop()
 
@@ -155,16 +146,16 @@ async def _one_agent(etcd: EtcdClient, kernel: LinuxKernel, folder: Path) -> Fig
         agent = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # noqa: ASYNC220
     try:
         await _until_logged(folder, agent, r"interface \S+ with")
-        begun = _cpu_seconds(agent.pid)
+        begun = cpu_seconds(agent.pid)
         await _until_routes(kernel, LEASES)
         everything = time.perf_counter() - started
         programmed = float(await _until_logged(folder, agent, r"peers programmed in ([0-9.]+) s"))
-        cpu = _cpu_seconds(agent.pid)
+        cpu = cpu_seconds(agent.pid)
         await asyncio.sleep(3)  # at rest: what was made on the way has been let go
         memory = _memory_mb(agent.pid)
-        before = _cpu_seconds(agent.pid)
+        before = cpu_seconds(agent.pid)
         one = [await _one_more(etcd, kernel, number) for number in range(LEASES, LEASES + MORE)]
-        one_cpu = (_cpu_seconds(agent.pid) - before) * 1000 / MORE
+        one_cpu = (cpu_seconds(agent.pid) - before) * 1000 / MORE
         await asyncio.sleep(LAZY_SECONDS + 2)  # by then it has compared everything with the kernel once more
         later = _memory_mb(agent.pid)
     finally:
@@ -209,11 +200,6 @@ async def _one_more(etcd: EtcdClient, kernel: LinuxKernel, number: int) -> float
         await events.aclose()
 
 
-def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def _memory_mb(pid: int) -> dict[str, float]:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     sizes = {line.split(":")[0].lower(): int(line.split()[1]) / 1024 for line in lines[1:]}
@@ -232,118 +218,6 @@ def _ip_calls() -> float:
         ):
             subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
     return (time.perf_counter() - started) / SAMPLE * LEASES
-
-
-# --- many nodes at once -------------------------------------------------------------------------------------------------
-
-
-class Counted:
-    """An etcd client that counts its requests."""
-
-    def __init__(self, etcd: EtcdClient) -> None:
-        self._etcd = etcd
-        self.requests: Counter[str] = Counter()
-
-    async def get(self, key: str) -> EtcdKeyValue | None:
-        self.requests["get"] += 1
-        return await self._etcd.get(key)
-
-    async def range(self, request: ReadKeys) -> RangeResponse:
-        self.requests["range"] += 1
-        return await self._etcd.range(request)
-
-    async def txn(
-        self, compare: Sequence[Compare], success: Sequence[Operation], failure: Sequence[Operation] = ()
-    ) -> TxnResponse:
-        self.requests["txn"] += 1
-        return await self._etcd.txn(compare, success, failure)
-
-    async def grant(self, ttl: int) -> LeaseResponse:
-        self.requests["grant"] += 1
-        return await self._etcd.grant(ttl)
-
-    async def keep_alive(self, lease: int) -> int:
-        self.requests["keep_alive"] += 1
-        return await self._etcd.keep_alive(lease)
-
-    async def revoke(self, lease: int) -> None:
-        self.requests["revoke"] += 1
-        await self._etcd.revoke(lease)
-
-    def watch(
-        self, key: str, *, prefix: bool = False, start_revision: int = 0, prev_kv: bool = False
-    ) -> AsyncGenerator[WatchResponse, None]:
-        self.requests["watch"] += 1
-        return self._etcd.watch(key, prefix=prefix, start_revision=start_revision, prev_kv=prev_kv)
-
-
-async def _storm(folder: Path) -> Figures:
-    fd = netns.create_netns()
-    try:
-        await _loopback(fd)
-        return await _many_nodes(folder, fd)
-    finally:
-        os.close(fd)
-
-
-async def _loopback(fd: int) -> None:
-    kernel = LinuxKernel(fd)
-    try:
-        await kernel.apply((ChangeLink(Link("lo", Device())),))
-    finally:
-        await kernel.close()
-
-
-async def _many_nodes(folder: Path, fd: int) -> Figures:
-    """All in this process, each with a connection of its own: the time is that of etcd and of 500 managers on these cores."""
-    own = netns.current_netns()
-    async with _etcd(folder / "storm", own):
-        clients = [EtcdClient(["http://127.0.0.1:2379"], timeout=60.0) for _ in range(STORM)]
-        counted = [Counted(client) for client in clients]
-        managers = [EtcdSubnets(etcd, rng=Random(at)) for at, etcd in enumerate(counted)]
-        try:
-            started, cpu = time.perf_counter(), time.process_time()
-            async with asyncio.timeout(_DEADLINE), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(_node(manager, at)) for at, manager in enumerate(managers)]
-                while any(len(manager.peers) < STORM - 1 for manager in managers):  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
-                elapsed = time.perf_counter() - started
-                spent = time.process_time() - cpu
-                for task in tasks:
-                    task.cancel()
-        finally:
-            for client in clients:
-                await client.close()
-            os.close(own)
-    subnets = {manager.own.lease.subnets for manager in managers if manager.own.lease is not None}
-    assert len(subnets) == STORM, "a subnet has two owners"
-    requests = [sum(etcd.requests.values()) for etcd in counted]
-    races = sum(manager.counters.races for manager in managers)
-    figures: Figures = {
-        "storm_nodes": STORM, "storm_s": elapsed, "storm_cpu_s": spent, "storm_races": races,
-        "storm_requests": percentiles([float(number) for number in requests]),
-    }  # fmt: skip
-    say(f"  {STORM} nodes start at once, one etcd member; all in one process:")
-    table(
-        [
-            ["", ""],
-            ["until each knows all others", f"{elapsed:.1f} s"],
-            ["CPU of all nodes together", f"{spent:.1f} s"],
-            ["requests a node, p50", f"{figures['storm_requests']['p50']:.0f}"],
-            ["  … p99", f"{figures['storm_requests']['p99']:.0f}"],
-            ["races lost and tried again", str(races)],
-        ]
-    )
-    return figures
-
-
-async def _node(manager: EtcdSubnets, number: int) -> None:
-    await manager.network_config()
-    mac = f"0a:60:00:00:{number >> 8:02x}:{number & 255:02x}"
-    data = json.dumps({"VNI": 1, "VtepMAC": mac}, separators=(",", ":"))
-    address = ipaddress.IPv4Address("198.19.0.0") + number
-    await manager.acquire(LeaseAttrs(public_ip=address, backend_type="vxlan", backend_data=data))
-    await manager.run()
 
 
 if __name__ == "__main__":

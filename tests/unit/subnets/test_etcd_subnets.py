@@ -167,7 +167,7 @@ class LateTxn(FakeEtcdClient):
     async def txn(
         self, compare: Sequence[Compare], success: Sequence[Operation], failure: Sequence[Operation] = ()
     ) -> TxnResponse:
-        if self.waiting:
+        if self.waiting and any(isinstance(operation, PutKey) for operation in success):
             self.waiting = False
             loop = asyncio.get_running_loop()
             loop.call_later(20, self._late, compare, success)

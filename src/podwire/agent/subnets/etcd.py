@@ -75,6 +75,8 @@ class EtcdSubnets:
         self._config_text: bytes | None = None
         self._config_revision = 0
         """The configuration as it was read last, and when."""
+        self._looked: tuple[bytes, Snapshot] | None = None
+        """What was read with it, for the first try to get a lease: each of our writes fails where that is not true any more."""
         self._listeners: list[SubnetListener] = []
         self._told = OwnLease()
         self._changed = asyncio.Event()
@@ -106,12 +108,13 @@ class EtcdSubnets:
         backoff = Backoff(self._rng, initial=0.2, maximum=10.0)
         while True:
             try:
-                text, self._config_revision = await self._registry.config_at()
+                text, seen = await self._registry.look()
             except EtcdError as error:
                 await self._wait(backoff, f"the network configuration cannot be read: {error}")
                 continue
+            self._config_revision = seen.revision
             if text is not None:
-                self._config_text = text
+                self._config_text, self._looked = text, (text, seen)
                 return self._parsed(text)
             await self._wait(
                 backoff, f"there is no network configuration yet in etcd: put one at {self._registry.prefix}/config"
@@ -179,11 +182,11 @@ class EtcdSubnets:
 
     async def _try_acquire(self) -> Taken | None:
         """None: others changed something meanwhile, or something had to be cleared away first; again at once."""
-        text = await self._registry.config()
+        text, seen = self._looked or await self._registry.look()
+        self._looked = None
         if text is None:
             raise InvalidInput(f"there is no network configuration in etcd at {self._registry.prefix}/config: put one there")
         config = self._parsed(text)
-        seen = await self._registry.list()
         await self._registry.settle(seen)
         match choose(config, seen.leases, self._attrs, self._last, self._rng.randrange, self._strangers):
             case Reuse(stored):

@@ -89,12 +89,14 @@ class LeaseRegistry:
         self._doubtful: set[int] = set()
         """Leases granted for writes of which nobody knows whether they happened, or will."""
 
-    async def config(self) -> bytes | None:
-        """The network configuration's text; None where there is none."""
-        return (await self.config_at())[0]
+    async def look(self) -> tuple[bytes | None, Snapshot]:
+        """The network configuration's text (None where there is none) and all leases, of one moment and by one request."""
+        done = await self._etcd.txn([], [ReadKeys(key=self._config), ReadKeys(key=self._subnets, prefix=True)])
+        config, leases = [answer.response_range for answer in done.responses if answer.response_range]
+        return (config.kvs[0].value if config.kvs else None), self._snapshot(leases, done.header.revision)
 
     async def config_at(self) -> tuple[bytes | None, int]:
-        """The same, with the revision at which it was so."""
+        """The network configuration's text (None where there is none), and the revision at which it was so."""
         page = await self._etcd.range(ReadKeys(key=self._config))
         return (page.kvs[0].value if page.kvs else None), page.header.revision
 
@@ -103,7 +105,10 @@ class LeaseRegistry:
 
     async def list(self) -> Snapshot:
         page = await self._etcd.range(ReadKeys(key=self._subnets, prefix=True))
-        return Snapshot(tuple(filter(None, map(self.decode, page.kvs))), page.header.revision)
+        return self._snapshot(page, page.header.revision)
+
+    def _snapshot(self, page: RangeResponse, revision: int) -> Snapshot:
+        return Snapshot(tuple(filter(None, map(self.decode, page.kvs))), revision)
 
     def decode(self, kv: EtcdKeyValue) -> StoredLease | None:
         """None for what flannel would skip."""
@@ -159,7 +164,7 @@ class LeaseRegistry:
                     await self._etcd.revoke(granted.id)
             return None
         page = next(answer.response_range for answer in done.responses if answer.response_range)
-        seen = Snapshot(tuple(filter(None, map(self.decode, page.kvs))), done.header.revision)
+        seen = self._snapshot(page, done.header.revision)
         stored = next(found for found in seen.leases if found.lease.node == lease.node)
         return Taken(stored, inf if permanent else self._deadline(since, granted.ttl), seen)
 
