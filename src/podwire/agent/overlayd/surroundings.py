@@ -105,7 +105,7 @@ class Surroundings:
                 continue
             try:
                 setup = await self._made(self._setup)
-            except (InvalidInput, Unsupported, KernelError) as error:
+            except (InvalidInput, Unsupported, KernelError, OSError) as error:
                 if INTERFACE not in self._health.degraded:
                     log.warning("%s; going on with what there was", error)
                 self._health.failed(INTERFACE, error)
