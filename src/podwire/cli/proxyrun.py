@@ -28,6 +28,7 @@ from podwire.client.kubeconfig import client_from_kubeconfig, in_cluster_client
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import current_netns
 from podwire.kernel.port import KernelError
+from podwire.kernel.syscalls import return_large_blocks
 from podwire.model.errors import InvalidInput, PodwireError
 from podwire.model.ops import SetSysctl
 from podwire.model.proxyconfig import ProxyConfig, config_document, conntrack_switches, networks, parse_proxy_config
@@ -73,6 +74,7 @@ def run_proxy(options: Invocation) -> None:
     if options.cleanup_kube_proxy:
         asyncio.run(_clean_up_kube_proxy())
         return
+    return_large_blocks()
     with _alone():
         asyncio.run(_until_signal(options, config))
 

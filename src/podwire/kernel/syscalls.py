@@ -119,6 +119,18 @@ def release_memory() -> None:
         trim(0)
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _LARGE = -1, -3, 1 << 17
+
+
+def return_large_blocks() -> None:
+    """Have every large block of memory come from the kernel and go back to it, where the C library can be told (glibc's
+    mallopt). Left alone, it takes one that was freed for a sign that more will come, and keeps the next ones."""
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        mallopt(_M_TRIM_THRESHOLD, _LARGE)
+
+
 def namespace_advice(code: int) -> str:
     """What a user can do when namespaces are refused with errno `code`; empty where nothing is known."""
     if code == errno.ENOSYS or code == errno.EINVAL:

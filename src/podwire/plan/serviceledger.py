@@ -168,9 +168,9 @@ class ServiceLedger(Generic[S]):
             for address in old.local_addresses - new.local_addresses:
                 self._maps[len(address)].hairpin.release(address + address)
         if new.cluster_ips != old.cluster_ips:
-            for address in new.cluster_ips - old.cluster_ips:
+            for address in set(new.cluster_ips).difference(old.cluster_ips):
                 self._maps[len(address)].cluster_ips.want(address)
-            for address in old.cluster_ips - new.cluster_ips:
+            for address in set(old.cluster_ips).difference(new.cluster_ips):
                 self._maps[len(address)].cluster_ips.release(address)
 
 

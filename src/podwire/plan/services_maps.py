@@ -373,9 +373,8 @@ class FamilyMaps:
                 continue
             for key, programmed in self._programmed.items():
                 held: Sequence[bytes] = getattr(programmed, attribute)
-                order = _observed_order(state, key)
-                arranged = arrange(order, held)
-                if arranged != held:
+                arranged = arrange(_observed_order(state, key), held)
+                if tuple(arranged) != tuple(held):
                     setattr(programmed, attribute, arranged)
                     for index, data in enumerate(arranged):
                         book.put(key + _pack_index(index), data)
