@@ -130,7 +130,7 @@ class EtcdSubnets:
                 self._config_revision = 0
                 continue
             except EtcdError as error:
-                log.warning("the network configuration cannot be watched: %s", error)
+                log.debug("the network configuration cannot be watched: %s", error)  # as the leases cannot, which is told
                 await asyncio.sleep(backoff.next())
                 continue
             if text is None:
