@@ -7,7 +7,13 @@ TEST_PACKAGES := nftables iptables iproute2 iperf3 etcd-server etcd-client conta
 
 PYTEST_STRICT := --allowed-skips tests/allowed-skips.txt
 
-.PHONY: demo test test-code test-packets test-vm test-real lint bench format clean test-packages
+# BASE: a Debian with Python 3.11 or newer. IMAGE_FLAGS: for the builder, such as --volume or --isolation chroot.
+IMAGE       ?= podwire
+BASE        ?= python:3.13-slim
+BUILDER     ?= $(or $(firstword $(foreach b,podman buildah docker,$(shell command -v $(b)))),podman)
+IMAGE_FLAGS ?=
+
+.PHONY: demo test test-code test-packets test-vm test-real lint bench format clean test-packages image check-image
 
 demo: $(VENV)/.installed
 	@$(BIN)/podwire demo
@@ -66,6 +72,13 @@ test-packages:
 	if [ -n "$$missing" ] && command -v apt-get >/dev/null; then \
 	  if [ "$$(id -u)" = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	  else echo "tests that compare with these Debian packages will be skipped:$$missing (as root: apt-get install$$missing)"; fi; fi
+
+image:
+	$(BUILDER) build $(IMAGE_FLAGS) --build-arg BASE=$(BASE) -t $(IMAGE) -f deploy/Containerfile .
+
+# Builds it on a base made of Debian's packages, and does from it what a node's first containers do. Root, five minutes.
+check-image:
+	deploy/check-image.sh
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache bench/results
