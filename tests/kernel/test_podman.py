@@ -88,6 +88,30 @@ async def test_a_restarted_container_and_a_killed_agent(site: Site[Podman]) -> N
     await until(site.client, PODS, lambda found: shown(found, "web-host-2", "web-host-3"))
 
 
+async def test_an_address_and_a_mac_address_that_are_asked_for(site: Site[Podman]) -> None:
+    one = site.engines[0]
+    subnet = (await one.addresses("web"))[0].rpartition(".")[0]
+    asked = ("--network", "podwire", "--ip", f"{subnet}.77", "--mac-address", "0a:00:00:00:00:77")
+    await one.run("fixed", *asked, command=("sleep", "1000"))
+    assert (await one.addresses("fixed"))[0] == f"{subnet}.77"
+    assert "0a:00:00:00:00:77" in await one("exec", "fixed", "ip", "link", "show", "eth0")
+    code, words = await one.attempt(
+        "run", "--cgroups=disabled", "--rm", "--network", "podwire", "--ip", f"{subnet}.77", IMAGE, "true"
+    )
+    assert code != 0, "it has a holder"
+    assert f"{subnet}.77" in words
+    await one("rm", "-f", "-t", "0", "fixed")
+
+
+async def test_a_machine_with_containers_does_not_leave(site: Site[Podman]) -> None:
+    host = site.nodes[1]
+    assert await host.end() == 0
+    with pytest.raises(AssertionError, match="1 containers of an engine are attached here"):
+        await host.podwire("leave", *host.directories)
+    await host.join()
+    await until(site.client, PODS, lambda found: shown(found, "web-host-2", "web-host-3"))
+
+
 async def test_what_is_removed_leaves_nothing(site: Site[Podman]) -> None:
     for engine in site.engines:
         await engine("rm", "-f", "-t", "0", "web")

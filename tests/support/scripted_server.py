@@ -25,7 +25,8 @@ class ScriptedServer:
 
     def answer(self, method: str, path: str, document: object, status: int = 200, **headers: str) -> None:
         async def respond(request: web.Request) -> web.StreamResponse:
-            return web.Response(body=msgspec.json.encode(document), status=status, headers=headers)
+            body = document if isinstance(document, bytes) else msgspec.json.encode(document)
+            return web.Response(body=body, status=status, headers=headers)
 
         self._answers[method, path].append(respond)
 

@@ -1,11 +1,11 @@
 """What systemd is told: that a service is up, and the units that start it."""
 
 import os
-import shlex
+import re
 import socket
 from collections.abc import Sequence
 
-SERVER_UNIT, NODE_UNIT = "podwire-server.service", "podwire-node.service"
+_PLAIN = re.compile(r"[-A-Za-z0-9_@%$+=:,./]+")
 
 
 def notify(state: str) -> None:
@@ -52,5 +52,9 @@ def _unit(description: str, command: Sequence[str], service: Sequence[str]) -> s
 
 
 def _quoted(word: str) -> str:
-    """As a word of ExecStart=, where % and $ mean something."""
-    return shlex.quote(word.replace("%", "%%").replace("$", "$$"))
+    """As a word of ExecStart= (systemd.service(5), "Command lines"), where %, $ and, within quotes of either kind, \\ mean
+    something."""
+    escaped = word.replace("%", "%%").replace("$", "$$")
+    if _PLAIN.fullmatch(escaped):
+        return escaped
+    return '"' + escaped.replace("\\", "\\\\").replace('"', '\\"') + '"'

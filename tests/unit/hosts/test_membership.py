@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from scripted_server import ScriptedServer
 
+from podwire.apiserver.joining import CA_PATH
 from podwire.apiserver.pki import Authority
 from podwire.client.api import ApiClient
 from podwire.client.errors import Unavailable
 from podwire.hosts.errors import HostError
-from podwire.hosts.membership import ClusterSettings, Membership, Record, parse_servers
+from podwire.hosts.membership import ClusterSettings, JoinToken, Membership, Record, join, parse_servers
 from podwire.model.errors import InvalidInput
 from podwire.model.resources import NODES
 
@@ -67,6 +68,19 @@ async def test_a_node_changes_over_to_other_servers_of_its_cluster(tmp_path: Pat
         assert loaded is not None
         assert loaded.record == membership.record
         assert loaded.record.servers == (other_cluster.url, server.url)
+
+
+async def test_a_server_of_another_authority_than_the_tokens_is_refused(tmp_path: Path) -> None:
+    ours, theirs = authority(), authority()
+    async with AsyncExitStack() as stack:
+        server = await serve(stack, theirs)
+        server.answer("GET", CA_PATH, theirs.pair.certificate)
+        token = JoinToken("abcdef.0123456789abcdef", ours.fingerprint)
+        with pytest.raises(HostError, match="another fingerprint"):
+            await join(tmp_path, (server.url,), token, "n1", ["198.18.7.2"])
+        assert [path for _, path, *_ in server.requests] == [CA_PATH], "it was not shown the token"
+    with pytest.raises(InvalidInput):
+        JoinToken.parse("abcdef.0123456789abcdef")
 
 
 def test_servers_by_their_urls() -> None:
