@@ -169,20 +169,22 @@ class OverlayAgent:
             return following
         repair = Repair(self._kernel, self._plumbing, self._masquerade, self._health, self._rng, self._surroundings.heard)
         async with asyncio.TaskGroup() as life:
-            work = [repair.run(), self._peers.run(repair), self._masquerade.run()]
+            work = [repair.run(), self._peers.run(repair), self._masquerade.run(), self._become_ready()]
             if self._options.forward_rules:
                 networks = setup.config.networks
                 work.append(ForwardRules(self._host.run_command, networks, self._health, self._options.resync).run())
             if self._tunnel is not None:
                 work.append(self._tunnel.run())
             tasks = [life.create_task(one) for one in work]
-            await self._masquerade.programmed()
-            self._ready.set()
-            self._surroundings.look()
             following = await self._follow_own(setup, own.subnets, repair)
             for task in tasks:
                 task.cancel()
         return following
+
+    async def _become_ready(self) -> None:
+        await self._masquerade.programmed()
+        self._ready.set()
+        self._surroundings.look()
 
     # --- taking over ----------------------------------------------------------------------------------------------
 
