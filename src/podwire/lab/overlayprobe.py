@@ -76,9 +76,12 @@ class SourceProbes:
         )
 
 
-async def probe_mtu(netns: int, address: IPAddress, mtu: int) -> tuple[MtuResult, MtuResult]:
-    """From namespace `netns` to `address`: at `mtu` bytes, and one byte over."""
-    sock = await in_netns(netns, lambda: _open(address))
+async def probe_mtu(netns: int, address: IPAddress, mtu: int, source: IPAddress | None = None) -> tuple[MtuResult, MtuResult]:
+    """From namespace `netns` to `address`: at `mtu` bytes, and one byte over.
+
+    source: whom to answer. Better not a subnet's own address, which a tunnel's device has: where the route to it is on-link,
+    Linux takes it for an anycast address (`ipv6_anycast_destination`), and sends no ICMPv6 error to one."""
+    sock = await in_netns(netns, lambda: _open(address, source))
     with sock:
         results = [MtuResult(size, await _send(sock, bytes(size - _headers(address)))) for size in (mtu, mtu + 1)]
         return results[0], results[1]

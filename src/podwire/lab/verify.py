@@ -12,7 +12,7 @@ from podwire.kernel.capture import Capture
 from podwire.lab.overlayprobe import probe_mtu
 from podwire.lab.paths import run_probe, take_snapshot
 from podwire.lab.probes import Snapshot, place_of, pod_to_pod
-from podwire.model.addr import IPAddress, IPNetwork
+from podwire.model.addr import IPAddress, IPNetwork, family_of
 from podwire.model.kernelstate import NetState
 from podwire.model.objects import Node, Pod
 from podwire.plan.ipam import gateway
@@ -122,7 +122,7 @@ async def _probe_mtus(
     namespaces = await site.open_namespaces(())
     try:
         tasks = [
-            _mtu_finding(views[one], two, namespaces[one], subnet)
+            _mtu_finding(views[one], two, namespaces[one], subnet, leases.get(one))
             for one, two in pairs
             for subnet in (leases[two].subnets if two in leases else ())
         ]
@@ -136,7 +136,7 @@ async def _probe_mtus(
     return found
 
 
-async def _mtu_finding(view: NodeView, to: str, netns: int, subnet: IPNetwork) -> Finding:
+async def _mtu_finding(view: NodeView, to: str, netns: int, subnet: IPNetwork, own: Lease | None) -> Finding:
     target = gateway(subnet)
     route = longest_route(view.state, target)
     link = view.state.links.get(route.dev) if route else None
@@ -144,7 +144,8 @@ async def _mtu_finding(view: NodeView, to: str, netns: int, subnet: IPNetwork) -
     if link is None or link.mtu is None:
         return Finding(FITTING, subject, ok=False, evidence=f"there is no way to {target}")
     try:
-        edge, over = await probe_mtu(netns, target, link.mtu)
+        here = own.subnet(family_of(subnet)) if own else None
+        edge, over = await probe_mtu(netns, target, link.mtu, gateway(here) if here else None)
     except OSError as error:
         return Finding(FITTING, subject, ok=False, evidence=f"{target}: {error.strerror or error}")
     words = f"{link.name} says {link.mtu}: {edge.size} bytes {edge.outcome}, {over.size} bytes {over.outcome}"
