@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from labcommand import Lab, until
 
+from podwire.kernel.iptables import Flavour, find_programs
 from podwire.model.addr import IPAddress
 from podwire.model.objects import EndpointSlice, Node, Pod, Service
 from podwire.model.servicetable import NodeFacts
@@ -154,26 +155,35 @@ def broken(lab: Lab, where: str, cluster: Cluster, asked: list[Connection]) -> l
     return found
 
 
-def test_clients_in_a_lab_get_what_the_api_promises(lab: Lab, promises: list[dict[str, Any]]) -> None:
+@pytest.fixture
+def mode(lab: Lab, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The lab's proxy mode for one test; afterwards it is what it was."""
+    wanted: str = request.param
+    if wanted == "iptables" and not any(map(find_programs, Flavour)):
+        pytest.skip("iptables is not installed")
+    lab.podwire.ok("lab", "node", "proxy-mode", "--name", lab.name, wanted)
+    yield wanted
+    lab.podwire.ok("lab", "node", "proxy-mode", "--name", lab.name, "nftables")
+
+
+@pytest.mark.parametrize("mode", ["nftables", "iptables"], indirect=True)
+def test_clients_in_a_lab_get_what_the_api_promises(lab: Lab, promises: list[dict[str, Any]], mode: str) -> None:
     by_node = clusters(lab)
     clients = {p["spec"]["nodeName"]: p for p in promises}
-
-    def wrong() -> list[str]:
-        asked = []
-        for name, cluster in by_node.items():
-            node_ip, pod = cluster.node.node_ips[0], clients[name]
-            source = ipaddress.ip_address(pod["status"]["podIP"])
-            outside = connections(cluster, ipaddress.ip_address("198.18.1.1"), made_here=False)
-            asked += [
-                (name, cluster, list(connections(cluster, node_ip, made_here=True))),
-                (f"shop/{pod['metadata']['name']}", cluster, list(connections(cluster, source, made_here=False))),
-                ("world", cluster, [c for c in outside if c.dst == node_ip]),
-            ]
-        with ThreadPoolExecutor(4) as pool:
-            return [text for texts in pool.map(lambda one: broken(lab, *one), asked) for text in texts]
-
-    # The objects are seconds old: the first time, the last of them may not have reached every node.
-    found = wrong() and wrong()
-    assert not found, "\n".join(found)
+    for name in ("friends", "nodes"):  # the latest: what nodes acknowledge is everything up to a revision
+        lab.podwire.ok("wait", "--name", lab.name, "-n", "promises", "--programmed", f"svc/{name}")
+    asked = []
+    for name, cluster in by_node.items():
+        node_ip, pod = cluster.node.node_ips[0], clients[name]
+        source = ipaddress.ip_address(pod["status"]["podIP"])
+        outside = connections(cluster, ipaddress.ip_address("198.18.1.1"), made_here=False)
+        asked += [
+            (name, cluster, list(connections(cluster, node_ip, made_here=True))),
+            (f"shop/{pod['metadata']['name']}", cluster, list(connections(cluster, source, made_here=False))),
+            ("world", cluster, [c for c in outside if c.dst == node_ip]),
+        ]
+    with ThreadPoolExecutor(4) as pool:
+        found = [text for texts in pool.map(lambda one: broken(lab, *one), asked) for text in texts]
+    assert not found, f"{mode}:\n" + "\n".join(found)
     outcomes = {promise(c, x).outcome for c in by_node.values() for x in connections(c, c.node.node_ips[0], made_here=True)}
     assert outcomes >= {Outcome.SERVED, Outcome.REFUSED, Outcome.DROPPED}
