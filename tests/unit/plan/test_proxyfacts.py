@@ -1,0 +1,132 @@
+"""What a proxy makes of a Node, its interfaces and kube-proxy's configuration."""
+
+import ipaddress
+from typing import Any
+
+import msgspec
+import pytest
+
+from podwire.model.addr import IPNetwork
+from podwire.model.kernelstate import Address, NetState
+from podwire.model.objects import Node
+from podwire.model.proxyconfig import parse_proxy_config
+from podwire.model.servicetable import NodeFacts
+from podwire.plan.ipvs import DEVICE
+from podwire.plan.proxyfacts import proxy_facts
+
+PRIMARY, SECOND, V6 = "198.18.0.11", "192.0.2.7", "2001:db8:1::b"
+ADDRESSES = (
+    ("lo", "127.0.0.1/8"),
+    ("lo", "::1/128"),
+    ("eth0", f"{PRIMARY}/16"),
+    ("eth0", f"{V6}/48"),
+    ("eth0", "fe80::1/64"),
+    ("eth1", f"{SECOND}/24"),
+    ("cni0", "10.244.1.1/24"),
+    (DEVICE, "10.96.0.10/32"),
+)
+STATE = NetState(addresses=frozenset(Address(dev, ipaddress.ip_interface(text)) for dev, text in ADDRESSES))
+SERVICE_CIDRS: tuple[IPNetwork, ...] = (ipaddress.ip_network("10.96.0.0/12"),)
+
+
+def node(**spec: Any) -> Node:
+    document = {
+        "metadata": {"name": "n1", "labels": {"topology.kubernetes.io/zone": "z1"}},
+        "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:10:244:1::/64"], **spec},
+        "status": {"addresses": [{"type": "InternalIP", "address": ip} for ip in (PRIMARY, V6)]},
+    }
+    return msgspec.convert(document, Node)
+
+
+def facts(text: str = "", of: Node | None = None) -> NodeFacts:
+    return proxy_facts(parse_proxy_config(text, "f")[0], of or node(), STATE, SERVICE_CIDRS)
+
+
+def node_ips(text: str) -> list[str]:
+    return [str(ip) for ip in facts(text).node_ips]
+
+
+def test_the_node_and_its_zone() -> None:
+    found = facts()
+    assert (found.name, found.zone, found.service_cidrs) == ("n1", "z1", SERVICE_CIDRS)
+    assert (found.pod_cidrs, found.cluster_cidrs) == ((), ()), "no pod's traffic to the outside is a proxy's business"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", [PRIMARY, V6]),
+        ("mode: nftables", [PRIMARY, V6]),
+        ("mode: iptables", [PRIMARY, V6, "10.244.1.1", SECOND]),
+        ("mode: ipvs", [PRIMARY, V6, "10.244.1.1", SECOND]),
+        ("nodePortAddresses: [primary]", [PRIMARY, V6]),
+        ("{mode: iptables, nodePortAddresses: [primary]}", [PRIMARY, V6]),
+        ("nodePortAddresses: [192.0.2.0/24]", [SECOND]),
+        ("nodePortAddresses: [primary, 192.0.2.0/24, '2001:db8::/32']", [PRIMARY, V6, SECOND]),
+        ("nodePortAddresses: [203.0.113.0/24]", []),
+        ("nodePortAddresses: [0.0.0.0/0]", ["10.244.1.1", SECOND, PRIMARY]),
+        ("nodePortAddresses: ['::/0']", [V6]),
+        ("nodePortAddresses: [10.96.0.0/12]", []),  # virtual servers' addresses are Services'
+    ],
+)
+def test_which_addresses_serve_node_ports(text: str, expected: list[str]) -> None:
+    assert node_ips(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "loopback"),
+    [
+        ("", False),
+        ("mode: ipvs", False),
+        ("mode: iptables", True),
+        ("{mode: iptables, iptables: {localhostNodePorts: false}}", False),
+        ("{mode: iptables, nodePortAddresses: [192.0.2.0/24]}", False),
+        ("{mode: iptables, nodePortAddresses: [primary]}", False),
+        ("{mode: iptables, nodePortAddresses: [127.0.0.0/8]}", True),
+        ("{mode: iptables, nodePortAddresses: [0.0.0.0/0]}", True),
+        ("{mode: nftables, nodePortAddresses: [127.0.0.0/8]}", False),
+    ],
+)
+def test_who_listens_on_127_0_0_1(text: str, loopback: bool) -> None:
+    assert facts(text).loopback is loopback
+
+
+@pytest.mark.parametrize(
+    ("text", "sources", "interfaces"),
+    [
+        ("", ["10.244.1.0/24", "fd00:10:244:1::/64"], ()),
+        ("clusterCIDR: 10.244.0.0/16", ["10.244.0.0/16"], ()),
+        (
+            "{detectLocalMode: ClusterCIDR, clusterCIDR: '10.244.0.0/16,fd00:10:244::/56'}",
+            ["10.244.0.0/16", "fd00:10:244::/56"],
+            (),
+        ),
+        ("{detectLocalMode: NodeCIDR, clusterCIDR: 10.244.0.0/16}", ["10.244.1.0/24", "fd00:10:244:1::/64"], ()),
+        ("{detectLocalMode: BridgeInterface, detectLocal: {bridgeInterface: cni0}}", None, ("cni0",)),
+        ("{detectLocalMode: InterfaceNamePrefix, detectLocal: {interfaceNamePrefix: veth}}", None, ("veth*",)),
+    ],
+)
+def test_who_counts_as_a_pod_of_the_node(text: str, sources: list[str] | None, interfaces: tuple[str, ...]) -> None:
+    found = facts(text)
+    assert found.local_interfaces == interfaces
+    assert [str(network) for network in found.local_pods] == (sources or [])
+
+
+def test_a_node_of_before_dual_stack() -> None:
+    assert [str(n) for n in facts(of=node(podCIDRs=[])).local_pods] == ["10.244.1.0/24"]
+    assert facts(of=node(podCIDR="", podCIDRs=[])).local_pods == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "everyone"),
+    [
+        ("", False),
+        ("nftables: {masqueradeAll: true}", True),
+        ("iptables: {masqueradeAll: true}", False),
+        ("{mode: iptables, iptables: {masqueradeAll: true}}", True),
+        ("{mode: ipvs, iptables: {masqueradeAll: true}}", True),
+        ("{mode: ipvs, nftables: {masqueradeAll: true}}", False),
+    ],
+)
+def test_masquerade_all_is_of_the_modes_section(text: str, everyone: bool) -> None:
+    assert facts(text).masquerade_all is everyone
