@@ -109,7 +109,7 @@ class Attachments:
         """Attachments that are gone, whose addresses are not free yet; by uid."""
         self._network: NodeNetwork | None = None
         self._provisional = False
-        self._opened = asyncio.Event()
+        self._opened, self._look = asyncio.Event(), asyncio.Event()
         self._gate = Gate()
 
     def subscribe(self, listener: Listener) -> None:
@@ -267,12 +267,19 @@ class Attachments:
         """Look for forgotten DELs and dead containers, once engines are served and from time to time, until cancelled."""
         await self._opened.wait()
         while True:
+            self._look.clear()
             try:
                 await self.work_off()
                 await self.sweep()
             except (KernelError, OSError) as error:
                 log.warning("looking for containers that are no more: %s", error)
-            await asyncio.sleep(RETRY_SECONDS if self._unreleased else SWEEP_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RETRY_SECONDS if self._unreleased else SWEEP_SECONDS):
+                    await self._look.wait()
+
+    def services_programmed(self) -> None:
+        """What waited for the host's rules need not wait longer."""
+        self._look.set()
 
     async def _detach(self, key: AttachmentKey, netns: int | None = None) -> None:
         async with self._locked(key.uid):

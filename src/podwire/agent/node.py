@@ -284,6 +284,7 @@ class NodeAgent:
             group.create_task(HealthCheckPorts(sync, self._kernel, self._services_right).run())
             group.create_task(sync.run(self._facts(network)))
             await sync.programmed()
+            engines.services_programmed()
             self._presence.set_state(NodeState(network=True, ready=True))
             self._ready.set()
 
