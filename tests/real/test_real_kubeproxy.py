@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from hostrig import Host, machines
-from kuberig import ADDRESS, Kubernetes, kubernetes, program, register
+from kuberig import ADDRESS, Kubernetes, kube_proxy, kubernetes, program, register
 
 from podwire.kernel.iptables import Flavour, IptablesClient, find_programs
 from podwire.kernel.netns import run_in_netns
@@ -56,16 +56,8 @@ class Site:
         (self.node, *self.backends), self.kube = hosts, kube
         programs = find_programs(Flavour.NFT)
         assert programs is not None
+        self.kube_proxy = kube_proxy(kube, self.node)
         self.iptables = IptablesClient(self.node.netns, programs)
-
-    async def start_kube_proxy(self) -> None:
-        none = (
-            f"--conntrack-{name}=0" for name in ("max-per-core", "min", "tcp-timeout-established", "tcp-timeout-close-wait")
-        )
-        await self.node.begin(
-            program("kube-proxy"), "--proxy-mode=iptables", "--cluster-cidr=10.244.0.0/16", *none,
-            f"--hostname-override={self.node.name}", f"--kubeconfig={self.kube.admin_config}",
-        )  # fmt: skip
 
     async def start_podwire(self) -> None:
         await self.node.start(
@@ -142,6 +134,7 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
             await kube.client.create(SERVICES, {"metadata": {"name": name}, "spec": spec}, "default")
         await kube.client.create(SLICES, _slice("web", site.backends[0].address), "default")
         await kube.client.create(SLICES, _slice("all", *(backend.address for backend in site.backends)), "default")
+        stack.push_async_callback(site.kube_proxy.end)
         yield site
 
 
@@ -183,7 +176,7 @@ def _slice(service: str, *addresses: str) -> Json:
 
 async def test_there_and_back(site: Site) -> None:
     first, second = site.backends
-    await site.start_kube_proxy()
+    await site.kube_proxy.start()
     await site.until(lambda: "KUBE-SEP" in site.rules())
     await site.new_connections_reach(first)
     if CAPTURE in os.environ:
@@ -191,7 +184,7 @@ async def test_there_and_back(site: Site) -> None:
     old = [site.from_node(), await asyncio.to_thread(site.from_outside)]
     assert [await connection.ask() for connection in old] == [first.name, first.name]
 
-    await site.node.end()
+    await site.kube_proxy.end()
     await site.start_podwire()
     await site.until(lambda: WEB in _nft(site.node))
     said = await site.node.podwire("proxy", "--cleanup-kube-proxy")
@@ -205,7 +198,7 @@ async def test_there_and_back(site: Site) -> None:
     old += [site.from_node(), await asyncio.to_thread(site.from_outside)]
 
     await site.node.end()
-    await site.start_kube_proxy()
+    await site.kube_proxy.start()
     await site.until(lambda: "KUBE-SEP" in site.rules())
     await site.node.podwire("proxy", "--cleanup")
     assert "podwire" not in _nft(site.node)

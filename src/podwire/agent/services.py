@@ -25,16 +25,17 @@ from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts, ServiceTable
 from podwire.plan.services_maps import place_of
-from podwire.plan.services_table import host_port_table
+from podwire.plan.services_table import PROXY_NAME, host_port_table
 from podwire.plan.staleflows import UDP, StaleFlows
 
 log = logging.getLogger(__name__)
 
-SERVICE_SELECTOR = "!service.kubernetes.io/service-proxy-name"
+SERVICE_SELECTOR = ""
+"""All: which of them name another proxy is seen here (`services_table.ignored`), for those that name this one are served."""
 SLICE_SELECTOR = "!service.kubernetes.io/headless"
-"""What a proxy has to leave alone, as kube-proxy asks for it."""
+"""What is not for nodes, as kube-proxy has it."""
 
-BY_NAME_SELECTOR = "service.kubernetes.io/service-proxy-name=podwire"
+BY_NAME_SELECTOR = f"service.kubernetes.io/service-proxy-name={PROXY_NAME}"
 """Beside another proxy: only what asks for this one. EndpointSlices have their Service's labels."""
 
 WATCH_AGAIN_SECONDS = 0.2

@@ -144,7 +144,8 @@ def _config(options: GuestOptions, addresses: tuple[IPAddress, ...], uplink: str
         node_name=options.node,
         node_ips=addresses,
         cluster_cidrs=options.cluster_cidrs,
-        service_cidrs=options.service_cidrs,
+        # Beside another proxy most of the range is that one's: nothing may be said of addresses that no Service here has.
+        service_cidrs=options.service_cidrs if options.services else (),
         state_dir=options.state / "agent",
         uplink=uplink,
         underlay_mtu=mtu,

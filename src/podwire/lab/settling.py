@@ -13,9 +13,8 @@ from podwire.model.ids import ObjectKey
 from podwire.model.objects import ApiObject
 from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES, Resource
 
-PROXY_LABEL = "service.kubernetes.io/service-proxy-name"
 HEADLESS_LABEL = "service.kubernetes.io/headless"
-"""What carries one of these is not for the nodes to program (podwire.agent.services)."""
+"""Slices that carry it are not for the nodes (podwire.agent.services)."""
 
 _LOOK_AGAIN_SECONDS = 0.02
 
@@ -43,7 +42,7 @@ async def await_settled(
 async def _late(client: ApiClient, agents: Mapping[str, NodeAgent | None], balancer: Balancer) -> list[str]:
     services, slices, nodes = [await _objects(client, resource) for resource in (SERVICES, ENDPOINTSLICES, NODES)]
     for_nodes = {
-        SERVICES: _versions(obj for obj in services if PROXY_LABEL not in obj.metadata.labels),
+        SERVICES: _versions(services),
         ENDPOINTSLICES: _versions(obj for obj in slices if HEADLESS_LABEL not in obj.metadata.labels),
         NODES: _versions(nodes),
     }

@@ -11,6 +11,9 @@ from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFact
 PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 
 _PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
+PROXY_NAME = "podwire"
+"""The label's value that stands for podwire. Any other is another proxy's, and kube-proxy serves none that has the label."""
+
 _HEADLESS_LABEL = "service.kubernetes.io/headless"
 
 _NOTHING = ServiceTable()
@@ -49,7 +52,11 @@ def _pack_port(port: int) -> bytes:
 def ignored(service: Service) -> bool:
     """Whether no node ever programs anything for it: headless, an alias, or another proxy's."""
     spec = service.spec
-    return service.headless or spec.type == "ExternalName" or _PROXY_NAME_LABEL in service.metadata.labels
+    return (
+        service.headless
+        or spec.type == "ExternalName"
+        or service.metadata.labels.get(_PROXY_NAME_LABEL, PROXY_NAME) != PROXY_NAME
+    )
 
 
 # --- endpoints ----------------------------------------------------------------------------------------------------
@@ -57,7 +64,8 @@ def ignored(service: Service) -> bool:
 
 class _Source(NamedTuple):
     """One slice: the addresses of its endpoints that are ready, and of those that are not but still serve while they terminate;
-    which of both are `here`, on this node; and the hints of the ready ones that have any."""
+    which of both are `here`, on this node; those of both that no node is named for; and the hints of the ready ones that have
+    any."""
 
     piece: EndpointSlice
     length: int
@@ -65,6 +73,7 @@ class _Source(NamedTuple):
     leaving: list[bytes]
     ready_here: list[bytes]
     leaving_here: list[bytes]
+    anywhere: list[bytes]
     hints: list[EndpointHints]
 
 
@@ -75,7 +84,7 @@ def _sources(slices: Sequence[EndpointSlice], here: str) -> Iterator[_Source]:
         length = _ADDRESS_BYTES.get(piece.address_type, 0)
         if not length or _HEADLESS_LABEL in piece.metadata.labels:
             continue
-        source = _Source(piece, length, [], [], [], [], [])
+        source = _Source(piece, length, [], [], [], [], [], [])
         for endpoint in piece.endpoints:
             addresses = endpoint.addresses
             if not addresses or not (address := pack(addresses[0])) or len(address) != length:
@@ -85,12 +94,16 @@ def _sources(slices: Sequence[EndpointSlice], here: str) -> Iterator[_Source]:
                 source.ready.append(address)
                 if endpoint.node_name == here:
                     source.ready_here.append(address)
+                elif not endpoint.node_name:
+                    source.anywhere.append(address)
                 if endpoint.hints is not None:
                     source.hints.append(endpoint.hints)
             elif conditions.serving and conditions.terminating:
                 source.leaving.append(address)
                 if endpoint.node_name == here:
                     source.leaving_here.append(address)
+                elif not endpoint.node_name:
+                    source.anywhere.append(address)
         yield source
 
 
@@ -171,10 +184,10 @@ def service_table(service: Service | None, slices: Sequence[EndpointSlice], fact
             for frontend in _frontends(service, port, places, inside, pools, outside_local):
                 frontends.setdefault((frontend.address, frontend.protocol, frontend.port), frontend)
     ready = {address for source in sources for address in source.ready_here}
-    leaving = [address for source in sources for address in source.leaving_here]
+    others = [address for source in sources for found in (source.leaving_here, source.anywhere) for address in found]
     return ServiceTable(
         tuple(frontends.values()),
-        frozenset(ready.union(leaving)) if ready or leaving else _NOBODY,
+        frozenset(ready.union(others)) if ready or others else _NOBODY,
         frozenset(cluster_ips),
         health_check_port=spec.health_check_node_port if outside_local and spec.type == "LoadBalancer" else 0,
         local_ready=len(ready),

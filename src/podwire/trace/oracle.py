@@ -211,7 +211,7 @@ def _served(service: Service) -> bool:
     return not (
         service.spec.cluster_ip == "None"
         or service.spec.type == "ExternalName"
-        or "service.kubernetes.io/service-proxy-name" in labels
+        or labels.get("service.kubernetes.io/service-proxy-name", "podwire") != "podwire"
     )
 
 
