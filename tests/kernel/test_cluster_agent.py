@@ -40,6 +40,7 @@ pytestmark = [
 ]
 
 ADDRESS = "198.18.7.254"
+Labels = dict[str, str]
 
 
 class Site:
@@ -160,11 +161,12 @@ async def test_nodes_and_pods_of_a_kubelet_have_a_network(site: Site) -> None:
     end_listener(listener)
 
 
-async def _service(site: Site, name: str, endpoint: str) -> None:
-    meta = {"name": name, "namespace": "default"}
-    spec = {"clusterIP": "10.96.0.80", "ports": [{"port": 80}]}
-    await site.client.create(SERVICES, {"metadata": meta, "spec": spec})
-    labels = {"kubernetes.io/service-name": name}
+async def _service(site: Site, name: str, endpoint: str, address: str = "10.96.0.80", labels: Labels | None = None) -> None:
+    """Its slice has its labels, as the controller makes them, and names no node."""
+    meta, labels = {"name": name, "namespace": "default"}, labels or {}
+    spec = {"clusterIP": address, "ports": [{"port": 80}]}
+    await site.client.create(SERVICES, {"metadata": meta | {"labels": labels}, "spec": spec})
+    labels = labels | {"kubernetes.io/service-name": name}
     endpoints = [{"addresses": [endpoint], "conditions": {"ready": True}}]
     document = {"metadata": meta | {"labels": labels}, "addressType": "IPv4", "endpoints": endpoints, "ports": [{"port": 80}]}
     await site.client.create(ENDPOINTSLICES, document)
@@ -232,13 +234,35 @@ async def test_a_node_that_flannels_plugins_served_before(site: Site, tmp_path: 
     end_listener(listener)
 
 
+OTHER_PROXY = """
+table ip other-proxy {
+  chain prerouting {
+    type nat hook prerouting priority dstnat + 5
+    ip daddr 10.96.0.80 dnat to %s
+  }
+}
+"""
+
+
 async def test_beside_another_proxy_only_what_asks_for_this_one(site: Site) -> None:
+    """Its Services are not dropped as unused addresses of their range, even where its rules come after these."""
     host = site.hosts[1]
     await host.end()
     await site.start(host, "--no-services")
-    other = Container(host, "c9")
+    client, server = Container(host, "c8"), Container(host, "c9")
     await cni_ready(host)
-    await asyncio.to_thread(other.add)
+    for container in (client, server):
+        await asyncio.to_thread(container.add)
+    listener = server.serve("nine")
+    await _service(site, "ours", server.ip, "10.96.0.90", {"service.kubernetes.io/service-proxy-name": "podwire"})
+    await _service(site, "others", server.ip, "10.96.0.91", {"service.kubernetes.io/service-proxy-name": "else"})
+    assert await client.word_of("10.96.0.90") == "nine"
+    assert await server.word_of("10.96.0.90") == "nine"
     rules = await host.call("nft", "list", "ruleset")
     assert "10.96.0.80" not in rules
-    await asyncio.to_thread(other.delete)
+    assert "10.96.0.91" not in rules
+    await host.call("nft", OTHER_PROXY % server.ip)
+    assert await client.word_of("10.96.0.80") == "nine"
+    end_listener(listener)
+    for container in (client, server):
+        await asyncio.to_thread(container.delete)
