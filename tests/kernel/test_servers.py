@@ -16,7 +16,7 @@ from hostrig import Host, answering, deployment, machines, ready, until
 from podwire.client.api import ApiClient
 from podwire.hosts.server import LEASE
 from podwire.model.meta import Json
-from podwire.model.resources import DEPLOYMENTS, LEASES, NODES, PODS, SERVICES
+from podwire.model.resources import DEPLOYMENTS, ENDPOINTSLICES, LEASES, NODES, PODS, SERVICES
 
 pytestmark = [
     pytest.mark.kernel,
@@ -54,8 +54,10 @@ async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
             shutil.copytree(data[1] / "pki", data[number] / "pki")
         first, third = await asyncio.gather(*(start_server(stack, hosts[n], data[n], etcd) for n in (0, 2)))
         made = Site(hosts[:3], hosts[3:], [first, leader, third])
-        token = (await made.servers[0].podwire("token", "--data-dir", str(data[0]), "--only")).strip()
-        await asyncio.gather(*(node.join(",".join(made.urls), "--token", token, "--name", node.name) for node in made.nodes))
+        await until(first, ENDPOINTSLICES, lambda slices: len(slices[0]["endpoints"]) == 3)
+        printed = (await made.servers[0].podwire("token", "--data-dir", str(data[0]))).split()
+        assert printed[:3] == ["podwire", "join", ",".join(made.urls)]
+        await asyncio.gather(*(node.join(*printed[2:], "--name", node.name) for node in made.nodes))
         await until(first, NODES, lambda nodes: len(nodes) == 2 and all(map(ready, nodes)))
         yield made
 

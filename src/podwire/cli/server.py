@@ -108,7 +108,7 @@ def _options(
               help="How long it lets nodes join; 0: until it is deleted.")  # fmt: skip
 @click.option("--only", is_flag=True, help="Print the token alone, for scripts.")
 def token(data: Path, ttl: float, only: bool) -> None:
-    """Print the command by which a machine joins.
+    """Print the command by which a machine joins, with all servers of the cluster that live.
 
     Run it on a server, while that runs. The token names the cluster's authority, so a joining machine trusts no other; it is
     a Secret bootstrap-token-<id> in kube-system, and deleting that ends it.
@@ -117,7 +117,7 @@ def token(data: Path, ttl: float, only: bool) -> None:
 
     from podwire.apiserver.pki import fingerprint
     from podwire.client.kubeconfig import client_from_kubeconfig
-    from podwire.hosts.tokens import create_token
+    from podwire.hosts.tokens import create_token, server_urls
 
     kubeconfig, ca = data / "admin.kubeconfig", data / "pki" / "ca.crt"
     if not (kubeconfig.exists() and ca.exists()):
@@ -126,10 +126,11 @@ def token(data: Path, ttl: float, only: bool) -> None:
     async def make() -> tuple[str, str]:
         async with client_from_kubeconfig(kubeconfig) as client:
             life = timedelta(hours=ttl) if ttl else None
-            return client.base_url, str(await create_token(client, fingerprint(ca.read_bytes()), datetime.now(UTC), life))
+            made = await create_token(client, fingerprint(ca.read_bytes()), datetime.now(UTC), life)
+            return ",".join(await server_urls(client)), str(made)
 
-    url, made = asyncio.run(make())
-    click.echo(made if only else f"podwire join {url} --token {made}")
+    urls, made = asyncio.run(make())
+    click.echo(made if only else f"podwire join {urls} --token {made}")
 
 
 def own_command(without: tuple[str, ...]) -> list[str]:

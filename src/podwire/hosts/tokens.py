@@ -1,4 +1,4 @@
-"""Making join tokens: bootstrap tokens as kubeadm's, with the authority's fingerprint behind them."""
+"""How machines join: tokens (bootstrap tokens as kubeadm's, with the authority's fingerprint behind them), and where to."""
 
 import base64
 import secrets
@@ -7,8 +7,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from podwire.client.api import ApiClient
+from podwire.client.errors import NotFound
 from podwire.hosts.membership import JoinToken
-from podwire.model.resources import SECRETS
+from podwire.model.resources import ENDPOINTSLICES, SECRETS
 from podwire.model.timestamps import format_time
 
 _ALPHABET = string.ascii_lowercase + string.digits
@@ -34,6 +35,19 @@ async def create_token(admin: ApiClient, fingerprint: str, now: datetime, life: 
     }
     await admin.create(SECRETS, document)
     return JoinToken(f"{identifier}.{secret}", fingerprint)
+
+
+async def server_urls(admin: ApiClient) -> tuple[str, ...]:
+    """Of all servers of the cluster that live, `admin`'s own first. Raises ApiError."""
+    own = admin.base_url
+    try:
+        known = await admin.get(ENDPOINTSLICES, "kubernetes", "default")
+    except NotFound:
+        return (own,)
+    hosts = [address for endpoint in known["endpoints"] for address in endpoint["addresses"]]
+    port = known["ports"][0]["port"]
+    urls = [f"https://{f'[{host}]' if ':' in host else host}:{port}" for host in hosts]
+    return tuple(dict.fromkeys((own, *urls))) if own in urls else (own,)
 
 
 def _random(length: int) -> str:
