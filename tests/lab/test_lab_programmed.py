@@ -19,4 +19,13 @@ def test_what_cannot_be_waited_for_is_said(lab: Lab) -> None:
     done = lab.podwire("wait", "--name", lab.name, "--programmed", "svc/nobody")
     assert done.status == 1
     assert "there is no Service default/nobody" in done.err
-    assert lab.podwire("wait", "--name", lab.name, "--programmed", "deploy/web").status == 2
+    for nonsense in ("deploy/web", "", "svc/"):
+        assert lab.podwire("wait", "--name", lab.name, "--programmed", nonsense).status == 2
+
+
+def test_a_namespace_without_services_is_told_from_none(lab: Lab) -> None:
+    done = lab.podwire("status", "services", "--name", lab.name, "-n", "kube-public")
+    assert (done.status, done.out, done.err) == (0, "", "no Services in namespace kube-public\n")
+    done = lab.podwire("status", "services", "--name", lab.name, "-n", "nope")
+    assert (done.status, done.out) == (1, "")
+    assert "there is no namespace nope" in done.err

@@ -16,7 +16,7 @@ from podwire.model.acknowledgement import LABEL, LABEL_VALUE, NAMESPACE, Acknowl
 from podwire.model.errors import InvalidInput, PodwireError
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import ApiObject, EndpointSlice, Lease, Node, Service
-from podwire.model.resources import ENDPOINTSLICES, LEASES, NODES, SERVICES, Resource
+from podwire.model.resources import ENDPOINTSLICES, LEASES, NAMESPACES, NODES, SERVICES, Resource
 from podwire.model.timestamps import format_micro_time
 from podwire.plan.programmed import Programmed, programmed
 
@@ -30,8 +30,10 @@ class NotProgrammed(PodwireError):
 
 
 async def read_all(client: ApiClient, namespace: str) -> list[dict[str, Any]]:
-    """Every Service (of a namespace) as `podwire status services -o json` shows it. Raises ApiError."""
+    """Every Service (of a namespace) as `podwire status services -o json` shows it. Raises ApiError, InvalidInput."""
     services = await _list(client, SERVICES, Service, namespace or None)
+    if namespace and not services:
+        await _exists(client, namespace)
     listed, revision = await _list_at(client, ENDPOINTSLICES, EndpointSlice, namespace or None, _SLICES)
     removals = Removals(client, listed, revision, namespace=namespace or None, labels=_SLICES)
     slices: dict[ObjectKey, list[EndpointSlice]] = {}
@@ -56,6 +58,13 @@ async def read_all(client: ApiClient, namespace: str) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+async def _exists(client: ApiClient, namespace: str) -> None:
+    try:
+        await client.get(NAMESPACES, namespace)
+    except NotFound:
+        raise InvalidInput(f"there is no namespace {namespace}") from None
 
 
 async def wait_programmed(client: ApiClient, namespace: str, name: str, seconds: float) -> str:

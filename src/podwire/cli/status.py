@@ -51,8 +51,10 @@ def status_services(lab_name: str, kubeconfig: Path | None, namespace: str, outp
     rows = _with(lab_name, kubeconfig, lambda client: read_all(client, namespace))
     if output == "json":
         click.echo(json.dumps(rows, indent=2))
-    else:
+    elif rows:
         _print(rows)
+    else:
+        click.echo(f"no Services in namespace {namespace}" if namespace else "no Services", err=True)
     sys.exit(1 if any(row["late"] for row in rows) else 0)
 
 
@@ -73,6 +75,8 @@ def wait(lab_name: str, kubeconfig: Path | None, service: str, namespace: str, t
     from podwire.cli.programmed import wait_programmed
 
     kind, slash, name = service.rpartition("/")
+    if not name:
+        raise click.UsageError("--programmed takes the name of a Service, as svc/NAME")
     if slash and kind not in ("svc", "service", "services"):
         raise click.UsageError(f"{kind} cannot be waited for: --programmed takes a Service, as svc/NAME")
     click.echo(_with(lab_name, kubeconfig, lambda client: wait_programmed(client, namespace, name, timeout)))

@@ -190,7 +190,8 @@ def service_table(service: Service | None, slices: Sequence[EndpointSlice], fact
         frozenset(ready.union(others)) if ready or others else _NOBODY,
         frozenset(cluster_ips),
         health_check_port=spec.health_check_node_port if outside_local and spec.type == "LoadBalancer" else 0,
-        local_ready=len(ready),
+        # A pod of both families is listed in both.
+        local_ready=max(map([len(address) for address in ready].count, _ADDRESS_BYTES.values())) if ready else 0,
     )
 
 

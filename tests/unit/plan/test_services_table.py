@@ -56,6 +56,18 @@ def test_dual_stack_each_family_has_its_own() -> None:
     }
 
 
+def test_a_pod_of_both_families_is_one_pod_to_the_balancer() -> None:
+    dual = service(type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=30999, ipFamilies=["IPv4", "IPv6"])
+    slices = (
+        piece("IPv4", at("10.244.1.2", nodeName="n1"), at("10.244.1.3", nodeName="n1"), at("10.244.2.2", nodeName="n2")),
+        piece("IPv6", at("fd00:10:244:1::2", nodeName="n1"), at("fd00:10:244:1::3", nodeName="n1")),
+    )
+    table = service_table(dual, slices, FACTS)
+    assert (table.health_check_port, table.local_ready) == (30999, 2)
+    assert service_table(dual, slices[1:], FACTS).local_ready == 2
+    assert service_table(dual, (), FACTS).local_ready == 0
+
+
 def test_single_stack_has_nothing_in_the_other_family() -> None:
     single = service(clusterIP="10.96.0.10", type="NodePort", ports=[{"port": 80, "nodePort": 30080}])
     slices = (piece("IPv4", at("10.244.1.2")), piece("IPv6", at("fd00:10:244:1::2")))
