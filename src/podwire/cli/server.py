@@ -108,10 +108,11 @@ def _options(
               help="How long it lets nodes join; 0: until it is deleted.")  # fmt: skip
 @click.option("--only", is_flag=True, help="Print the token alone, for scripts.")
 def token(data: Path, ttl: float, only: bool) -> None:
-    """Print the command by which a machine joins, with all servers of the cluster that live.
+    """Print the command by which a machine joins.
 
-    Run it on a server, while that runs. The token names the cluster's authority, so a joining machine trusts no other; it is
-    a Secret bootstrap-token-<id> in kube-system, and deleting that ends it.
+    Run it on a server, while that runs. The command names all servers of the cluster that live. The token names the cluster's
+    authority, so a joining machine trusts no other; it is a Secret bootstrap-token-<id> in kube-system, and deleting that ends
+    it.
     """
     import asyncio
 
