@@ -95,7 +95,7 @@ def check_ways(leases: Mapping[str, Lease], views: Mapping[str, NodeView]) -> It
     for view in views.values():
         for node, lease in leases.items():
             for subnet in lease.subnets if node != view.name else ():
-                complaint, words = _way(view, subnet, _addresses(lease, views.get(node)), views.get(node))
+                complaint, words = _way(view, subnet, lease, views.get(node))
                 evidence = f"{words}: {complaint}" if complaint else words
                 yield Finding(AGREED, f"{view.name} → {node} ({subnet})", ok=not complaint, evidence=evidence)
 
@@ -123,9 +123,9 @@ def _addresses(lease: Lease, view: NodeView | None) -> frozenset[IPAddress]:
     return told | (view.addresses if view else frozenset())
 
 
-def _way(view: NodeView, subnet: IPNetwork, peer: frozenset[IPAddress], there: NodeView | None) -> tuple[str, str]:
+def _way(view: NodeView, subnet: IPNetwork, lease: Lease, there: NodeView | None) -> tuple[str, str]:
     """(what is wrong or "", what was seen)."""
-    state = view.state
+    state, peer = view.state, _addresses(lease, there)
     target = subnet.network_address + 1
     route = longest_route(state, target)
     if route is None:
@@ -140,7 +140,10 @@ def _way(view: NodeView, subnet: IPNetwork, peer: frozenset[IPAddress], there: N
         case Wireguard():
             peers = [p for p in state.wireguard if p.dev == route.dev and any(_inside(subnet, net) for net in p.allowed)]
             words += [f"WireGuard peer {p.public_key}" for p in peers]
+            told = lease.attrs.data(family_of(subnet))
             complaint = "" if len(peers) == 1 else f"{len(peers)} WireGuard peers may send from {subnet}"
+            if not complaint and f'"{peers[0].public_key}"' not in told:
+                complaint = f"that is another key than the lease tells, {told or 'none'}"
         case Tun():
             words.append("the UDP proxy decides")
             complaint = ""

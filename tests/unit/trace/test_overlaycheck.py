@@ -1,5 +1,6 @@
 """Ways looked up in observed state: what is whole is found whole, and each missing or wrong piece is named."""
 
+import base64
 import ipaddress
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,9 +10,12 @@ import pytest
 
 from podwire.model.addr import Family
 from podwire.model.ids import HOST
-from podwire.model.kernelstate import FdbEntry, NetState
+from podwire.model.kernelstate import Device, FdbEntry, Link, NetState
+from podwire.model.netconf import parse_net_config
+from podwire.plan.backends import Underlay, WireguardKeys, make_backend
 from podwire.plan.leases import Lease, lease_of_node
 from podwire.plan.node import plan_node
+from podwire.plan.states import union
 from podwire.trace.overlaycheck import (
     NodeView,
     PodAddress,
@@ -117,3 +121,43 @@ def test_a_bridge_that_kept_another_nodes_subnet_is_found() -> None:
     wrong = list(check_devices(view(1), moved))
     assert not any(f.ok for f in wrong)
     assert "cni0 has 10.244.1.1/24, which lies in the subnet of n3" in [f.evidence for f in wrong]
+
+
+KEYS = [base64.b64encode(bytes([8 * number, *range(30), 0x40])).decode() for number in range(4)]
+CONFIGS = {
+    "host-gw": '{"Type": "host-gw"}',
+    "ipip": '{"Type": "ipip"}',
+    "udp": '{"Type": "udp"}',
+    "wireguard": '{"Type": "wireguard"}',
+}
+
+
+def two_hosts(type_: str) -> tuple[dict[str, Lease], NodeView]:
+    """Their leases, and the first one's kernel as its back end plans it."""
+    config = parse_net_config(f'{{"Network": "10.5.0.0/16", "Backend": {CONFIGS[type_]}}}')
+    held, backends = {}, []
+    for number in (1, 2):
+        address = ipaddress.ip_interface(f"192.0.2.{number}/24")
+        underlay = Underlay(device="eth0", mtu=1500, interfaces=(address,), public=(address.ip,))
+        backends.append(make_backend(config, underlay, f"h{number}", WireguardKeys(KEYS[number], KEYS[number + 1])))
+        subnet = (ipaddress.ip_network(f"10.5.{number}.0/24"),)
+        held[f"h{number}"] = Lease(f"h{number}", subnet, backends[-1].attrs())
+    uplink = NetState(links={"eth0": Link("eth0", Device(), mtu=1500)})
+    state = union([uplink, backends[0].plan_base(held["h1"].subnets), backends[0].plan_lease(held["h2"])])
+    return held, NodeView("h1", frozenset({ipaddress.ip_address("192.0.2.1")}), state)
+
+
+@pytest.mark.parametrize("type_", CONFIGS)
+def test_the_ways_of_every_back_end_are_found_whole(type_: str) -> None:
+    held, here = two_hosts(type_)
+    found = list(check_ways(held, {"h1": here}))
+    assert [(f.ok, f.subject) for f in found] == [(True, "h1 → h2 (10.5.2.0/24)")], found
+
+
+def test_another_key_than_the_lease_tells_is_named() -> None:
+    held, here = two_hosts("wireguard")
+    (peer,) = here.state.wireguard
+    broken = replace(here, state=replace(here.state, wireguard=frozenset({replace(peer, public_key=KEYS[0])})))
+    (found,) = check_ways(held, {"h1": broken})
+    assert not found.ok
+    assert "that is another key than the lease tells" in found.evidence
