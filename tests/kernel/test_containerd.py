@@ -43,7 +43,9 @@ class Web:
 async def start_web(engine: Containerd, who: str, ports: tuple[tuple[int, int, int], ...] = ()) -> Web:
     sandbox = await engine.run_sandbox("web", ports=ports, annotations=LABELS)
     script = f"echo {who} > /tmp/index.html; exec httpd -f -p 80 -h /tmp"
-    return Web(engine, sandbox, await engine.run_container(sandbox, "web", "sh", "-c", script))
+    container = await engine.run_container(sandbox, "web", "sh", "-c", script)
+    await engine.execute(container, "sh", "-c", "until wget -q -O /dev/null http://127.0.0.1/; do :; done")  # it listens now
+    return Web(engine, sandbox, container)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
