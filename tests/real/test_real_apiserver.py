@@ -317,7 +317,9 @@ async def test_hosts_join_an_overlay_with_flannels_rights(site: Site, tmp_path: 
     pod, other = await _two_pods(site, "twelve", "thirteen")
     assert "five" in await asyncio.to_thread(one.fetch, "10.244.5.0", 80)
     assert await pod.word_of("10.244.5.0") == "five"
-    report = await one.podwire("verify", "overlay", "--kubeconfig-file", str(site.config(one)), "--node-name", one.name, "--all")
+    report = await one.podwire(
+        "verify", "overlay", "--kubeconfig-file", str(site.config(one)), "--node-name", one.name, "--all"
+    )
     assert f"{two.name} (10.244.5.0/24): flannel.1 says 1450: 1450 bytes to 10.244.5.0 arrived" in report, report
     end_listener(listener)
     for container in (pod, other):
