@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 from labcommand import Lab
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(90)]
 
 
 def test_status_shows_every_node(lab: Lab) -> None:
