@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from agentrig import API, agent_on, api_on, ask, etcd_on, ready
-from overlayrig import carries, config_text, overlay_hosts, until
+from agentrig import API, CONFIG_KEY, agent_on, api_on, ask, etcd_on, ready
+from overlayrig import OverlayHost, carries, config_text, overlay_hosts, until
 
 from podwire.client.api import ApiClient
 from podwire.model.addr import Family
@@ -23,7 +23,7 @@ async def test_two_hosts_join_through_etcd(tmp_path: Path) -> None:
     config = config_text({"Type": "vxlan"}, families)
     async with AsyncExitStack() as stack:
         one, two = await stack.enter_async_context(overlay_hosts(tmp_path, config))
-        await stack.enter_async_context(etcd_on(one, config))
+        etcd = await stack.enter_async_context(etcd_on(one, config))
         docker = tmp_path / "docker.env"
         systemd = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         systemd.bind(str(tmp_path / "notify"))
@@ -49,6 +49,13 @@ async def test_two_hosts_join_through_etcd(tmp_path: Path) -> None:
         assert await asyncio.to_thread(first.wait, 10) == 0
         assert (await one.kernel.observe()).routes == before  # the pods' connections go on
         await carries(one, two, Family.IPV4)
+        await etcd.put(CONFIG_KEY, config_text({"Type": "host-gw"}, families).encode())
+        await until(partial(_says, two, 'podwire_overlay_info{backend="host-gw"} 1'), 20)
+        await until(lambda: two.mtu == 1500)
+
+
+async def _says(host: OverlayHost, metric: str) -> bool:
+    return metric in (await asyncio.to_thread(ask, host, "/metrics"))[1]
 
 
 async def test_two_hosts_join_through_their_nodes(tmp_path: Path) -> None:

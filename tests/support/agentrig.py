@@ -22,11 +22,12 @@ from podwire.kernel.syscalls import CLONE_NEWNET, setns
 from podwire.store.memory import MemoryStore
 
 ETCD, API, HEALTH = 2379, 6443, 9999
+CONFIG_KEY = "/coreos.com/network/config"
 URL = f"http://192.0.2.1:{ETCD}"
 
 
 @asynccontextmanager
-async def etcd_on(host: OverlayHost, config: str) -> AsyncIterator[None]:
+async def etcd_on(host: OverlayHost, config: str) -> AsyncIterator[EtcdClient]:
     """etcd on the host's own address, with the configuration in it."""
     need_etcd()
     peer = "http://127.0.0.1:2380"
@@ -35,8 +36,8 @@ async def etcd_on(host: OverlayHost, config: str) -> AsyncIterator[None]:
     try:
         async with EtcdClient([URL], socket_factory=partial(socket_in, host.netns)) as client:
             await answers(client)
-            await client.put("/coreos.com/network/config", config.encode())
-            yield
+            await client.put(CONFIG_KEY, config.encode())
+            yield client
     finally:
         await member.end()
 
