@@ -19,7 +19,8 @@ from collections.abc import Iterator
 import msgspec
 
 from bench.report import Figures, main, say, table
-from bench.services import FACTS, Item, iptables_shape, item
+from bench.serviceobjects import FACTS, Item, item
+from bench.servicepeers import iptables_shape
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import enter_user_namespace
 from podwire.model.kernelstate import Address, Device, Link, Route

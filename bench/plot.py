@@ -23,7 +23,8 @@ def plot(figures: dict[str, Any]) -> str:
     """An SVG of milliseconds for one changed endpoint, both axes logarithmic."""
     sizes = sorted(int(size) for size in figures if size.isdecimal())
     curves = {
-        name: [(size, found["change_ms"]) for size in sizes if (found := figures[str(size)].get(name))] for name, _, _ in LINES
+        name: [(size, found["change_ms"]) for size in sizes if "change_ms" in (found := figures[str(size)].get(name) or {})]
+        for name, _, _ in LINES
     }
     values = [value for curve in curves.values() for _, value in curve]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))

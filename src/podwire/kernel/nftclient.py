@@ -13,6 +13,7 @@ from podwire.model.nft import (
     ChainState,
     Data,
     DelElements,
+    DelTable,
     NftSet,
     Prune,
     Rule,
@@ -36,6 +37,9 @@ _SO_SNDBUFFORCE = 32
 _SNDBUF_MARGIN = 1024
 """The kernel refuses a datagram larger than its send buffer less 32 bytes; BEGIN and END come on top of the units."""
 _SEQ_LIMIT = 0x7FFFFFFF
+_MOST_BYTES = 1 << 19
+"""Of one transaction, unless told otherwise. Until its end, and where anyone listens for changes, the kernel keeps 4 KiB for
+every element: with 600,000 that is three times the work of getting the memory once and using it again."""
 
 Counts = tuple[int, int]
 """(packets, bytes)."""
@@ -46,7 +50,7 @@ class NftClient:
     caller's to close. `most_bytes`: no transaction shall be larger, even if the send buffer takes more. Not for use by two
     threads at once."""
 
-    def __init__(self, sock: socket.socket, *, most_bytes: int | None = None) -> None:
+    def __init__(self, sock: socket.socket, *, most_bytes: int = _MOST_BYTES) -> None:
         self._sock, self._most_bytes = sock, most_bytes
         self._seq = 1
         self._may_force = True
@@ -54,10 +58,12 @@ class NftClient:
     def commit(self, batch: Batch) -> None:
         """Execute the batch in one transaction; all of it or nothing.
 
-        Where it is larger than the send buffer may become (a user namespace may not raise it above net.core.wmem_max), it
-        goes in several, cut where each step is safe. Raises KernelError that names the command which the kernel refused."""
+        A large one goes in several, cut where each step is safe; one that makes a table anew only if it is larger than the send
+        buffer may become (a user namespace may not raise it above net.core.wmem_max). Raises KernelError that names the command
+        which the kernel refused."""
         units = list(nftables.encode_batch(batch, self._held_chains(batch)))
-        for group in _cut(units, self._room(sum(u.size for u in units))):
+        anew = any(isinstance(c, DelTable) for c in batch.commands)
+        for group in self._groups(units, whole=anew):
             self._transact(group)
         for command in batch.commands:
             if isinstance(command, Prune):
@@ -105,11 +111,16 @@ class NftClient:
             for place, request in requests.items()
         }
 
+    def _groups(self, units: Sequence[Unit], *, whole: bool = False) -> Iterator[list[Unit]]:
+        """What goes in one transaction each. `whole`: in as few as the send buffer allows."""
+        wanted = sum(u.size for u in units)
+        if not whole:
+            wanted = min(wanted, self._most_bytes)
+        return _cut(units, min(wanted, self._room(wanted)))
+
     def _room(self, wanted: int) -> int:
         """How many bytes of units may go in one transaction; raises the send buffer as far as is allowed and needed."""
         room = self._capacity()
-        if self._most_bytes is not None:
-            return min(room, self._most_bytes)
         if wanted > room and self._may_force:
             try:
                 self._sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, wanted + _SNDBUF_MARGIN)
@@ -150,7 +161,7 @@ class NftClient:
                 return
             units = list(nftables.encode_batch(Batch((DelElements(command.table, command.set, gone),))))
             try:
-                for group in _cut(units, self._room(sum(u.size for u in units))):
+                for group in self._groups(units):
                     self._transact(group)
                 return
             except KernelError as error:
