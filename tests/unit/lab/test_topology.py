@@ -7,8 +7,9 @@ import pytest
 from podwire.lab.spec import MAX_NODES, UNDERLAY, LabSpec
 from podwire.lab.topology import FABRIC, Topology, node_index, node_name
 from podwire.model.addr import Family
+from podwire.model.ids import HOST
 from podwire.model.kernelstate import Veth
-from podwire.model.ops import AddAddress, AddLink, SetRoute
+from podwire.model.ops import AddAddress, AddLink, SetNeighbour, SetRoute
 
 FAMILIES = {"ipv4": (Family.IPV4,), "ipv6": (Family.IPV6,), "dual": (Family.IPV4, Family.IPV6)}
 
@@ -21,9 +22,9 @@ def topology(ip_family: str) -> Topology:
 @pytest.mark.parametrize("ip_family", FAMILIES)
 def test_every_place_has_its_own_addresses_and_mac(ip_family: str) -> None:
     lab = topology(ip_family)
-    places = [lab.world, lab.balancer, *(lab.node(i) for i in range(1, MAX_NODES + 1))]
+    places = [lab.api, lab.world, lab.balancer, *(lab.node(i) for i in range(1, MAX_NODES + 1))]
     for family in FAMILIES[ip_family]:
-        addresses = [lab.fabric[family], *(place.addresses[family] for place in places)]
+        addresses = [place.addresses[family] for place in places]
         assert len(set(addresses)) == len(addresses)
         assert all(address in UNDERLAY[family] for address in addresses)
     assert len({place.mac for place in places}) == len(places)
@@ -64,6 +65,18 @@ def test_a_nodes_plan_cables_it_to_the_fabric_and_points_at_the_world(ip_family:
     assert [(route.dst, route.via) for route in routes] == [(f.any, lab.world.addresses[f]) for f in lab.families]
     addresses = [op.address.interface for op in plan if isinstance(op, AddAddress) and op.ns == place.netns]
     assert [address.ip for address in addresses] == list(place.addresses.values())
+
+
+def test_nodes_and_the_api_server_know_each_others_mac_for_good() -> None:
+    lab = topology("ipv4")
+    node, api = lab.node(1), lab.api
+    ops = [op for op in lab.plan_neighbours((node,), (api, node)) if isinstance(op, SetNeighbour)]
+    assert {(op.ns, op.neighbour.dev, str(op.neighbour.ip), op.neighbour.mac) for op in ops} == {
+        (HOST, FABRIC, "198.18.0.11", node.mac),
+        (node.netns, "eth0", "198.18.0.1", api.mac),
+    }
+    bridge = next(op.link for op in lab.plan_fabric() if isinstance(op, AddLink))
+    assert bridge.mac == api.mac
 
 
 def test_the_world_reaches_balanced_addresses_through_the_balancer() -> None:
