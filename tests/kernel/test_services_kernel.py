@@ -34,9 +34,11 @@ from podwire.model.nft import (
     ReplaceElements,
     TableRef,
 )
+from podwire.model.nftexpr import goto
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.ops import CommitNft
 from podwire.plan.services import TABLE, ServicePlanner
+from podwire.plan.services_maps import frontend_key
 from podwire.plan.services_rules import sets_of
 from podwire.wire.netlink import NETLINK_NETFILTER
 
@@ -267,19 +269,20 @@ async def test_pods_go_out_with_the_nodes_address(rig: ServiceRig, family: Famil
     assert await rig.ask("p2", plan.pod("p3"), 8080) == ("p3", plan.pod("p2"))
 
 
+async def talk(sock: socket.socket) -> str:
+    """Who answers on a connection."""
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(sock, b"who?\n")
+    async with asyncio.timeout(5):
+        return (await loop.sock_recv(sock, 200)).decode().split()[0]
+
+
 @both
 async def test_connections_outlive_every_change(rig: ServiceRig, family: Family) -> None:
     plan = Plan(family)
     await program(rig, plan, "p2")
-    loop = asyncio.get_running_loop()
-
-    async def talk(sock: socket.socket) -> str:
-        await loop.sock_sendall(sock, b"who?\n")
-        async with asyncio.timeout(5):
-            return (await loop.sock_recv(sock, 200)).decode().split()[0]
-
     with rig.open("p4", socket.SOCK_STREAM, plan.cluster_ip) as sock:
-        await loop.sock_connect(sock, (plan.cluster_ip, 80))
+        await asyncio.get_running_loop().sock_connect(sock, (plan.cluster_ip, 80))
         assert await talk(sock) == "p2"
         await program(rig, plan, "p2", "p3", "far", type="NodePort")
         assert await talk(sock) == "p2"
@@ -326,18 +329,27 @@ async def test_damage_is_repaired_and_the_rest_keeps_its_counters(rig: ServiceRi
     assert await rig.who("p4", plan.cluster_ip, 80, times=20) == {"p2", "p3"}
 
 
-@pytest.mark.parametrize("harm", ["another type", "policy drop"])
+@pytest.mark.parametrize("harm", ["another type", "policy drop", "verdicts"])
 async def test_a_table_of_another_shape_is_made_anew(rig: ServiceRig, harm: str) -> None:
+    """`verdicts`: as podwire once had it, with a chain for each number of endpoints. Connections go on."""
     plan = Plan(Family.IPV4)
     await program(rig, plan, "p2")
     table, sets = TableRef(Family.IPV4, TABLE), sets_of(Family.IPV4)
     commands: tuple[Command, ...] = (DelTable(table), AddTable(table))
     if harm == "another type":
         commands += (AddSet(table, NftSet(sets.services.name, (FieldType.PORT,))),)
-    else:
+    elif harm == "policy drop":
         commands += (AddChain(table, Chain("output", BaseHook("nat", Hook.OUTPUT, -100, drops=True))),)
-    await rig.kernel.apply((CommitNft(Batch(commands)),))
-    await rig.kernel.apply((CommitNft(rig.planner.resync(await rig.kernel.observe_nft(TABLE))),))
+    else:
+        once = NftSet(sets.services.name, sets.services.key, verdicts=True, counters=True)
+        lead = AddElements(table, once, ((frontend_key(rig.planner.table(WEB).frontends[0]), goto("pick-1")),))
+        commands += (AddSet(table, once), AddChain(table, Chain("pick-1")), lead)
+    with rig.open("p4", socket.SOCK_STREAM, plan.cluster_ip) as sock:
+        await asyncio.get_running_loop().sock_connect(sock, (plan.cluster_ip, 80))
+        for batch in (Batch(commands), None):
+            batch = batch or rig.planner.resync(await rig.kernel.observe_nft(TABLE))
+            assert (await rig.kernel.apply((CommitNft(batch),))).ok
+            assert await talk(sock) == "p2"
     assert await rig.kernel.observe_nft(TABLE) == rig.planner.desired()
     assert await rig.who("node", plan.cluster_ip, 80) == {"p2"}
 

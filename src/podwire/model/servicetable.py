@@ -100,12 +100,12 @@ class Frontend(msgspec.Struct, frozen=True, gc=False):
 class ServiceTable(msgspec.Struct, frozen=True, gc=False):
     """All frontends of one Service (or of one Pod's host ports).
 
-    `local_addresses`: the backends that run on this node. `cluster_ips`: addresses that belong to the Service alone, so that
-    any other port of theirs is closed. `health_check_port`: where balancers ask whether this node has endpoints; 0: nowhere.
-    `local_ready`: how many of its pods on this node are ready, for the answer."""
+    `local_addresses`: the backends that run on this node, or that no node is named for. `cluster_ips`: addresses that belong to
+    the Service alone, so that any other port of theirs is closed. `health_check_port`: where balancers ask whether this node has
+    endpoints; 0: nowhere. `local_ready`: how many of its pods on this node are ready, for the answer."""
 
     frontends: tuple[Frontend, ...] = ()
     local_addresses: frozenset[bytes] = frozenset()
-    cluster_ips: frozenset[bytes] = frozenset()
+    cluster_ips: tuple[bytes, ...] = ()
     health_check_port: int = 0
     local_ready: int = 0

@@ -188,7 +188,7 @@ def service_table(service: Service | None, slices: Sequence[EndpointSlice], fact
     return ServiceTable(
         tuple(frontends.values()),
         frozenset(ready.union(others)) if ready or others else _NOBODY,
-        frozenset(cluster_ips),
+        tuple(cluster_ips),
         health_check_port=spec.health_check_node_port if outside_local and spec.type == "LoadBalancer" else 0,
         # A pod of both families is listed in both.
         local_ready=max(map([len(address) for address in ready].count, _ADDRESS_BYTES.values())) if ready else 0,
