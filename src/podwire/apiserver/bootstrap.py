@@ -4,11 +4,14 @@ from collections.abc import Iterable, Sequence
 
 from podwire.apiserver.config import ServerConfig
 from podwire.apiserver.kinds import REGISTRY, Kind
-from podwire.apiserver.objects import Objects, Place
+from podwire.apiserver.objects import DeleteOptions, Objects, Place
 from podwire.apiserver.status import StatusError
 from podwire.model.addr import IPAddress
 from podwire.model.meta import Json
-from podwire.model.resources import ENDPOINTSLICES, NAMESPACES, SERVICES, Resource
+from podwire.model.resources import ENDPOINTSLICES, NAMESPACES, SERVICECIDRS, SERVICES, Resource
+
+SERVICE = "kubernetes"
+"""The name of the Service by which pods find the API server, and of the object that tells the ranges of ClusterIPs."""
 
 SYSTEM_NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
 
@@ -19,6 +22,7 @@ async def bootstrap(objects: Objects, config: ServerConfig) -> None:
         await _ensure(objects, NAMESPACES, "", {"metadata": {"name": name}})
     if not config.service_cidrs:
         return
+    await _publish_ranges(objects, config)
     await _ensure(objects, SERVICES, "default", _service(config))
     if not config.identity:
         await publish(objects, config, config.advertise)
@@ -30,6 +34,18 @@ async def publish(objects: Objects, config: ServerConfig, addresses: Iterable[IP
     found = sorted((address for address in set(addresses) if address.version == version), key=int)
     if found:
         await put(objects, ENDPOINTSLICES, "default", _endpoints(config, found))
+
+
+async def _publish_ranges(objects: Objects, config: ServerConfig) -> None:
+    """Ranges do not change, so where the server is started with others the object is made anew."""
+    cidrs = [str(network) for network in config.service_cidrs]
+    obj = {"metadata": {"name": SERVICE}, "spec": {"cidrs": cidrs}}
+    if await _ensure(objects, SERVICECIDRS, "", obj):
+        return
+    place = Place(_kind(SERVICECIDRS), "", SERVICE)
+    if (await objects.read(place))["spec"]["cidrs"] != cidrs:
+        await objects.delete(place, DeleteOptions())
+        await _ensure(objects, SERVICECIDRS, "", obj)
 
 
 def _service(config: ServerConfig) -> Json:

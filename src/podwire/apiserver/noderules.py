@@ -20,7 +20,7 @@ LEASE_NAMESPACE = "kube-node-lease"
 MIRROR = "kubernetes.io/config.mirror"
 """On a Pod: it shows what a node runs by itself. A node may create only such Pods."""
 
-READABLE = frozenset({"services", "endpointslices", "nodes", "namespaces"})
+READABLE = frozenset({"services", "endpointslices", "nodes", "namespaces", "servicecidrs"})
 REFERENCED = {"configmaps": (b'"configMap"', b'"configMapRef"', b'"configMapKeyRef"'), "secrets": (b'"secret',)}
 
 _VERBS = {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}

@@ -24,6 +24,7 @@ _PACKAGES = {
     "events.k8s.io/v1": "k8s.io.api.events.v1",
     "discovery.k8s.io/v1": "k8s.io.api.discovery.v1",
     "coordination.k8s.io/v1": "k8s.io.api.coordination.v1",
+    "networking.k8s.io/v1": "k8s.io.api.networking.v1",
     "autoscaling/v1": "k8s.io.api.autoscaling.v1",
     "authentication.k8s.io/v1": "k8s.io.api.authentication.v1",
     "authorization.k8s.io/v1": "k8s.io.api.authorization.v1",

@@ -12,11 +12,10 @@ from podwire.client.errors import ApiError, Forbidden, NotFound
 from podwire.client.informer import Change, Informer
 from podwire.model.addr import IPNetwork
 from podwire.model.objects import ApiObject, View
-from podwire.model.resources import Resource
+from podwire.model.resources import SERVICECIDRS
 
 log = logging.getLogger(__name__)
 
-SERVICECIDRS = Resource("networking.k8s.io", "v1", "servicecidrs", "ServiceCIDR", namespaced=False)
 ASK_AGAIN_SECONDS = 600.0
 """How often a server is asked that had no such objects, or would not show them: it may have been upgraded."""
 
