@@ -335,7 +335,9 @@ async def test_a_table_of_another_shape_is_made_anew(rig: ServiceRig, harm: str)
     plan = Plan(Family.IPV4)
     await program(rig, plan, "p2")
     table, sets = TableRef(Family.IPV4, TABLE), sets_of(Family.IPV4)
-    commands: tuple[Command, ...] = (DelTable(table), AddTable(table))
+    # Without any nat chain the kernel stops to translate what is established.
+    nat = AddChain(table, Chain("prerouting", BaseHook("nat", Hook.PREROUTING, -100)))
+    commands: tuple[Command, ...] = (DelTable(table), AddTable(table), nat)
     if harm == "another type":
         commands += (AddSet(table, NftSet(sets.services.name, (FieldType.PORT,))),)
     elif harm == "policy drop":
