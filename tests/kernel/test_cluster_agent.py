@@ -16,7 +16,7 @@ import pytest_asyncio
 from aiohttp import web
 from hostrig import Host, machines, until
 from rbacrig import Right, right_for, rights_of
-from sandboxrig import Container, cni_ready, end_listener
+from sandboxrig import Container, cni_ready, end_listener, start_cluster_agent
 
 from podwire.apiserver.app import create_app
 from podwire.apiserver.auth import ADMIN, User
@@ -56,10 +56,7 @@ class Site:
             self.requests.add(right)
 
     async def start(self, host: Host, *arguments: str) -> None:
-        await host.start(
-            "cluster-agent", "--node-name", host.name, "--kubeconfig", str(self.config), "--cluster-cidr", "10.244.0.0/16",
-            "--service-cidr", "10.96.0.0/12", "--state-dir", str(host.state), "--cni-socket", str(host.cni_socket), *arguments,
-        )  # fmt: skip
+        await start_cluster_agent(host, self.config, *arguments, service_cidr="10.96.0.0/12")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from hostrig import PODWIRE, Host, machines, until
-from kuberig import ADDRESS, MANIFESTS, PORT, Kubernetes, kubernetes, register
-from sandboxrig import Container, cni_ready, end_listener, serve_word
+from kuberig import ADDRESS, MANIFESTS, PORT, SLICES, Kubernetes, kubernetes, register
+from sandboxrig import Container, cni_ready, end_listener, serve_word, start_cluster_agent
 
 from podwire.client.api import WatchEvent
 from podwire.client.errors import Unauthorized
@@ -28,7 +28,6 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
-SLICES = Resource("discovery.k8s.io", "v1beta1", "endpointslices", "EndpointSlice")
 ACCOUNTS = Resource("", "v1", "serviceaccounts", "ServiceAccount")
 WEB = "10.96.0.80"
 FLANNEL_RIGHTS = """
@@ -76,11 +75,7 @@ class Site:
         await asyncio.to_thread(fresh.rename, path)
 
     async def start_agent(self, host: Host) -> None:
-        await host.start(
-            "cluster-agent", "--node-name", host.name, "--kubeconfig", str(self.config(host)), "--cluster-cidr",
-            "10.244.0.0/16", "--service-cidr", "10.96.0.0/16", "--state-dir", str(host.state),
-            "--cni-socket", str(host.cni_socket),
-        )  # fmt: skip
+        await start_cluster_agent(host, self.config(host))
 
     async def programmed(self, service: str) -> str:
         """Waits until every node that is ready has acknowledged the Service."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from hostrig import Host, http_get, machines
-from kuberig import MANIFESTS, Kubernetes, kube_proxy, kubernetes, program, register
-from sandboxrig import Container, cni_ready, end_listener
+from kuberig import MANIFESTS, SLICES, Kubernetes, kube_proxy, kubernetes, program, register
+from sandboxrig import Container, cni_ready, end_listener, start_cluster_agent
 
-from podwire.model.resources import SERVICES, Resource
+from podwire.model.resources import SERVICES
 
 pytestmark = [
     pytest.mark.kernel,
@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
-SLICES = Resource("discovery.k8s.io", "v1beta1", "endpointslices", "EndpointSlice")
 WEB, OURS, NODE_PORT = "10.96.0.80", "10.96.0.81", 30080
 OUR_LABEL = {"service.kubernetes.io/service-proxy-name": "podwire"}
 
@@ -32,11 +31,7 @@ class Site:
 
     async def start_agents(self, *arguments: str) -> None:
         for host in self.hosts:
-            await host.start(
-                "cluster-agent", "--node-name", host.name, "--kubeconfig", str(self.config), "--cluster-cidr", "10.244.0.0/16",
-                "--service-cidr", "10.96.0.0/16", "--state-dir", str(host.state), "--cni-socket", str(host.cni_socket),
-                *arguments,
-            )  # fmt: skip
+            await start_cluster_agent(host, self.config, *arguments)
 
     async def service(self, name: str, address: str, endpoint: str, labels: dict[str, str], **spec: object) -> None:
         meta, port = {"name": name, "namespace": "default", "labels": labels}, {"port": 80, "protocol": "TCP"}

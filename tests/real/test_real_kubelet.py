@@ -15,6 +15,7 @@ from cririg import IMAGE
 from hostrig import Host, machines, ready, until
 from kubeletrig import Kubelet, kubelet_on
 from kuberig import MANIFESTS, Kubernetes, controllers, kubernetes, scheduler
+from sandboxrig import start_cluster_agent
 
 from podwire.model.meta import Json
 from podwire.model.resources import NODES, PODS, SERVICES, Resource
@@ -39,10 +40,7 @@ class Site:
     async def start_agent(self, number: int) -> None:
         host = self.hosts[number]
         config = self.kube.account_config(host.name, await self.kube.token("podwire"))
-        await host.start(
-            "cluster-agent", "--node-name", host.name, "--kubeconfig", str(config), "--cluster-cidr", "10.244.0.0/16",
-            "--service-cidr", "10.96.0.0/16", "--state-dir", str(host.state), "--cni-socket", str(host.cni_socket),
-        )  # fmt: skip
+        await start_cluster_agent(host, config)
 
     async def pods(self, **selectors: str) -> dict[str, Json]:
         """By the name of their node."""

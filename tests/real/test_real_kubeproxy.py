@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from hostrig import Host, machines
-from kuberig import ADDRESS, Kubernetes, kube_proxy, kubernetes, program, register
+from kuberig import ADDRESS, SLICES, Kubernetes, kube_proxy, kubernetes, program, register
 
 from podwire.kernel.iptables import Flavour, IptablesClient, find_programs
 from podwire.kernel.netns import run_in_netns
 from podwire.model.addr import Family
 from podwire.model.meta import Json
-from podwire.model.resources import SERVICES, Resource
+from podwire.model.resources import SERVICES
 
 pytestmark = [
     pytest.mark.kernel,
@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
-SLICES = Resource("discovery.k8s.io", "v1beta1", "endpointslices", "EndpointSlice")
 WEB, NODE_PORT, PORT = "10.96.0.80", 30080, 8080
 CAPTURE = "PODWIRE_CAPTURE_RULES"
 """A file for what `iptables-save` says under kube-proxy; tests/unit/plan has one."""

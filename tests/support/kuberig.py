@@ -24,11 +24,14 @@ from hostrig import Host, answering
 from podwire.apiserver.pki import Authority, KeyPair, kubeconfig
 from podwire.client.api import ApiClient
 from podwire.client.etcd import EtcdClient
-from podwire.model.resources import NODES
+from podwire.model.resources import NODES, Resource
 from podwire.model.timestamps import format_time
 
 ADDRESS, PORT = "198.18.7.254", 6443
 URL = f"https://{ADDRESS}:{PORT}"
+SLICES = Resource("discovery.k8s.io", "v1beta1", "endpointslices", "EndpointSlice")
+"""As Kubernetes 1.20 has them."""
+
 MANIFESTS = Path(__file__).parents[2] / "deploy/kubernetes"
 KUBECTL = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or "kubectl"
 

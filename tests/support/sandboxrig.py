@@ -92,6 +92,14 @@ def end_listener(listener: socket.socket) -> None:
     listener.close()
 
 
+async def start_cluster_agent(host: Host, kubeconfig: Path, *arguments: str, service_cidr: str = "10.96.0.0/16") -> None:
+    """`podwire cluster-agent` for the node of the host's name."""
+    await host.start(
+        "cluster-agent", "--node-name", host.name, "--kubeconfig", str(kubeconfig), "--cluster-cidr", "10.244.0.0/16",
+        "--service-cidr", service_cidr, "--state-dir", str(host.state), "--cni-socket", str(host.cni_socket), *arguments,
+    )  # fmt: skip
+
+
 async def cni_ready(host: Host) -> None:
     """Returns once an agent listens there for the plugin."""
     async with asyncio.timeout(10):
