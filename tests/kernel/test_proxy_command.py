@@ -15,6 +15,8 @@ from servicerig import FACTS
 
 from podwire.kernel.iptables import Flavour, find_programs
 from podwire.kernel.netns import run_in_netns
+from podwire.model.addr import Family
+from podwire.model.flow import Flow
 from podwire.model.resources import ENDPOINTSLICES, SERVICES
 from podwire.plan.services import TABLE
 
@@ -128,6 +130,45 @@ async def test_a_datagrams_client_follows_its_service(site: Site) -> None:
                 return False
 
             await until(gone)
+
+
+async def test_a_datagrams_client_follows_its_endpoints_port(site: Site) -> None:
+    async with site.proxy():
+        await site.rig.serve("far", Family.IPV4, 9999)
+        there = [{"addresses": ["10.244.2.2"], "nodeName": "n2"}]
+        await site.client.patch(ENDPOINTSLICES, "web-1", {"endpoints": there}, "default")
+        loop = asyncio.get_running_loop()
+        with site.rig.open("p4", socket.SOCK_DGRAM, WEB) as sock:
+            await loop.sock_connect(sock, (WEB, 53))
+
+            async def port() -> int:
+                """Of the endpoint that the tracked connection leads to, once it answers from there."""
+                await loop.sock_sendall(sock, b"who?")
+                async with asyncio.timeout(1):
+                    await loop.sock_recv(sock, 100)
+                seen = []
+
+                def look(flow: Flow) -> bool:
+                    if flow.original.protocol == socket.IPPROTO_UDP and flow.original.dport == 53:
+                        seen.append((str(flow.reply.src), flow.reply.sport))
+                    return False
+
+                await site.rig.kernel.forget_flows(look)
+                return seen[0][1] if [ip for ip, _ in seen] == ["10.244.2.2"] else 0
+
+            async def led(to: int) -> bool:
+                return await port() == to
+
+            await until(lambda: led(8080))
+            ports = [{"name": "http", "port": 8080}, {"name": "dns", "port": 9999, "protocol": "UDP"}]
+            await site.client.patch(ENDPOINTSLICES, "web-1", {"ports": ports}, "default")
+            await until(lambda: led(9999))
+
+
+async def test_what_is_no_server_is_said(site: Site) -> None:
+    for master in ("foo bar", "ftp://10.0.0.1", "http://"):
+        status, said = await site.outcome(site.command("--master", master))
+        assert (status, f"--master: {master!r} is no URL of an API server" in said) == (1, True), said
 
 
 async def test_another_mode_takes_over_with_the_next_start(site: Site) -> None:
