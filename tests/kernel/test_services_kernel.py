@@ -35,7 +35,7 @@ from podwire.model.nft import (
     TableRef,
 )
 from podwire.model.nftexpr import goto
-from podwire.model.objects import EndpointSlice, Pod, Service
+from podwire.model.objects import EndpointPort, EndpointSlice, Pod, Service
 from podwire.model.ops import CommitNft
 from podwire.plan.services import TABLE, ServicePlanner
 from podwire.plan.services_maps import frontend_key
@@ -307,6 +307,27 @@ async def test_counters_count_connections(rig: ServiceRig) -> None:
         endpoints = client.elements(table, sets.endpoints.name)
     assert sum(packets for _, (packets, _) in services.values()) == 10
     assert sum(packets for _, (packets, _) in endpoints.values()) == 10
+
+
+@both
+async def test_a_large_pool_reaches_all_of_its_endpoints(rig: ServiceRig, family: Family) -> None:
+    """18 endpoints: of 24 indices six are nobody's, and no connection may end there."""
+    plan = Plan(family)
+    ports = range(8081, 8087)
+    for port in ports:
+        for where in ("p2", "p3", "far"):
+            await rig.serve(where, family, port)
+    (piece,) = plan.slices("p2", "p3", "far")
+    pieces = [msgspec.structs.replace(piece, ports=(EndpointPort(port=port, name="tcp"),)) for port in ports]
+    rig.planner.set_service(WEB, plan.service(), pieces)
+    await rig.program()
+    for _ in range(300):
+        await rig.ask("p4", plan.cluster_ip, 80)
+    with open_netlink(rig.fds["node"], NETLINK_NETFILTER) as sock:
+        found = NftClient(sock).elements(TableRef(family, TABLE), sets_of(family).endpoints.name)
+    counts = [packets for _, (packets, _) in found.values()]
+    assert (len(counts), sum(counts)) == (18, 300)
+    assert min(counts) > 0
 
 
 @both

@@ -281,7 +281,8 @@ def service_states(draw: st.DrawFn) -> tuple[Service, tuple[EndpointSlice, ...]]
         spec["ingress"] = draw(st.sampled_from(([], [{"ip": "203.0.113.1"}])))
         spec["externalIPs"] = draw(st.sampled_from(([], ["203.0.113.1"], ["10.96.0.10"])))
         spec["loadBalancerSourceRanges"] = draw(st.sampled_from(([], ["192.0.2.0/24"], ["192.0.2.0/25", "198.18.0.0/15"])))
-    return web(draw(st.integers(0, 10)), first=draw(st.integers(1, 4)), family=family, **spec)
+    count = draw(st.one_of(st.integers(0, 10), st.sampled_from((16, 17, 24, 25, 40))))
+    return web(count, first=draw(st.integers(1, 4)), family=family, **spec)
 
 
 Step = tuple[str, tuple[Service, tuple[EndpointSlice, ...]] | None]
