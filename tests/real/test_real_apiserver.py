@@ -80,7 +80,7 @@ class Site:
     async def programmed(self, service: str) -> str:
         """Waits until every node that is ready has acknowledged the Service."""
         where = ("--kubeconfig", str(self.kube.admin_config), "--timeout", "60")
-        return await self.hosts[1].podwire("wait", "--programmed", f"svc/{service}", *where)
+        return await self.hosts[1].podwire("wait", "--programmed", f"svc/{service}", *where, within=70.0)
 
     async def endpoint(self, ip: str, node: str = "", *, service: str = "web") -> None:
         place = {"kubernetes.io/hostname": node} if node else {}

@@ -67,15 +67,15 @@ class Host:
         self.process = None
         return code
 
-    async def call(self, *command: str, env: dict[str, str] | None = None) -> str:
+    async def call(self, *command: str, env: dict[str, str] | None = None, within: float = 30.0) -> str:
         """Run a command here to its end; its output. Fails where it fails."""
         done = await self._execute(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=env)
-        out, err = await asyncio.wait_for(done.communicate(), 30)
+        out, err = await asyncio.wait_for(done.communicate(), within)
         assert done.returncode == 0, f"{self.name}: {command}: {(out + err).decode()}\n{self.log.read_text()[-3000:]}"
         return (out + err).decode()
 
-    async def podwire(self, *arguments: str) -> str:
-        return await self.call(*PODWIRE, *arguments)
+    async def podwire(self, *arguments: str, within: float = 30.0) -> str:
+        return await self.call(*PODWIRE, *arguments, within=within)
 
     def fetch(self, address: str, port: int, timeout: float = 2.0) -> str:
         """What an HTTP server answers to a process of this host; empty without an answer."""

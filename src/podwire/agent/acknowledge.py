@@ -66,7 +66,7 @@ class Acknowledger:
 
     async def run(self) -> None:
         """Until cancelled."""
-        backoff = Backoff(self._rng, initial=0.1, maximum=30.0)
+        backoff = Backoff(self._rng, initial=0.1, maximum=5.0)
         loop = asyncio.get_running_loop()
         while True:
             with suppress(TimeoutError):

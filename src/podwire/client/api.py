@@ -305,8 +305,8 @@ class ApiClient:
         self, method: str, path: str, *, params: Mapping[str, str] | None = None, silence: float | None = None
     ) -> AsyncGenerator[bytes, None]:
         """A response body as it comes. More than `silence` seconds without a byte count as a broken connection."""
-        server, connecting = self.base_url, self._servers.connect_seconds or REQUEST_TIMEOUT
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=connecting, sock_read=silence)
+        server = self.base_url
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._servers.connect_seconds, sock_read=silence)
         try:
             async with self._open().request(
                 method, server + path, params=params, headers=self._identified(), timeout=timeout

@@ -11,6 +11,9 @@ log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 3.0
 """Where there is another server, who does not take a connection within this time is passed over."""
+CONNECT_SECONDS_ALONE = 10.0
+"""Where there is none, it is tried anew: a connection that is asked for while the network is away would notice its return
+after half a minute only, for the kernel repeats itself ever more seldom."""
 
 
 class Servers:
@@ -28,9 +31,9 @@ class Servers:
         return self.urls[self._current]
 
     @property
-    def connect_seconds(self) -> float | None:
-        """How long a connection may take to come about; None leaves it to the request's own time."""
-        return CONNECT_SECONDS if len(self.urls) > 1 else None
+    def connect_seconds(self) -> float:
+        """How long a connection may take to come about."""
+        return CONNECT_SECONDS if len(self.urls) > 1 else CONNECT_SECONDS_ALONE
 
     def failed(self, url: str, why: object) -> bool:
         """`url` cannot serve at present: unless somebody has seen to that, the next one is `current` now, and True returned."""
