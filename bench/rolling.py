@@ -69,7 +69,7 @@ def manifest(pods: int, version: int) -> str:
 
 
 def run() -> Figures:
-    """{"nodes", "pods", "connections", "failed", "answer_ms": …, "rollout_s", "changes", "converged_ms": …}."""
+    """{"nodes", "pods", "connections", "failed", "answer_ms": …, "rollout_s", "converged_ms": …}; rollout_s is null where patience ended first."""
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "rolling.yaml"
         first.write_text(manifest(PODS, 1))
@@ -81,10 +81,11 @@ def run() -> Figures:
             failed: Counter[str] = sum((Counter(outcome["failed"]) for outcome in outcomes), Counter())
     answer_ms, converged_ms = percentiles(answered), percentiles(found.converged)
     connections = len(answered) + failed.total()
+    took = f"> {PATIENCE_SECONDS:g}: not finished" if found.seconds is None else found.seconds
     table(
         [
             ("nodes", "pods", "rollout s", "connections", "failed", "answer p50 ms", "p99 ms"),
-            (NODES, PODS, found.seconds, connections, failed.total(), answer_ms["p50"], answer_ms["p99"]),
+            (NODES, PODS, took, connections, failed.total(), answer_ms["p50"], answer_ms["p99"]),
         ]
     )
     table(
@@ -105,9 +106,10 @@ def run() -> Figures:
 
 @dataclass
 class Rollout:
-    """`converged`: for each EndpointSlice that was written, milliseconds until all nodes had said so."""
+    """`seconds`: None where patience ended first. `converged`: for each EndpointSlice that was written, milliseconds until all
+    nodes had said so."""
 
-    seconds: float = 0.0
+    seconds: float | None = None
     converged: list[float] = field(default_factory=list)
 
 
@@ -155,12 +157,13 @@ async def roll(kubeconfig: Path, nodes: int) -> Rollout:
             await leases.synced()
             slices.subscribe(followers.slice_changed)
             leases.subscribe(followers.lease_changed)
-            started = time.perf_counter()
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                await _roll(client)
-                seconds = time.perf_counter() - started
-                await asyncio.sleep(PRESTOP_SECONDS + 1)  # the last old pods go
-                await followers.quiet.wait()
+            started, seconds = time.perf_counter(), None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    await _roll(client)
+                    seconds = time.perf_counter() - started
+                    await asyncio.sleep(PRESTOP_SECONDS + 1)  # the last old pods go
+                    await followers.quiet.wait()
             return Rollout(seconds, followers.converged)
         finally:
             for task in tasks:
