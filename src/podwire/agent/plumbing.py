@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from podwire.agent.switches import RefusedSwitches
 from podwire.kernel.port import Kernel, KernelError, KernelEvent
+from podwire.kernel.syscalls import release_memory
 from podwire.model.errors import PodwireError
 from podwire.model.ids import HOST, NetnsName, pod_netns
 from podwire.model.kernelstate import OWNER_ALIAS, Bridge, Device, Link, NetState, Veth, Wireguard
@@ -50,6 +51,9 @@ _REMOVALS = (DelAddress, DelFdb, DelLink, DelNeighbour, DelRoute, DelWireguardPe
 CARRIER_SECONDS = 1.0
 ECHO_SECONDS = 0.5
 """How long after a change of ours the kernel may still tell about it (carrier, operational state, a bridge's ports)."""
+
+
+MANY_PEERS = 1000
 
 
 class PlumbingError(PodwireError):
@@ -313,6 +317,11 @@ class Plumbing:
                 self._kernel.detach(label)
         if applied.failures:
             raise PlumbingError(f"pod {uid}", applied.failures)
+
+    def let_go(self) -> None:
+        """Give back the memory that a comparison of everything took, where that is megabytes."""
+        if len(self._peers) >= MANY_PEERS:
+            release_memory()
 
     async def check(self) -> Plan:
         """Compare all with the kernel and put back what is missing; returns the operations that did it.

@@ -131,6 +131,7 @@ class Repair:
                 self._links.set()
                 await asyncio.sleep(backoff.next())
                 continue
+            self._plumbing.let_go()
             backoff.reset()
             self._health.works("links")
             if repaired:

@@ -8,6 +8,7 @@ What others wrote is kept as they wrote it: backend data stay JSON text, and fie
 import ipaddress
 import json
 import re
+import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -138,7 +139,7 @@ def decode_attrs(value: bytes) -> LeaseAttrs | None:
     return LeaseAttrs(
         public_ip=v4 if int(v4) else None,
         public_ipv6=v6 if v6 and int(v6) else None,
-        backend_type=str(fields.get("BackendType") or ""),
+        backend_type=sys.intern(str(fields.get("BackendType") or "")),  # thousands have the same
         backend_data=_text(fields.get("BackendData")),
         backend_v6_data=_text(fields.get("BackendV6Data")),
         extra=tuple((key, compact(item)) for key, item in document.items() if key.lower() not in known),

@@ -4,6 +4,7 @@ A device name has at most 15 characters (IFNAMSIZ − 1); who a device belongs t
 """
 
 import hashlib
+from functools import lru_cache
 
 from podwire.model.addr import Family
 from podwire.model.kernelstate import OWNER_ALIAS
@@ -31,6 +32,7 @@ def pod_alias(namespace: str, name: str) -> str:
     return f"{OWNER_ALIAS}:{namespace}/{name}"[:_MAX_ALIAS]
 
 
+@lru_cache(maxsize=64)
 def vtep_device(family: Family, vni: int) -> str:
     """flannel's device names: `flannel.1` carries IPv4 pods over an IPv4 underlay, `flannel-v6.1` IPv6 over IPv6."""
     return f"flannel.{vni}" if family is Family.IPV4 else f"flannel-v6.{vni}"

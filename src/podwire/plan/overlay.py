@@ -14,9 +14,9 @@ from podwire.model.addr import Family, IPAddress, IPInterface, IPNetwork, family
 from podwire.model.kernelstate import OWNER_ALIAS, Address, FdbEntry, Link, Neighbour, NetState, Route, Vxlan
 from podwire.plan.naming import vtep_device
 
-REMEMBERED = 1024
-"""More nodes than a lab has: its agents, in one process, all read and plan the same leases. An agent alone does so once for
-each, and with thousands of peers would only hold more memory."""
+REMEMBERED = 512
+"""As many leases as the nodes of a lab have, of two families: its agents, in one process, all read and plan the same ones. An
+agent alone does so once for each, and with thousands of peers would only hold more memory."""
 
 DEFAULT_VNI = 1
 DEFAULT_PORT = 8472
