@@ -69,7 +69,9 @@ def manifest(pods: int, version: int) -> str:
 
 
 def run() -> Figures:
-    """{"nodes", "pods", "connections", "failed", "answer_ms": …, "rollout_s", "converged_ms": …}; rollout_s is null where patience ended first."""
+    """{"nodes", "pods", "connections", "failed", "answer_ms": …, "rollout_s", "converged_ms": …}.
+
+    `rollout_s` is null where patience ended first."""
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "rolling.yaml"
         first.write_text(manifest(PODS, 1))
@@ -205,6 +207,9 @@ def clients(running: Lab, stop: Path) -> Iterator[list[Figures]]:
         for node in CLIENT_NODES
     ]
     try:
+        for process in started:
+            assert process.stdout is not None
+            process.stdout.readline()  # it has begun
         yield outcomes
     finally:
         stop.touch()
@@ -219,7 +224,7 @@ async def _cluster_ip(kubeconfig: Path) -> str:
 
 
 async def client(address: str, stop: Path) -> None:
-    """Runs on a node: prints {"answered": [ms…], "failed": {what: how often}}."""
+    """Runs on a node: prints a line when it begins, and at the end {"answered": [ms…], "failed": {what: how often}}."""
     answered: list[float] = []
     failed: Counter[str] = Counter()
 
@@ -239,6 +244,7 @@ async def client(address: str, stop: Path) -> None:
         else:
             failed["closed without an answer"] += 1
 
+    print("started", flush=True)
     async with asyncio.TaskGroup() as group:
         while not await asyncio.to_thread(stop.exists):
             group.create_task(once())

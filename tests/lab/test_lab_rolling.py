@@ -58,6 +58,9 @@ def clients(lab: Lab, address: str, stop: Path) -> Iterator[list[dict[str, Any]]
         for number in (1, 2, 3)
     ]  # fmt: skip
     try:
+        for process in running:
+            assert process.stdout is not None
+            process.stdout.readline()  # it has begun
         yield outcomes
     finally:
         stop.touch()
