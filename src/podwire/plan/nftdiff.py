@@ -7,6 +7,7 @@ yet), then the elements whose change leads packets there, last what nobody is le
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from itertools import chain as concat
 
 from podwire.model.nft import (
@@ -32,6 +33,7 @@ from podwire.model.nft import (
     TableRef,
     TableState,
 )
+from podwire.model.nftexpr import Unknown
 
 
 @dataclass(slots=True)
@@ -106,8 +108,8 @@ def _diff_table(ref: TableRef, desired: TableState, observed: TableState | None)
     creates += [AddChain(ref, c.chain) for c in added]
     creates += [SetRules(ref, c.chain.name, c.rules) for c in added]
     elements = [_diff_elements(s, observed.sets.get(name)) for name, s in desired.sets.items() if not s.set.dynamic]
-    make, lead, remove = order_changes(ref, creates, RuleChanges(), [e for e in elements if e])
-    lead += _changed_rules(ref, desired.chains, observed.chains)
+    rules = _changed_rules(desired.chains, observed.chains)
+    make, lead, remove = order_changes(ref, creates, rules, [e for e in elements if e])
     gone = [name for name in observed.chains if name not in desired.chains]
     remove += [SetRules(ref, name, ()) for name in gone]
     remove += [DelChain(ref, name) for name in gone]
@@ -122,9 +124,28 @@ def _compatible(desired: TableState, observed: TableState) -> bool:
     return all(sets) and all(chains)
 
 
-def _changed_rules(ref: TableRef, desired: Mapping[str, ChainState], observed: Mapping[str, ChainState]) -> Iterable[SetRules]:
-    held = {name: observed[name].rules for name in desired if name in observed}
-    return (SetRules(ref, name, c.rules) for name, c in desired.items() if held.get(name, c.rules) != c.rules)
+def _changed_rules(desired: Mapping[str, ChainState], observed: Mapping[str, ChainState]) -> RuleChanges:
+    before: dict[str, tuple[Rule, ...]] = {}
+    after: dict[str, tuple[Rule, ...]] = {}
+    for name, chain in desired.items():
+        held = observed[name].rules if name in observed else chain.rules
+        if held != chain.rules:
+            both = _merged(held, chain.rules)
+            if both != held:
+                before[name] = both
+            if both != chain.rules:
+                after[name] = chain.rules
+    return RuleChanges(before, after)
+
+
+def _merged(held: Sequence[Rule], wanted: Sequence[Rule]) -> tuple[Rule, ...]:
+    """All rules of both in an order that fits both, but those of others that could not be written again."""
+    merged: list[Rule] = []
+    for tag, first, last, start, end in SequenceMatcher(None, held, wanted, autojunk=False).get_opcodes():
+        if tag != "equal":
+            merged += (rule for rule in held[first:last] if not any(isinstance(e, Unknown) for e in rule.expressions))
+        merged += wanted[start:end]
+    return tuple(merged)
 
 
 def _diff_elements(desired: SetState, observed: SetState | None) -> ElementChanges:

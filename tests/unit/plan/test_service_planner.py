@@ -223,6 +223,20 @@ def test_resync_touches_only_what_differs_and_keeps_the_order_it_finds() -> None
     assert broken.apply(repair) == fresh.desired()
 
 
+def test_resync_has_the_rules_for_what_was_and_what_will_be_until_the_elements_have_changed() -> None:
+    planner = ServicePlanner(FACTS)
+    planner.set_service(key("web"), *web(40))
+    kernel = taken(planner)
+    fresh = ServicePlanner(FACTS)
+    fresh.set_service(key("web"), *web(30))
+    batch = Batch(tuple(c for c in fresh.resync(kernel).commands if not isinstance(c, Prune)))
+    assert heads(batch)[0] == heads(batch)[-1] == "flush chain ip podwire pick"
+    assert [large_pools(c) for c in batch.commands if isinstance(c, SetRules)] == [{32, 48}, {32}]
+    for cut in range(len(batch.commands) + 1):
+        chain = kernel.apply(Batch(batch.commands[:cut])).tables[IPV4].chains["pick"]
+        assert chain.rules[-1] == fresh.desired().tables[IPV4].chains["pick"].rules[-1], "who is nobody's is refused last"
+
+
 def test_resync_builds_a_table_that_somebody_deleted() -> None:
     planner = ServicePlanner(FACTS)
     planner.set_service(key("web"), *web(2))
