@@ -43,7 +43,7 @@ from podwire.testing.memorycluster import CLUSTER, DUAL, SERVICES, memory_cluste
 AT_A_TIME = 4
 BATCHES = 8
 READY_SECONDS = 20.0
-DISK = "800k"
+DISK = "3m"
 LIMITS = {"ingressRate": 10_000_000, "ingressBurst": 1_000_000, "egressRate": 10_000_000, "egressBurst": 1_000_000}
 STATE_FILES = {"agent.lock", "reservations.db", "reservations.db-wal", "reservations.db-shm"}
 
