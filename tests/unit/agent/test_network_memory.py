@@ -170,7 +170,7 @@ async def test_a_leased_subnet_is_used_without_etcd_until_its_lease_ends(cluster
     ips = machine.config.node_ips
     underlay = Underlay(device="eth0", mtu=1500, interfaces=(ipaddress.ip_interface(f"{ips[0]}/15"),), public=ips)
     overlay = Overlay(
-        subnets=lambda _: EtcdSubnets(FakeEtcdClient(server, link), prefix="/net", ttl=3, margin=1, rng=Random(1)),
+        subnets=lambda _: EtcdSubnets(FakeEtcdClient(server, link), prefix="/net", ttl=5, margin=2, rng=Random(1)),
         backend=lambda network: make_backend(network, underlay, "n1"),
     )
     async with cluster.agent(machine, overlay=overlay):
