@@ -17,8 +17,8 @@ from podwire.plan.iptables_rules import FILTER, MASQUERADE_BIT, NAT
 
 log = logging.getLogger(__name__)
 
-_PART_LINES = 300
-"""With 0.2 MB of buffer and up to 0.6 KB a rule."""
+_PART_LINES = (200, 50)
+"""With 0.2 MB of buffer and up to 0.8 KB a rule; fewer, should there be longer ones."""
 
 _LOOK_SECONDS = 0.5
 """How often legacy tables are asked for their size: the kernel does not tell when somebody changes them."""
@@ -146,8 +146,16 @@ def carry_out(client: IptablesClient, wanted: Restore) -> None:
     try:
         client.restore(wanted.family, wanted.text)
     except TooLarge:
-        for part in wanted.parts(_PART_LINES):
-            client.restore(wanted.family, part)
+        for lines in _PART_LINES:
+            try:
+                # From the first part on: what an earlier attempt has written is written again.
+                for part in wanted.parts(lines):
+                    client.restore(wanted.family, part)
+            except TooLarge:
+                if lines == _PART_LINES[-1]:
+                    raise
+            else:
+                return
 
 
 def remove(client: IptablesClient) -> int:
