@@ -17,8 +17,8 @@ from podwire.plan.iptables_rules import FILTER, MASQUERADE_BIT, NAT
 
 log = logging.getLogger(__name__)
 
-_PART_LINES = (200, 50)
-"""With 0.2 MB of buffer and up to 0.8 KB a rule; fewer, should there be longer ones."""
+_PART_LINES = 150
+"""With 0.2 MB of buffer and up to 1.2 KB a rule."""
 
 _LOOK_SECONDS = 0.5
 """How often legacy tables are asked for their size: the kernel does not tell when somebody changes them."""
@@ -146,16 +146,8 @@ def carry_out(client: IptablesClient, wanted: Restore) -> None:
     try:
         client.restore(wanted.family, wanted.text)
     except TooLarge:
-        for lines in _PART_LINES:
-            try:
-                # From the first part on: what an earlier attempt has written is written again.
-                for part in wanted.parts(lines):
-                    client.restore(wanted.family, part)
-            except TooLarge:
-                if lines == _PART_LINES[-1]:
-                    raise
-            else:
-                return
+        for part in wanted.parts(_PART_LINES):
+            client.restore(wanted.family, part)
 
 
 def remove(client: IptablesClient) -> int:
