@@ -13,19 +13,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import msgspec
 from aiohttp import web
 
 from bench.labs import PODWIRE
-from bench.serviceobjects import NODE, service_object, slice_object
+from bench.serviceobjects import FACTS, NODE, item, service_object, slice_object
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import current_netns, enter_user_namespace
+from podwire.kernel.nftclient import NftClient
+from podwire.kernel.rtnlsocket import open_netlink
+from podwire.model.addr import Family
 from podwire.model.kernelstate import Device, Link
+from podwire.model.nft import TableRef
 from podwire.model.ops import ChangeLink
+from podwire.plan.services import TABLE
+from podwire.plan.services_maps import frontend_key
+from podwire.plan.services_rules import sets_of
+from podwire.plan.services_table import service_table
+from podwire.wire.netlink import NETLINK_NETFILTER
 
 METRICS = "127.0.0.1:10249"
-PATIENCE_SECONDS = 150.0
+PATIENCE_SECONDS = 240.0
+_PAUSE_SECONDS = 3.0
 Figures = dict[str, float]
 
 
@@ -48,8 +57,10 @@ async def _weigh(size: int) -> Figures:
     started = time.monotonic()
     process = _start(f"http://127.0.0.1:{runner.addresses[0][1]}")
     try:
-        await _programmed(process, size)
-        ready = time.monotonic() - started
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await _programmed(process, size)
+            ready = time.monotonic() - started
+            await _settled(process.pid)
         return {**_weight(process.pid), "ready_s": ready}
     finally:
         process.send_signal(signal.SIGTERM)
@@ -63,19 +74,30 @@ def _start(server: str) -> "subprocess.Popen[bytes]":
 
 
 async def _programmed(process: "subprocess.Popen[bytes]", size: int) -> None:
-    """Waits until the kernel holds all Services."""
-    wanted = f"podwire_proxy_services {size}"
-    async with asyncio.timeout(PATIENCE_SECONDS), aiohttp.ClientSession() as session:
-        while True:
-            assert process.poll() is None, f"the proxy ended with status {process.returncode}"
-            try:
-                async with session.get(f"http://{METRICS}/metrics") as answer:
-                    text = await answer.text()
-                if wanted in text.splitlines():
-                    return
-            except aiohttp.ClientError:
-                pass  # it does not listen yet
-            await asyncio.sleep(0.5)
+    """Waits until the kernel holds the last Service."""
+    table, of = TableRef(Family.IPV4, TABLE), sets_of(Family.IPV4).services
+    last = service_table(item(size - 1).service, (), FACTS).frontends[0]
+    fd = current_netns()
+    try:
+        with open_netlink(fd, NETLINK_NETFILTER) as sock:
+            while not NftClient(sock).lookup(table, of, [frontend_key(last)]):
+                assert process.poll() is None, f"the proxy ended with status {process.returncode}"
+                await asyncio.sleep(0.2)
+    finally:
+        os.close(fd)
+
+
+async def _settled(pid: int) -> None:
+    """Waits until the process has nothing more to do: it reads everything back before it acknowledges."""
+    used = -1.0
+    while (now := _processor_seconds(pid)) - used > 0.02 * _PAUSE_SECONDS:
+        used = now
+        await asyncio.sleep(_PAUSE_SECONDS)
+
+
+def _processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _weight(pid: int) -> Figures:
