@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 from etcdrig import Member, answers, one_member
-from hostrig import Host, answering
+from hostrig import Host, answering, until
 
 from podwire.apiserver.pki import Authority, KeyPair, kubeconfig
 from podwire.client.api import ApiClient
 from podwire.client.etcd import EtcdClient
-from podwire.model.resources import NODES, Resource
+from podwire.model.resources import NAMESPACES, NODES, Resource
 from podwire.model.timestamps import format_time
 
 ADDRESS, PORT = "198.18.7.254", 6443
@@ -158,6 +158,7 @@ async def kubernetes(folder: Path, *arguments: str, on: Member | None = None) ->
         client = await stack.enter_async_context(ApiClient(URL, token="admin", ssl=authority.client_context()))
         made = Kubernetes(folder, authority, member, server, client)
         await made.answers()
+        await until(client, NAMESPACES, lambda found: {"default", "kube-system"} <= {n["metadata"]["name"] for n in found})
         yield made
 
 
