@@ -35,8 +35,9 @@ def install(
     The plugin is a small program that hands all to the agent on this machine. It is compiled if there is a C compiler, which
     saves ten milliseconds for each container; otherwise it is a Python script for /usr/bin/python3.
     """
-    from podwire.cni.install import PLUGIN_NAME, install_configuration, install_plugin
+    from podwire.cni.install import PLUGIN_NAME, check_network, install_configuration, install_plugin
 
+    check_network(network)
     try:
         how = install_plugin(bin_dir, cni_socket, compiled=not interpreted)
         click.echo(f"{bin_dir / PLUGIN_NAME} ({how}), for an agent on {cni_socket}")

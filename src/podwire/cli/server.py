@@ -74,8 +74,36 @@ def server(print_unit: bool, **options: Any) -> None:
 
     from podwire.hosts.server import run_server
 
+    _check_networks(options["pod_cidrs"], options["service_cidrs"], options["pools"])
     log_to_stderr()
     asyncio.run(run_server(_options(**options)))
+
+
+def _check_networks(pod_cidrs: tuple[Any, ...], service_cidrs: tuple[Any, ...], pools: tuple[Any, ...]) -> None:
+    """One per family, and no address with two uses. Raises BadParameter."""
+    given: list[tuple[str, Any]] = []
+    for option, networks in (("--pod-cidr", pod_cidrs), ("--service-cidr", service_cidrs), ("--load-balancer-pool", pools)):
+        for network in networks:
+            for other, taken in given:
+                if taken.version == network.version and other == option:
+                    raise click.BadParameter(f"{taken} and {network} are of one family: give one per family", param_hint=option)
+                if taken.version == network.version and taken.overlaps(network):
+                    raise click.BadParameter(f"{network} overlaps {taken}, which is {other}: take another", param_hint=option)
+            given.append((option, network))
+            _check_size(option, network)
+
+
+_NODE_BITS = {4: 24, 6: 64}
+_SERVICE_BITS = {4: (1, 29), 6: (64, 125)}
+"""Eight addresses at least, and no more than kube-apiserver takes of IPv6."""
+
+
+def _check_size(option: str, network: Any) -> None:
+    node, (least, most) = _NODE_BITS[network.version], _SERVICE_BITS[network.version]
+    if option == "--pod-cidr" and network.prefixlen > node:
+        raise click.BadParameter(f"{network} is too small: each node gets a /{node} of it", param_hint=option)
+    if option == "--service-cidr" and not least <= network.prefixlen <= most:
+        raise click.BadParameter(f"{network} is none of /{least} to /{most}", param_hint=option)
 
 
 def _options(
@@ -86,7 +114,7 @@ def _options(
     from podwire.hosts.server import EtcdOptions, ServerOptions
 
     host, colon, port = listen.rpartition(":")
-    if not colon or not port.isdigit():
+    if not colon or not port.isdecimal() or int(port) not in range(1, 65536):
         raise click.BadParameter(f"{listen!r} is not like :6443, 192.0.2.1:6443 or [2001:db8::1]:6443", param_hint="--listen")
     user = (etcd_username, os.environ.get("PODWIRE_ETCD_PASSWORD", "")) if etcd_username else None
     tls = {name.removeprefix("etcd_"): value for name, value in etcd.items()}

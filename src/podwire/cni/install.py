@@ -10,6 +10,7 @@ from pathlib import Path
 
 from podwire.model.errors import InvalidInput
 from podwire.model.meta import Json
+from podwire.wire.cni import NETWORK_NAME
 
 BIN_DIR = Path("/opt/cni/bin")
 CONF_DIR = Path("/etc/cni/net.d")
@@ -37,12 +38,20 @@ def configuration(network: str, *, mtu: int = 0) -> Json:
     return {"cniVersion": "1.0.0", "cniVersions": versions, "name": network, "plugins": [plugin]}
 
 
+def check_network(name: str) -> None:
+    """Raises InvalidInput for a name that no plugin would take."""
+    if not NETWORK_NAME.fullmatch(name):
+        raise InvalidInput(f"{name!r} is no name of a network: letters, digits, and _ . - behind the first")
+
+
 def install_plugin(directory: Path, socket: Path, *, compiled: bool = True) -> str:
     """Write the executed file for an agent on `socket`; returns how it came to be: "compiled" or "python".
 
     It is compiled where the machine has a compiler (and `compiled`), because that saves ten milliseconds for each container.
     The file is replaced in one step: an engine may execute it at any moment. Where there is no plugin `loopback`, a copy of
     it serves as that too. Raises InvalidInput, OSError."""
+    if not socket.is_absolute():
+        raise InvalidInput(f"the socket's path {socket} is not absolute: engines execute the plugin anywhere")
     if any(character in str(socket) for character in '"\\\n'):
         raise InvalidInput(f"the socket's path {socket} has a character that cannot be written into the plugin")
     directory.mkdir(parents=True, exist_ok=True)
@@ -66,7 +75,8 @@ def _has_no_other_loopback(directory: Path) -> bool:
 
 
 def install_configuration(directory: Path, network: str, *, priority: int = 10, mtu: int = 0) -> Path:
-    """Write the network list `<priority>-<network>.conflist`, in one step. Returns where it is. Raises OSError."""
+    """Write `<priority>-<network>.conflist`, in one step. Returns where it is. Raises InvalidInput, OSError."""
+    check_network(network)
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / f"{priority:02}-{network}.conflist"
     partial = directory / f".{target.name}.{os.getpid()}"

@@ -27,6 +27,18 @@ SERVER_NAMES = (
     "kubernetes.default.svc.cluster.local",
 )
 
+_NAMES = (
+    "pki",
+    "identity",
+    "admin.kubeconfig",
+    "inside.sock",
+    "podwire.db",
+    "podwire.db.lock",
+    "podwire.db-wal",
+    "podwire.db-shm",
+)
+_PKI_NAMES = ("ca.crt", "ca.key", "sa.key")
+
 RENEW_BEFORE = timedelta(days=120)
 """Certificates live a year; with so much of it left they are replaced."""
 
@@ -37,8 +49,8 @@ class ServerCredentials:
     def __init__(self, data: Path) -> None:
         self._data = data
         pki = data / "pki"
-        for directory in (data, pki):
-            make_private(directory)
+        make_private(data, _NAMES)
+        make_private(pki, _PKI_NAMES)
         self.authority = _authority(pki)
         self.signing_key = _kept(pki / "sa.key", lambda: secrets.token_hex(32).encode())
         self.identity = _kept(data / "identity", _new_identity).decode()

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import shutil
 from contextlib import AsyncExitStack, ExitStack
 
 from podwire.agent.nodelock import NodeLock
@@ -12,8 +11,9 @@ from podwire.agent.proxymodes.modes import ProxyModes
 from podwire.agent.reservations import Reservations
 from podwire.client.errors import ApiError, NotFound
 from podwire.hosts.errors import HostError
-from podwire.hosts.membership import Membership
-from podwire.hosts.node import OWN_NETNS, NodeOptions, pod_runtime
+from podwire.hosts.files import remove
+from podwire.hosts.membership import STATE_NAMES, Membership
+from podwire.hosts.node import OWN_NETNS, RUN_NAMES, NodeOptions, pod_runtime
 from podwire.kernel.linux import LinuxKernel
 from podwire.model.cni import CNI_UID
 from podwire.model.kernelstate import NetState
@@ -45,8 +45,8 @@ async def leave(membership: Membership, options: NodeOptions, *, force: bool = F
         await _tell_api(membership, force=force)
         await _end_pods(membership, options)
         await _clean_kernel()
-    shutil.rmtree(membership.state, ignore_errors=True)
-    shutil.rmtree(options.run, ignore_errors=True)
+    remove(options.run, RUN_NAMES)
+    remove(membership.state, STATE_NAMES)
 
 
 def _attached(membership: Membership) -> list[str]:

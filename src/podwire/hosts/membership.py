@@ -29,6 +29,9 @@ from podwire.model.resources import NODES
 log = logging.getLogger(__name__)
 
 STATE_DIR = Path("/var/lib/podwire/node")
+STATE_NAMES = ("agent", "ca.crt", "node.pem", "node.json")
+"""What a node has in its --state-dir; what is removed last makes it a node."""
+
 RENEW_BEFORE = timedelta(days=120)
 
 _SERVER = re.compile(r"https://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?(/\S*)?")
@@ -82,7 +85,8 @@ def parse_servers(text: str) -> tuple[str, ...]:
     """URLs of a cluster's API servers, with commas between them, the one to use first at first. Raises InvalidInput."""
     urls = tuple(part.strip().rstrip("/") for part in text.split(","))
     for url in urls:
-        if not _SERVER.fullmatch(url):
+        found = _SERVER.fullmatch(url)
+        if not found or int((found[2] or ":443")[1:]) not in range(1, 65536):
             raise InvalidInput(f"{url!r} is no URL of a server; it looks like https://192.0.2.1:6443")
     if len(set(urls)) != len(urls):
         raise InvalidInput(f"{text} names a server twice")
@@ -158,7 +162,7 @@ class Membership:
 
 async def join(state: Path, servers: tuple[str, ...], token: JoinToken, name: str, addresses: Sequence[str]) -> Membership:
     """Become a node of the cluster at `servers` (URLs). Raises HostError, ApiError."""
-    make_private(state)
+    make_private(state, STATE_NAMES)
     ca = await _fetch_authority(servers, token.fingerprint)
     authority = Authority(KeyPair(ca, b""))
     key, request = new_request(name)

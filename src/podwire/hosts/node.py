@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 OWN_NETNS = "/proc/self/ns/net"
 RUN_DIR = Path("/run/podwire/node")
+RUN_NAMES = ("shim", "pods")
+"""What a node has in its --run-dir."""
 _RENEW_SECONDS = 6 * 3600.0
 
 

@@ -46,7 +46,8 @@ _NEEDED = {
 _SINCE = {"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}
 """Verbs that younger configurations only may be asked for."""
 
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
+NETWORK_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
+"""Also that of a container's id."""
 _BAD_IFNAME = re.compile(r"[/:\s\0]")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 _IFNAME_MAX = 15
@@ -109,11 +110,15 @@ def parse_request(environment: Mapping[str, str], config: bytes) -> CniRequest:
     _check_version(command, version)
     if command in ("ADD", "CHECK") and document.get("prevResult") is None:
         _refuse_unsupported(document)
+    network, kind = _network_name(document), _text(document, "type")
+    if command == "DEL":
+        # Whatever the rest says: an ADD that was refused for it is followed by a DEL that says the same, and must not be.
+        return CniRequest(command=command, version=version, network=network, type=kind, **_who(command, environment))
     return CniRequest(
         command=command,
         version=version,
-        network=_network_name(document),
-        type=_text(document, "type"),
+        network=network,
+        type=kind,
         **_who(command, environment),
         **_what(document, _arguments(environment.get("CNI_ARGS", ""))),
         **_chain(command, document),
@@ -168,7 +173,7 @@ def _refuse_unsupported(document: Json) -> None:
 
 def _network_name(document: Json) -> str:
     name = _text(document, "name")
-    if not _NAME.fullmatch(name):
+    if not NETWORK_NAME.fullmatch(name):
         what = f"invalid network name {name!r}" if name else "missing network name"
         raise CniError(INVALID_CONFIG, what)
     return name
@@ -178,7 +183,7 @@ def _who(command: str, environment: Mapping[str, str]) -> dict[str, Any]:
     if "CNI_CONTAINERID" not in _NEEDED[command]:
         return {}
     container, ifname = environment["CNI_CONTAINERID"], environment["CNI_IFNAME"]
-    if not _NAME.fullmatch(container):
+    if not NETWORK_NAME.fullmatch(container):
         raise CniError(INVALID_ENVIRONMENT, f"invalid characters in CNI_CONTAINERID {container!r}")
     if len(ifname) > _IFNAME_MAX or ifname in (".", "..") or _BAD_IFNAME.search(ifname):
         raise CniError(INVALID_ENVIRONMENT, f"invalid interface name CNI_IFNAME {ifname!r}")

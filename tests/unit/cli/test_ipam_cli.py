@@ -189,3 +189,20 @@ def test_install(tmp_path: Path, how: str) -> None:
     assert document["plugins"][0]["capabilities"]["portMappings"] is True
     assert [file.name for file in confs.iterdir()] == ["10-podwire.conflist"]
     assert sorted(file.name for file in bins.iterdir()) == ["loopback", "podwire"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--network", ""], "no name of a network"),
+        (["--network", "a b"], "no name of a network"),
+        (["--network", "../x"], "no name of a network"),
+        (["--cni-socket", "cni.sock"], "is not absolute"),
+    ],
+)
+def test_what_no_plugin_could_serve_is_not_installed(tmp_path: Path, arguments: list[str], words: str) -> None:
+    bins, confs = tmp_path / "bin", tmp_path / "net.d"
+    done = run("cni", "install", "--bin-dir", bins, "--conf-dir", confs, *arguments, status=1)
+    assert words in done.output
+    assert not bins.exists()
+    assert not confs.exists()

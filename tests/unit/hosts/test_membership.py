@@ -86,6 +86,16 @@ async def test_a_server_of_another_authority_than_the_tokens_is_refused(tmp_path
 def test_servers_by_their_urls() -> None:
     assert parse_servers("https://192.0.2.1:6443/") == ("https://192.0.2.1:6443",)
     assert parse_servers("https://a, https://[2001:db8::1]:6443") == ("https://a", "https://[2001:db8::1]:6443")
-    for wrong in ("", "192.0.2.1:6443", "http://192.0.2.1", "https://", "https://a:x", "https://a,", "https://a,https://a/"):
+    for wrong in (
+        "",
+        "192.0.2.1:6443",
+        "http://192.0.2.1",
+        "https://",
+        "https://a:x",
+        "https://a:99999",
+        "https://a:0",
+        "https://a,",
+        "https://a,https://a/",
+    ):
         with pytest.raises(InvalidInput):
             parse_servers(wrong)
