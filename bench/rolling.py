@@ -35,7 +35,8 @@ RATE = 20
 """Connections a second from each of the client's nodes."""
 PRESTOP_SECONDS = 15
 PATIENCE_SECONDS = 170.0
-ANSWER_SECONDS = 5.0
+ANSWER_SECONDS = 20.0
+"""Long enough for a machine that is busy: what is led to a pod that is gone never gets an answer."""
 NAME = "rolling"
 
 
@@ -86,8 +87,8 @@ def run() -> Figures:
     took = f"> {PATIENCE_SECONDS:g}: not finished" if found.seconds is None else found.seconds
     table(
         [
-            ("nodes", "pods", "rollout s", "connections", "failed", "answer p50 ms", "p99 ms"),
-            (NODES, PODS, took, connections, failed.total(), answer_ms["p50"], answer_ms["p99"]),
+            ("nodes", "pods", "rollout s", "connections", "failed", "answer p50 ms", "p99 ms", "max ms"),
+            (NODES, PODS, took, connections, failed.total(), answer_ms["p50"], answer_ms["p99"], answer_ms["max"]),
         ]
     )
     table(
