@@ -10,6 +10,7 @@ import msgspec
 from podwire.client.api import ApiClient, RawList
 from podwire.client.errors import NotFound
 from podwire.model.meta import Json
+from podwire.model.nulls import without_nulls
 from podwire.model.objects import ApiObject
 from podwire.model.resources import ENDPOINTSLICES, Resource
 
@@ -79,7 +80,7 @@ def decode_served(decoder: "msgspec.json.Decoder[T]", raw: msgspec.Raw, older: O
         except msgspec.ValidationError:
             pass
     # Go encodes some absent lists and maps as null (EndpointSlice.endpoints), which the views do not expect.
-    document = _without_nulls(msgspec.json.decode(raw))
+    document = without_nulls(msgspec.json.decode(raw))
     if older is not None:
         document = older.upgrade(document)
     try:
@@ -89,13 +90,3 @@ def decode_served(decoder: "msgspec.json.Decoder[T]", raw: msgspec.Raw, older: O
         where = f"{meta.get('namespace') or ''}/{meta.get('name')}".removeprefix("/")
         log.warning("%s %s is left out: it is not as the API defines it (%s)", decoder.type.__name__, where, error)
         return None
-
-
-def _without_nulls(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-        case list():
-            return [_without_nulls(item) for item in value]
-        case _:
-            return value

@@ -11,6 +11,7 @@ import yaml
 
 from podwire.model.addr import IPNetwork
 from podwire.model.errors import InvalidInput
+from podwire.model.nulls import without_nulls
 from podwire.model.objects import View
 from podwire.model.proxymode import ProxyMode
 
@@ -175,7 +176,7 @@ def parse_proxy_config(text: str, source: str, overrides: Mapping[str, Any] | No
     for name, wanted in (("kind", "KubeProxyConfiguration"), ("apiVersion", API_VERSION)):
         if document.get(name, wanted) != wanted:
             raise InvalidInput(f"{source}: {name} is {document[name]!r}, not {wanted}")
-    document = _without_nulls(document)
+    document = without_nulls(document)
     warnings = [f"{source}: field {name} is not known and left out" for name in _unknown(document, ProxyConfig, "")]
     try:
         msgspec.convert(document, ProxyConfig)  # by itself first: flags are put into sections, which have to be there
@@ -313,14 +314,3 @@ def _put(document: dict[str, Any], path: list[str], value: Any) -> None:
     for name in path[:-1]:
         document = document.setdefault(name, {})
     document[path[-1]] = value
-
-
-def _without_nulls(value: Any) -> Any:
-    """Go writes fields that are not set as null."""
-    match value:
-        case dict():
-            return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-        case list():
-            return [_without_nulls(item) for item in value]
-        case _:
-            return value
