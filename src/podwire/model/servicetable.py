@@ -101,7 +101,7 @@ class ServiceTable(msgspec.Struct, frozen=True, gc=False):
     """All frontends of one Service (or of one Pod's host ports).
 
     `local_addresses`: the backends that run on this node, or that no node is named for. `cluster_ips`: addresses that belong to
-    the Service alone, so that any other port of theirs is closed. `health_check_port`: where balancers ask whether this node has
+    the Service alone, so that any other port of theirs is closed. `health_check_port`: where balancers ask if this node has
     endpoints; 0: nowhere. `local_ready`: how many of its pods on this node are ready, for the answer."""
 
     frontends: tuple[Frontend, ...] = ()
