@@ -30,6 +30,7 @@ from podwire.store.memory import MemoryStore
 
 HEALTH, METRICS = 10256, 10249
 WEB = "10.96.0.80"
+PATIENCE_SECONDS = 20.0
 
 
 @dataclass
@@ -41,12 +42,12 @@ class Site:
     port: int
 
     @asynccontextmanager
-    async def proxy(self, *arguments: str) -> AsyncIterator["subprocess.Popen[str]"]:
-        """`podwire proxy …` in the node's namespace, once it is healthy."""
+    async def proxy(self, *arguments: str, seconds: float = PATIENCE_SECONDS) -> AsyncIterator["subprocess.Popen[str]"]:
+        """`podwire proxy …` in the node's namespace, once it is healthy, which may take so many seconds."""
         server = ("--master", f"http://127.0.0.1:{self.port}", "--hostname-override", FACTS.name)
         process = self.command(*server, *arguments)
         try:
-            await until(self.healthy, process)
+            await until(self.healthy, process, seconds)
             yield process
         finally:
             if process.poll() is None:
@@ -92,7 +93,7 @@ class Site:
         """HTTP by hand: (status, body)."""
         with self.rig.open(where, socket.SOCK_STREAM, host) as sock:
             loop = asyncio.get_running_loop()
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(max(2.0, self.rig.patience_s)):
                 await loop.sock_connect(sock, (host, port))
                 await loop.sock_sendall(sock, f"GET {path} HTTP/1.0\r\nHost: x\r\n\r\n".encode())
                 data = b""
@@ -168,10 +169,12 @@ async def _objects(client: ApiClient) -> None:
     await client.create(ENDPOINTSLICES, piece)
 
 
-async def until(probe: Callable[[], Awaitable[bool]], process: "subprocess.Popen[str] | None" = None) -> float:
+async def until(
+    probe: Callable[[], Awaitable[bool]], process: "subprocess.Popen[str] | None" = None, seconds: float = PATIENCE_SECONDS
+) -> float:
     """Ask again and again until the answer is yes; the seconds it took."""
     started = time.monotonic()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(seconds):
         while not await probe():
             assert process is None or process.poll() is None, process.communicate()[1]
             await asyncio.sleep(0.01)

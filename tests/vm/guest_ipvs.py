@@ -1,9 +1,11 @@
 """Services in IPVS, run inside the virtual machine by test_ipvs_vm.py."""
 
 import asyncio
+import ipaddress
 import socket
 from collections.abc import AsyncIterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,6 +13,8 @@ import pytest
 import pytest_asyncio
 from packetrig import PacketRig, packet_rig, sendable
 from promiserig import broken_promises, prepare, some_clusters
+from proxysite import WEB as WEB_IP
+from proxysite import proxy_site, until
 from service_cases import FACTS, load_cases
 from servicerig import ServiceRig, service_rig
 
@@ -31,7 +35,7 @@ pytestmark = pytest.mark.timeout(400)
 
 WEB = ObjectKey("shop", "web")
 STRANGER = VirtualKey(bytes((192, 0, 2, 1)), 6, 4711)
-CLUSTERS = 4
+CLUSTERS = 3
 """So many random ones: the machine is slow."""
 CLUSTER_IP, NODE = "10.96.0.10", "198.18.0.11"
 
@@ -202,3 +206,24 @@ async def test_affinity_and_what_was_left_behind(servers: ServiceRig) -> None:
         assert "ipvs" in found
         assert client.observe().servers.keys() == {STRANGER}, "another's virtual server is left alone"
     assert DEVICE not in (await servers.kernel.observe()).links
+
+
+async def test_a_proxy_counts_connections_and_puts_back_what_a_stranger_took(tmp_path: Path) -> None:
+    async with proxy_site(tmp_path) as site:
+        site.rig.patience_s = 15.0
+        async with site.proxy("--proxy-mode", "ipvs", seconds=90) as process:
+            assert await site.rig.who("p4", WEB_IP, 80, times=6) == {"p2", "p3", "far"}
+            assert await site.metric('podwire_service_connections_total{namespace="default",service="web"') == 6
+            assert await site.metric("podwire_endpoint_connections_total", "/metrics/endpoints") == 6
+            key = VirtualKey(ipaddress.ip_address(WEB_IP).packed, 6, 80)
+            with closing(IpvsClient(site.rig.fds["node"])) as client:
+                client.execute([DelVirtual(key)])
+
+                async def back() -> bool:
+                    return await site.metric("podwire_proxy_repairs_total") == 1 and key in client.observe().servers
+
+                await until(back, process)
+            assert await site.answers()
+            process.terminate()
+            _, said = await asyncio.to_thread(process.communicate)
+        assert "rules were not as left" in said
