@@ -1,6 +1,7 @@
 """The manifests for a real Kubernetes: whole, consistent with each other, with the commands, and with the plugin."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -47,3 +48,20 @@ def test_the_startup_taint_takes_one_right_more(tmp_path: Path) -> None:
     done = subprocess.run([KUBECTL, "kustomize", str(chosen)], capture_output=True, text=True, timeout=20, check=True)
     (role,) = [d for d in yaml.safe_load_all(done.stdout) if d["kind"] == "ClusterRole"]
     assert {"apiGroups": [""], "resources": ["nodes"], "verbs": ["patch"]} in role["rules"]
+
+
+def test_a_take_over_that_was_cut_short_begins_again(tmp_path: Path) -> None:
+    daemon_set = yaml.safe_load((MANIFESTS / "agent" / "daemonset.yaml").read_text())
+    init = next(c for c in daemon_set["spec"]["template"]["spec"]["initContainers"] if c["name"] == "take-over")
+    script = init["command"][2].replace("/var/lib/", f"{tmp_path}/")
+    theirs, cut_short = tmp_path / "cni" / "networks" / "cbr0", tmp_path / "podwire" / ".take-over" / "agent"
+    theirs.mkdir(parents=True)
+    (theirs / "10.244.1.5").write_text("c1\r\neth0")
+    cut_short.mkdir(parents=True)
+    (cut_short / "reservations.db").touch()
+    environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for expected in ("1 address taken over\n", ""):
+        done = subprocess.run(["sh", "-ec", script], env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, expected), done.stderr
+        assert [file.name for file in (tmp_path / "podwire").iterdir()] == ["cluster"]
+        assert (tmp_path / "podwire" / "cluster" / "agent" / "reservations.db").exists()
