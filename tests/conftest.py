@@ -4,8 +4,13 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 pytest_plugins = ("podwire.testing.plugin",)
+
+# A busy machine stops any test for longer than hypothesis allows an example; how long a test may take is pytest-timeout's.
+settings.register_profile("podwire", settings(deadline=None))
+settings.load_profile("podwire")
 
 
 @pytest.fixture
