@@ -53,6 +53,9 @@ def test_partitions_and_stops_last_until_they_are_healed(lab: Lab) -> None:
         assert reached(lab, "world") == set(ADDRESSES)
         fault(lab, "stop", "node-3")
         assert reached(lab, "world") == {"node-1", "node-2"}
+        killed = lab.podwire("lab", "fault", "kill", "--name", lab.name, "node-3")
+        assert killed.status == 1
+        assert "node-3 is stopped, so no agent runs there" in killed.err
         assert [f["kind"] for f in json.loads(fault(lab, "ls", "-o", "json"))] == ["partition", "stop"]
         assert fault(lab, "heal", "node-2") == "1 faults healed\n"
         assert reached(lab, "node-1") == {"node-1", "node-2"}
@@ -116,6 +119,7 @@ def test_what_cannot_be_broken_is_named(lab: Lab) -> None:
         (("partition", "node-9"), "there is no node-9 in this lab"),
         (("stop", "world"), "world cannot be stopped"),
         (("remove", "node-1", "eth0"), "node-1 has no eth0 of an agent's"),
+        (("partition", "node-1", "node-2", "--from", "node-2"), "node-2 cannot be cut off from itself"),
     ):
         done = lab.podwire("lab", "fault", arguments[0], "--name", lab.name, *arguments[1:])
         assert done.status == 1

@@ -24,7 +24,7 @@ def verify() -> None:
 
 @verify.command()
 @lab_option
-@click.option("--etcd-endpoints", default="", metavar="URLS",
+@click.option("--etcd-endpoints", default=None, metavar="URLS",
               help="Verify this host instead of a lab, against the leases in this etcd; several with commas.")  # fmt: skip
 @click.option("--etcd-prefix", default="/coreos.com/network", show_default=True, metavar="KEY", help="Where they are in it.")
 @click.option("--etcd-cafile", default="", metavar="FILE", help="CA certificates that etcd's is checked with.")
@@ -53,7 +53,8 @@ def overlay(lab_name: str, everything: bool, output: str, **store: Any) -> None:
     With -o json: {"ok", "findings": [{"condition", "subject", "ok", "evidence"}, …]}; "ok" is null for what could not be looked
     at, which the evidence explains. Exit status 0 only if nothing is wrong.
     """
-    if store["etcd_endpoints"] or store["kubeconfig_file"]:
+    _fit_together(click.get_current_context())
+    if store["etcd_endpoints"] is not None or store["kubeconfig_file"]:
         report = _this_host(store)
     else:
 
@@ -63,6 +64,32 @@ def overlay(lab_name: str, everything: bool, output: str, **store: Any) -> None:
         report = json.loads(with_client(lab_name, ask))
     click.echo(json.dumps(report, indent=2, ensure_ascii=False) if output == "json" else text_of(report, everything=everything))
     sys.exit(0 if report["ok"] else 1)
+
+
+_BELONGS_TO = {
+    "etcd_endpoints": ("etcd_prefix", "etcd_cafile", "etcd_certfile", "etcd_keyfile", "etcd_username", "etcd_password"),
+    "kubeconfig_file": ("kube_annotation_prefix",),
+}
+"""Which options mean something only beside which other."""
+
+
+def _fit_together(ctx: click.Context) -> None:
+    """Whoever says where to look is never answered about something else. Raises UsageError."""
+    given = {name for name in ctx.params if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    stores = given & _BELONGS_TO.keys()
+    if len(stores) > 1:
+        raise click.UsageError("--etcd-endpoints and --kubeconfig-file are two places where leases may be: give one of them")
+    if stores and "lab_name" in given:
+        raise click.UsageError(f"--name is for a lab, {_option(*stores)} for this host: give one of them")
+    if not stores and "node_name" in given:
+        raise click.UsageError("--node-name is for this host: add --etcd-endpoints or --kubeconfig-file")
+    for store, names in _BELONGS_TO.items():
+        if store not in given and (odd := [name for name in names if name in given]):
+            raise click.UsageError(f"{_option(odd[0])} has no effect without {_option(store)}")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _this_host(store: Mapping[str, Any]) -> Any:

@@ -269,6 +269,8 @@ class LabCluster:
         """Kill a node's agent and start another; returns when that one has taken over. Raises LabError."""
         async with self._changing:
             node = self._node(name)
+            if name in self.faults.stopped:
+                raise LabError(f"{name} is stopped, so no agent runs there: `podwire lab fault heal {name}` starts it")
             await node.stop()
             node.start()
             try:

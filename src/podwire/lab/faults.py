@@ -87,6 +87,8 @@ class Fault:
             raise InvalidInput(f"this is no fault: {error}; kinds are {', '.join(FaultKind)}") from error
         if not fault.places:
             raise InvalidInput(f"{fault.kind}: say whom it concerns, e.g. node-1")
+        if both := sorted({*fault.places} & {*fault.others}):
+            raise InvalidInput(f"{', '.join(both)} cannot be cut off from itself: name places on one side only")
         if fault.kind is FaultKind.DROP and not 0 < fault.amount <= 100:
             raise InvalidInput(f"{fault.amount:g} % of all packets cannot be lost: give more than 0, at most 100")
         if fault.kind is FaultKind.DELAY and not 0 < fault.amount <= 60_000:

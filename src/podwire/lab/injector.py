@@ -54,6 +54,11 @@ class FaultInjector:
     def active(self) -> tuple[Fault, ...]:
         return tuple(self._active)
 
+    @property
+    def stopped(self) -> frozenset[str]:
+        """The machines that are without power."""
+        return frozenset(_stopped(self._active))
+
     async def add(self, fault: Fault) -> None:
         """Put a fault in force, beside those that are. Raises LabError, Unsupported."""
         async with self._busy:

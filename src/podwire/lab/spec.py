@@ -73,6 +73,8 @@ class LabSpec:
             )
         if self.etcd_members not in (1, 3, 5):
             raise InvalidInput(f"{self.etcd_members} etcd members cannot be had: take 1, 3 or 5")
+        if self.etcd_members > 1 and self.subnet_manager != "etcd":
+            raise InvalidInput(f"{self.etcd_members} etcd members are for a lab that has an etcd: add --subnet-manager etcd")
         self._check_backend()
 
     def _check_backend(self) -> None:

@@ -55,6 +55,7 @@ def test_rules_say_why_they_drop_and_go_when_healed() -> None:
         {"kind": "drop", "places": ["node-1"]},
         {"kind": "delay", "places": ["node-1"], "amount": -1},
         {"places": ["node-1"]},
+        {"kind": "partition", "places": ["node-1", "node-2"], "others": ["node-2"]},
     ],
 )
 def test_what_is_no_fault_is_refused(document: dict[str, object]) -> None:

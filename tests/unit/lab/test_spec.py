@@ -56,6 +56,12 @@ def test_silly_numbers_of_nodes_are_refused(nodes: int) -> None:
         LabSpec(nodes=nodes)
 
 
+def test_members_of_an_etcd_that_is_not_there_are_refused() -> None:
+    assert LabSpec(subnet_manager="etcd", etcd_members=3).etcd_members == 3
+    with pytest.raises(InvalidInput, match="add --subnet-manager etcd"):
+        LabSpec(etcd_members=3)
+
+
 def test_port_ranges() -> None:
     assert parse_port_range("30000-32767") == (30000, 32767)
     for text in ("30000", "a-b", "1-2-3", ""):
