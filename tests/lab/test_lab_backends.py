@@ -55,3 +55,10 @@ def test_a_back_end_that_the_kernel_lacks_is_named_at_once(podwire: Podwire) -> 
         return
     assert done.status == 1
     assert "run `sudo modprobe wireguard`" in done.err
+
+
+def test_a_back_end_that_no_node_could_use_is_named_at_once(podwire: Podwire) -> None:
+    done = podwire("lab", "up", "--name", "narrow", "--backend", '{"Type":"vxlan","MTU":1300}')
+    assert done.status == 1
+    assert "packets of 1230 bytes would be the largest between nodes, and IPv6 needs 1280" in done.err
+    assert "nodes not ready" not in done.err

@@ -36,6 +36,7 @@ from podwire.lab.etcdmember import EtcdMember, client_url, write_config
 from podwire.lab.fabric import Fabric
 from podwire.lab.injector import FaultInjector
 from podwire.lab.machine import LabEnvironment, LabNode
+from podwire.lab.nodeoverlay import check_backend
 from podwire.lab.readiness import await_nodes
 from podwire.lab.settling import await_settled
 from podwire.lab.spec import MAX_NODES, LabSpec
@@ -90,6 +91,7 @@ class LabCluster:
         with _timed("fabric", on_step):
             if self.spec.own_overlay:
                 require_backend(self.spec.backend_type)
+                check_backend(self.spec, self.topology.node(1))
             kernel = LinuxKernel()
             self._closing.push_async_callback(kernel.close)
             self.fabric = Fabric(kernel, self.topology, Path(NETNS_DIR))

@@ -19,7 +19,7 @@ from podwire.lab.spec import UNDERLAY, LabSpec
 from podwire.lab.topology import FABRIC_MTU, UPLINK, Place
 from podwire.model.netconf import NetConfig, WireguardBackend, parse_net_config
 from podwire.model.objects import Node
-from podwire.plan.backends import Backend, UdpTunnel, Underlay, make_backend
+from podwire.plan.backends import Backend, UdpTunnel, Underlay, WireguardKeys, make_backend
 
 
 def node_overlay(
@@ -29,13 +29,7 @@ def node_overlay(
     None: the agent's own defaults will do. `folder` keeps a WireGuard key."""
     if not spec.own_overlay:
         return None
-    addresses = tuple(place.addresses.items())
-    underlay = Underlay(
-        device=UPLINK,
-        mtu=FABRIC_MTU,
-        interfaces=tuple(ipaddress.ip_interface(f"{address}/{UNDERLAY[f].prefixlen}") for f, address in addresses),
-        public=tuple(address for _, address in addresses),
-    )
+    underlay = _underlay(place)
 
     def backend(config: NetConfig) -> Backend:
         keys = wireguard_keys(folder / "wgkey") if isinstance(config.backend, WireguardBackend) else None
@@ -56,3 +50,19 @@ def node_overlay(
         return EtcdSubnets(etcd)
 
     return Overlay(subnets=leased, backend=backend, tunnel=tunnel)
+
+
+def check_backend(spec: LabSpec, place: Place) -> None:
+    """Raises InvalidInput for a back end that no node of the lab could use, as none could at `place`."""
+    config = parse_net_config(spec.network_config, source="lab network", leased=False)
+    make_backend(config, _underlay(place), place.name, WireguardKeys(private="", public=""))
+
+
+def _underlay(place: Place) -> Underlay:
+    addresses = tuple(place.addresses.items())
+    return Underlay(
+        device=UPLINK,
+        mtu=FABRIC_MTU,
+        interfaces=tuple(ipaddress.ip_interface(f"{address}/{UNDERLAY[f].prefixlen}") for f, address in addresses),
+        public=tuple(address for _, address in addresses),
+    )

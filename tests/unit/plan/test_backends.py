@@ -5,6 +5,7 @@ One network for all: pods 10.5.0.0/16 and fd05::/48; this node 192.0.2.1 on a /2
 
 import ipaddress
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -260,3 +261,14 @@ def test_an_underlay_without_the_family_is_refused(type_: str) -> None:
     bare = Underlay(device="eth1", mtu=1500, interfaces=UNDERLAY.interfaces[1:], public=UNDERLAY.public[1:])
     with pytest.raises(InvalidInput, match="interface eth1 has no IPv4 address"):
         backend(type_, underlay=bare)
+
+
+@pytest.mark.parametrize(("type_", "smallest"), [("vxlan", 1350), ("wireguard", 1360)])
+def test_less_than_ipv6_needs_is_refused(type_: str, smallest: int) -> None:
+    """The kernel would refuse each IPv6 address on such a device, for as long as the agent tries."""
+    assert backend(type_, dual=True, MTU=smallest).mtu == 1280
+    assert backend(type_, MTU=smallest - 1)
+    with pytest.raises(InvalidInput, match="1279 bytes would be the largest between nodes, and IPv6 needs 1280"):
+        backend(type_, dual=True, MTU=smallest - 1)
+    with pytest.raises(InvalidInput, match="take an interface with a larger one"):
+        backend(type_, dual=True, underlay=replace(UNDERLAY, mtu=smallest - 1))

@@ -20,11 +20,24 @@ from podwire.plan.backends.wireguard import WireguardKeys, WireguardTunnel
 
 __all__ = ["Backend", "UdpTunnel", "Underlay", "WireguardKeys", "make_backend"]
 
+IPV6_MIN_MTU = 1280
+"""RFC 8200, section 5. The kernel switches IPv6 off on a device that has less."""
+
 
 def make_backend(config: NetConfig, underlay: Underlay, node: str, keys: WireguardKeys | None = None) -> Backend:
     """The back end that the configuration asks for, on this node's underlay. `keys`: needed by wireguard alone.
 
-    Raises InvalidInput where the underlay lacks an address that the back end needs."""
+    Raises InvalidInput where the underlay lacks an address that the back end needs, or room for IPv6."""
+    made = _make(config, underlay, node, keys)
+    if Family.IPV6 in config.families and made.mtu < IPV6_MIN_MTU:
+        raise InvalidInput(
+            f"backend {made.type}: packets of {made.mtu} bytes would be the largest between nodes, and IPv6 needs "
+            f"{IPV6_MIN_MTU}; give Backend a larger MTU, take an interface with a larger one, or switch IPv6 off"
+        )
+    return made
+
+
+def _make(config: NetConfig, underlay: Underlay, node: str, keys: WireguardKeys | None) -> Backend:
     backend = config.backend
     families = config.families
     if not isinstance(backend, WireguardBackend) or backend.mode == "separate":
