@@ -267,6 +267,8 @@ def _network(keys: _Keys, key: str, family: Family) -> IPNetwork | None:
         raise InvalidInput(f"{keys.source}: {key} {text!r} is no network ({error}); write it as {_EXAMPLE[family]}") from error
     if family_of(network) is not family:
         raise InvalidInput(f"{keys.source}: {key} {text} must be an {family.value} network")
+    if not network.prefixlen or network.is_multicast or network.is_loopback or network.is_link_local:
+        raise InvalidInput(f"{keys.source}: pods cannot have addresses of {key} {text}; take a private network")
     return network
 
 

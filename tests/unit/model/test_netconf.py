@@ -178,3 +178,9 @@ def test_every_subnet_of_a_range_is_in_it_and_in_the_network(prefix: int, data: 
     assert subnet in found
     assert subnet.subnet_of(network)  # type: ignore[arg-type]  # both are IPv4
     assert subnet.network_address != network.network_address
+
+
+@pytest.mark.parametrize("network", ["0.0.0.0/0", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/8"])
+def test_networks_that_no_host_can_route_are_refused(network: str) -> None:
+    with pytest.raises(InvalidInput, match=f"pods cannot have addresses of Network {network}"):
+        parse_net_config(f'{{"Network": "{network}", "Backend": {{"Type": "vxlan"}}}}')
