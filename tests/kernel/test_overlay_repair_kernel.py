@@ -18,7 +18,7 @@ from podwire.agent.overlayd.agent import OverlayAgent
 from podwire.kernel.linux import LinuxKernel
 from podwire.model.addr import Family
 from podwire.model.kernelstate import Device, Link, NetState, Route
-from podwire.model.nft import Batch, DelTable, TableRef
+from podwire.model.nft import Batch, DelTable, SetRules, TableRef
 from podwire.model.ops import (
     ChangeLink,
     CommitNft,
@@ -66,6 +66,7 @@ def damages(state: NetState) -> Iterator[tuple[str, str, tuple[Op, ...]]]:
     yield "sysctl", "net/ipv6/conf/all/forwarding=1", (SetSysctl("net/ipv6/conf/all/forwarding", "0"),)
     yield "sysctl", "conf/flannel.1/rp_filter=2", (SetSysctl("net/ipv4/conf/flannel.1/rp_filter", "1"),)
     yield "rules", "masquerade rules", tuple(CommitNft(Batch((DelTable(TableRef(f, TABLE)),))) for f in DUAL)
+    yield "rules", "masquerade rules", (CommitNft(Batch((SetRules(TableRef(Family.IPV4, TABLE), "postrouting", ()),))),)
     yield "device", "link flannel-v6.1", (DelLink("flannel-v6.1"),)
 
 
@@ -74,7 +75,7 @@ async def everything(kernel: LinuxKernel) -> tuple[Any, ...]:
     links = {link for link in state.links.values() if link.name.startswith("flannel")}
     addresses = {a for a in state.addresses if a.dev.startswith("flannel") and not a.interface.ip.is_link_local}
     neighbours = {n for n in state.neighbours if n.dev.startswith("flannel")}
-    rules = (await kernel.observe_nft(TABLE)).tables.keys()
+    rules = (await kernel.observe_nft(TABLE)).tables
     return links, addresses, state.routes, neighbours, state.fdb, state.sysctls, rules
 
 
