@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import yaml
 from click.testing import CliRunner
 
 from podwire.cli.main import main
-from podwire.cni.install import configuration
+from podwire.cni.install import configuration, install_plugin
+from podwire.model.cni import NOT_AVAILABLE
+from podwire.wire.cni import decode_frame, encode_answer, parse_request
 
 MANIFESTS = Path(__file__).parents[3] / "deploy/kubernetes"
 KUBECTL = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shutil.which("kubectl") or ""
@@ -48,6 +52,47 @@ def test_the_startup_taint_takes_one_right_more(tmp_path: Path) -> None:
     done = subprocess.run([KUBECTL, "kustomize", str(chosen)], capture_output=True, text=True, timeout=20, check=True)
     (role,) = [d for d in yaml.safe_load_all(done.stdout) if d["kind"] == "ClusterRole"]
     assert {"apiGroups": [""], "resources": ["nodes"], "verbs": ["patch"]} in role["rules"]
+
+
+@pytest.mark.parametrize(
+    ("agent", "ready", "alive"),
+    [("answers", True, True), ("refuses", False, True), ("was killed", False, True), ("hangs", False, False)],
+)
+def test_the_agents_probes_see_what_an_engine_would(tmp_path: Path, agent: str, ready: bool, alive: bool) -> None:
+    daemon_set = yaml.safe_load((MANIFESTS / "agent" / "daemonset.yaml").read_text())
+    (container,) = daemon_set["spec"]["template"]["spec"]["containers"]
+    install_plugin(tmp_path, tmp_path / "cni.sock")
+    asked: list[str] = []
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            frame = b"".join(iter(lambda: connection.recv(65536), b""))
+            asked.append(parse_request(*decode_frame(frame)).command)
+            refusal = json.dumps({"code": NOT_AVAILABLE, "msg": "no address is free"}).encode()
+            connection.sendall(encode_answer(1, refusal) if agent == "refuses" else encode_answer(0, b""))
+
+    def probe(name: str, listener: socket.socket) -> bool:
+        command = [w.replace("/usr/lib/podwire/cni", str(tmp_path)) for w in container[name]["exec"]["command"]]
+        command[-1] = command[-1].replace("timeout 10 ", "timeout 0.5 ")
+        server = threading.Thread(target=serve, args=(listener,), daemon=True)
+        if agent in ("answers", "refuses"):
+            server.start()
+        try:
+            return subprocess.run(command, capture_output=True, timeout=3, check=False).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            if server.ident is not None:
+                server.join(5)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "cni.sock"))
+        listener.listen()
+        if agent == "was killed":
+            listener.close()
+        assert (probe("readinessProbe", listener), probe("livenessProbe", listener)) == (ready, alive)
+    assert asked == (["STATUS"] * 2 if agent in ("answers", "refuses") else [])
 
 
 def test_a_take_over_that_was_cut_short_begins_again(tmp_path: Path) -> None:
