@@ -146,6 +146,14 @@ async def test_a_del_that_cannot_be_kept_is_not_said_to_be_done(engine: Engine, 
     assert (await engine.call("DEL", "one")).code == IO_FAILURE
 
 
+@pytest.mark.parametrize("missing", [["CNI_CONTAINERID"], ["CNI_IFNAME"], ["CNI_CONTAINERID", "CNI_IFNAME"]])
+async def test_a_del_of_nothing_is_refused_and_not_kept(plugin: Path, tmp_path: Path, missing: list[str]) -> None:
+    variables = environment(tmp_path / "cni.sock", "DEL", "one") | dict.fromkeys(missing, "")
+    done = await execute(variables, config(), plugin)
+    assert (done.code, done.document["msg"]) == (4, f"required env variables [{','.join(missing)}] are missing")
+    assert not os.listdir(tmp_path), "nothing is spooled"
+
+
 async def test_a_node_before_its_subnet_keeps_dels(engine: Engine, tmp_path: Path, linux_kernel: LinuxKernel) -> None:
     async with serving(await make_node(tmp_path, linux_kernel, None)):
         assert (await engine.call("DEL", "one")).status == 0

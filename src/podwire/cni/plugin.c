@@ -160,6 +160,14 @@ int main(void) {
         puts("{\"cniVersion\":\"1.1.0\",\"supportedVersions\":[\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\"]}");
         return 0;
     }
+    /* What a DEL must name: one without is nobody's, and never kept. */
+    int unnamed = !*variable("CNI_CONTAINERID"), nowhere = !*variable("CNI_IFNAME");
+    if (!strcmp(command, "DEL") && (unnamed || nowhere)) {
+        const char *missing = !nowhere ? "CNI_CONTAINERID" : !unnamed ? "CNI_IFNAME" : "CNI_CONTAINERID,CNI_IFNAME";
+        char message[128];
+        snprintf(message, sizeof message, "required env variables [%s] are missing", missing);
+        return fail(4, message, "");
+    }
     append(&request, "podwire-cni 1\n", 14);
     for (size_t i = 0; i < sizeof VARIABLES / sizeof *VARIABLES; i++) {
         const char *value = variable(VARIABLES[i]);

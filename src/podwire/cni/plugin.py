@@ -14,6 +14,8 @@ SOCKET = "@SOCKET@"
 VARIABLES = ("CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS")
 VERSIONS = '{"cniVersion":"1.1.0","supportedVersions":["0.3.0","0.3.1","0.4.0","1.0.0","1.1.0"]}'
 TIMEOUT_SECONDS = 90.0
+NAMES = ("CNI_CONTAINERID", "CNI_IFNAME")
+"""What a DEL must name: one without is nobody's, and never kept."""
 SPOOL_IT = 9
 """The agent's answer to a DEL that it can neither do nor keep."""
 
@@ -24,6 +26,9 @@ def main() -> int:
     if command == "VERSION":
         print(VERSIONS)
         return 0
+    missing = [name for name in NAMES if not os.environ.get(name)]
+    if command == "DEL" and missing:
+        return fail(4, f"required env variables [{','.join(missing)}] are missing", "")
     path = os.environ.get("PODWIRE_CNI_SOCKET") or SOCKET
     request = b"podwire-cni 1\n" + b"".join(
         f"{name}={os.environ[name]}\0".encode(errors="surrogateescape") for name in VARIABLES if os.environ.get(name)
