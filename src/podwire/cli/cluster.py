@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from podwire.cli.server import ADDRESS, NETWORK, log_to_stderr
+from podwire.cli.server import ADDRESS, DIRECTORY, NETWORK, log_to_stderr
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -24,7 +24,7 @@ CNI_SOCKET = Path("/run/podwire/cni.sock")
               help="This node's address for the others, one per family. [default: the Node's InternalIPs]")  # fmt: skip
 @click.option("--services/--no-services", default=True, show_default=True, envvar="SERVICES",
               help="Serve Services, in kube-proxy's place.")  # fmt: skip
-@click.option("--state-dir", "state", type=_PATH, default=Path("/var/lib/podwire/cluster"), show_default=True,
+@click.option("--state-dir", "state", type=DIRECTORY, default=Path("/var/lib/podwire/cluster"), show_default=True,
               help="The record of addresses; survives reboots.")  # fmt: skip
 @click.option("--cni-socket", type=_PATH, default=CNI_SOCKET, show_default=True, help="Where the CNI plugin finds the agent.")
 @click.option("--vni", type=click.IntRange(1, (1 << 24) - 1), default=1, show_default=True, help="VXLAN's network identifier.")

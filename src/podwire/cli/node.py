@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from podwire.cli.server import ADDRESS, log_to_stderr, own_command
+from podwire.cli.server import ADDRESS, DIRECTORY, log_to_stderr, own_command
 
 STATE_DIR = Path("/var/lib/podwire/node")
 RUN_DIR = Path("/run/podwire/node")
 CNI_SOCKET = Path("/run/podwire/cni.sock")
 
-state_option = click.option("--state-dir", "state", type=click.Path(path_type=Path), default=STATE_DIR, show_default=True,
+state_option = click.option("--state-dir", "state", type=DIRECTORY, default=STATE_DIR, show_default=True,
                             help="The node's certificate and reservations; survives reboots.")  # fmt: skip
-run_option = click.option("--run-dir", "run", type=click.Path(path_type=Path), default=RUN_DIR, show_default=True,
+run_option = click.option("--run-dir", "run", type=DIRECTORY, default=RUN_DIR, show_default=True,
                           help="Sockets and pods' files; does not survive a reboot.")  # fmt: skip
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address

@@ -32,10 +32,17 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+def _directory(value: str) -> Path:
+    if not value:
+        raise ValueError("it is empty: name a directory")  # Path("") would be the working directory
+    return Path(value)
+
+
 ADDRESS = _Parsed("ADDRESS", ipaddress.ip_address)
 NETWORK = _Parsed("NETWORK", ipaddress.ip_network)
+DIRECTORY = _Parsed("PATH", _directory)
 
-data_option = click.option("--data-dir", "data", type=click.Path(path_type=Path), default=DATA_DIR, show_default=True,
+data_option = click.option("--data-dir", "data", type=DIRECTORY, default=DATA_DIR, show_default=True,
                            help="Certificates, the kubeconfig for kubectl and (without etcd) the database.")  # fmt: skip
 
 
@@ -75,6 +82,7 @@ def server(print_unit: bool, **options: Any) -> None:
     from podwire.hosts.server import run_server
 
     _check_networks(options["pod_cidrs"], options["service_cidrs"], options["pools"])
+    _check_words(options)
     log_to_stderr()
     asyncio.run(run_server(_options(**options)))
 
@@ -91,6 +99,17 @@ def _check_networks(pod_cidrs: tuple[Any, ...], service_cidrs: tuple[Any, ...], 
                     raise click.BadParameter(f"{network} overlaps {taken}, which is {other}: take another", param_hint=option)
             given.append((option, network))
             _check_size(option, network)
+
+
+def _check_words(options: dict[str, Any]) -> None:
+    """Nothing empty, and nothing that has no effect. Raises UsageError."""
+    if not all(options["names"]):
+        raise click.BadParameter("it is empty: give a name or an address", param_hint="--name")
+    if not all(part for one in options["endpoints"] for part in one.split(",")):
+        raise click.BadParameter("it is empty: give the URL of a member", param_hint="--etcd")
+    odd = [name for name, value in options.items() if name.startswith("etcd_") and value]
+    if odd and not options["endpoints"]:
+        raise click.UsageError(f"--{odd[0].replace('_', '-')} has no effect without --etcd")
 
 
 _NODE_BITS = {4: 24, 6: 64}
