@@ -11,6 +11,7 @@ from hostrig import Host, answering, deployment, machines, ready, until
 from sandboxrig import Container
 
 from podwire.client.api import ApiClient
+from podwire.client.errors import AlreadyExists
 from podwire.kernel.linux import LinuxKernel
 from podwire.model.cni import TRY_LATER
 from podwire.model.meta import Json
@@ -59,6 +60,15 @@ def addresses(pods: list[Json]) -> dict[str, str]:
     return {pod["metadata"]["uid"]: pod["status"]["podIP"] for pod in pods}
 
 
+async def _web(site: Site, replicas: int) -> list[Json]:
+    """The Deployment that all tests here share, with that many pods: whichever test comes first makes it."""
+    try:
+        await site.client.create(DEPLOYMENTS, deployment("web", replicas))
+    except AlreadyExists:
+        await site.client.patch(DEPLOYMENTS, "web", {"spec": {"replicas": replicas}}, "default")
+    return await _pods(site, "web", replicas)
+
+
 async def _pods(site: Site, name: str, count: int) -> list[Json]:
     return await until(
         site.client, PODS, lambda pods: len(pods) == count and all(map(ready, pods)), label_selector=f"app={name}"
@@ -66,13 +76,12 @@ async def _pods(site: Site, name: str, count: int) -> list[Json]:
 
 
 async def test_pods_on_two_machines_behind_one_service(site: Site) -> None:
-    await site.client.create(DEPLOYMENTS, deployment("web", 4))
     service = {
         "metadata": {"name": "web", "namespace": "default"},
         "spec": {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]},
     }
     cluster_ip = (await site.client.create(SERVICES, service))["spec"]["clusterIP"]
-    pods = await _pods(site, "web", 4)
+    pods = await _web(site, 4)
     assert {pod["spec"]["nodeName"] for pod in pods} == {"host-2", "host-3"}
     for node in site.nodes:
         for pod in pods:
@@ -85,7 +94,7 @@ async def test_pods_on_two_machines_behind_one_service(site: Site) -> None:
 
 
 async def test_an_agent_killed_and_a_server_killed_take_nothing_with_them(site: Site) -> None:
-    pods = await _pods(site, "web", 4)
+    pods = await _web(site, 4)
     node = site.nodes[0]
     await node.end(signal.SIGKILL)
     await site.server.end(signal.SIGKILL)
@@ -104,8 +113,7 @@ async def test_an_agent_killed_and_a_server_killed_take_nothing_with_them(site: 
         p["metadata"]["uid"]: p["status"]["podIP"] for p in again
     }
     assert all(c["restartCount"] == 0 for p in again for c in p["status"]["containerStatuses"])
-    await site.client.patch(DEPLOYMENTS, "web", {"spec": {"replicas": 6}}, "default")
-    for pod in await _pods(site, "web", 6):
+    for pod in await _web(site, 6):
         assert pod["metadata"]["name"] in await asyncio.to_thread(node.fetch, pod["status"]["podIP"], 8080)
     assert container.ip not in {pod["status"]["podIP"] for pod in await _pods(site, "web", 6)}
     await asyncio.to_thread(container.delete)
@@ -134,6 +142,7 @@ async def test_a_second_agent_on_the_machine_refuses(site: Site) -> None:
 
 async def test_who_leaves_leaves_nothing(site: Site) -> None:
     node = site.nodes[1]
+    await _web(site, 6)
     with pytest.raises(AssertionError, match="another agent"):
         await node.podwire("leave", *node.directories)
     assert await node.end() == 0
