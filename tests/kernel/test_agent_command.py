@@ -96,7 +96,7 @@ async def _is_available(client: ApiClient, name: str) -> bool:
 @pytest.mark.parametrize(
     ("config", "arguments", "words"),
     [
-        ('{"Network":"10.5.0.0/16","Backend":{"Type":"ipsec"}}', (), "backend type 'ipsec'"),
+        ('{"Network":"10.5.0.0/16","Backend":{"Type":"ipsec"}}', (), "podwire has no back end 'ipsec'"),
         ('{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}', ("--iface", "eth7"), "there are eth0 (192.0.2.1/24"),
         ("", ("--subnet-manager", "kube"), "give a kubeconfig"),
     ],

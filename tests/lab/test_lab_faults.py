@@ -53,6 +53,7 @@ def test_partitions_and_stops_last_until_they_are_healed(lab: Lab) -> None:
         assert reached(lab, "world") == set(ADDRESSES)
         fault(lab, "stop", "node-3")
         assert reached(lab, "world") == {"node-1", "node-2"}
+        fault(lab, "stop", "node-3")  # as it is already
         killed = lab.podwire("lab", "fault", "kill", "--name", lab.name, "node-3")
         assert killed.status == 1
         assert "node-3 is stopped, so no agent runs there" in killed.err

@@ -2,7 +2,7 @@
 
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +34,13 @@ class _Address(click.ParamType["IPAddress | None"]):
         if self._version and address.version != self._version:
             self.fail(f"{value} is no IPv{self._version} address", param, ctx)
         return address
+
+
+class _Whole(click.types.StringParamType):
+    """Text that is one value also in the environment, where click would divide it at blanks and flanneld does not."""
+
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        return (rv,)
 
 
 def _pattern(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -84,8 +91,8 @@ _RUN = "/run/flannel"
 @_value("--node-name", "NAME", "The Node (kube); a tunnel's MAC follows from it.  [default: the host's name]",
         envvar=["FLANNELD_NODE_NAME", "NODE_NAME"])  # fmt: skip
 @_value("--iface", "NAME|ADDRESS", "Interface to the other hosts; may be given again: the first that fits counts.",
-        None, multiple=True)  # fmt: skip
-@_value("--iface-regex", "REGEX", "The same, for names or addresses.", None, multiple=True, callback=_pattern)
+        None, multiple=True, type=_Whole())  # fmt: skip
+@_value("--iface-regex", "REGEX", "The same, for names or addresses.", None, multiple=True, type=_Whole(), callback=_pattern)
 @_value("--iface-can-reach", "ADDRESS", "The interface that leads there.", type=_Address())
 @_value("--public-ip", "ADDRESS", "What peers are told instead of the interface's address (behind a NAT).", type=_Address(4))
 @_value("--public-ipv6", "ADDRESS", "The same for IPv6.", type=_Address(6))
@@ -110,6 +117,14 @@ def agent(**settings: Any) -> None:
 
     When it ends, devices and routes stay, and so do the pods' connections; the next one goes on from there.
     """
+    _one_manager(click.get_current_context(), settings)
     from podwire.cli.agentrun import run_agent
 
     run_agent(settings)
+
+
+def _one_manager(ctx: click.Context, settings: Mapping[str, Any]) -> None:
+    """Raises UsageError where the two options for the subnet manager say two things."""
+    chosen = ctx.get_parameter_source("subnet_manager") is not click.core.ParameterSource.DEFAULT
+    if settings["kube_subnet_mgr"] and chosen and settings["subnet_manager"] == "etcd":
+        raise click.UsageError("--kube-subnet-mgr and --subnet-manager etcd contradict each other: give one of them")

@@ -79,8 +79,8 @@ class Fault:
         try:
             fault = cls(
                 FaultKind(document["kind"]),
-                tuple(map(str, document["places"])),
-                tuple(map(str, document.get("others", ()))),
+                tuple(dict.fromkeys(map(str, document["places"]))),
+                tuple(dict.fromkeys(map(str, document.get("others", ())))),
                 float(document.get("amount", 0)),
             )
         except (KeyError, TypeError, ValueError) as error:

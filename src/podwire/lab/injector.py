@@ -60,7 +60,7 @@ class FaultInjector:
         return frozenset(_stopped(self._active))
 
     async def add(self, fault: Fault) -> None:
-        """Put a fault in force, beside those that are. Raises LabError, Unsupported."""
+        """Put a fault in force, beside those that are; one that is already stays as it is. Raises LabError, Unsupported."""
         async with self._busy:
             for name in (*fault.places, *fault.others):
                 self._fabric.place(name)
@@ -69,6 +69,8 @@ class FaultInjector:
             if fault.kind is FaultKind.STOP:
                 for name in fault.places:
                     self._machine(name)
+            if fault in self._active:
+                return
             wanted = [*self._active, fault]
             await self._apply(wanted)
             self._active = wanted

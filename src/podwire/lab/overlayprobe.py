@@ -17,6 +17,8 @@ from podwire.wire.packet import parse_frame
 
 CLOSED_PORT = 9
 """The discard protocol's: nothing on a node or in a pod serves it."""
+MOST_AT_ONCE = 64
+"""So many probes are under way together: each waits for seconds where nothing answers, and these must not add up."""
 _TRIES = 3
 _MARK_BYTES = 16
 _ANSWER_SECONDS = 0.7

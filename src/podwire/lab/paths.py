@@ -98,16 +98,25 @@ async def _namespaces(site: Site, pods: Sequence[Pod]) -> AsyncIterator[Mapping[
             os.close(fd)
 
 
-async def run_probe(probe: Probe, namespaces: Mapping[str, int], capture: Capture) -> PathResult:
-    """Send one probe and watch it with `capture`, open in `namespaces`. Whatever goes wrong on the way is the result."""
+async def run_probe(probe: Probe, namespaces: Mapping[str, int], capture: Capture, mark: bytes = b"") -> PathResult:
+    """Send one probe and watch it with `capture`, open in `namespaces`. Whatever goes wrong on the way is the result.
+
+    mark: ASCII that the capture was told to expect; probes that share one may be under way at once. Without, each has the
+    capture for itself."""
     if probe.origin not in namespaces:
         return PathResult(probe, reason=f"{probe.origin} is gone")
-    nonce = secrets.token_hex(8).encode()
-    capture.expect(nonce)
+    nonce = mark + new_mark()
+    if not mark:
+        capture.expect(nonce)
     rtt_ms, reason = await _exchange(probe, namespaces[probe.origin], _request(probe, nonce))
-    hops = hops_from(capture.collect())
+    hops = hops_from([frame for frame in capture.collect() if nonce in frame.data])
     hops = [await _with_conntrack(hop, previous, namespaces) for previous, hop in zip([None, *hops], hops, strict=False)]
     return PathResult(probe, tuple(hops), rtt_ms, reason or objection(probe, hops))
+
+
+def new_mark() -> bytes:
+    """16 ASCII characters that no other packet has."""
+    return secrets.token_hex(8).encode()
 
 
 async def _exchange(probe: Probe, netns: int, request: bytes) -> tuple[float | None, str]:

@@ -9,9 +9,9 @@ from ipaddress import ip_address
 from typing import Any, Protocol
 
 from podwire.kernel.capture import Capture
-from podwire.lab.overlayprobe import probe_mtu
-from podwire.lab.paths import run_probe, take_snapshot
-from podwire.lab.probes import Snapshot, place_of, pod_to_pod
+from podwire.lab.overlayprobe import MOST_AT_ONCE, probe_mtu
+from podwire.lab.paths import PathResult, new_mark, run_probe, take_snapshot
+from podwire.lab.probes import Probe, Snapshot, place_of, pod_to_pod
 from podwire.model.addr import IPAddress, IPNetwork, family_of
 from podwire.model.kernelstate import NetState
 from podwire.model.objects import Node, Pod
@@ -58,7 +58,8 @@ async def verify_overlay(site: OverlaySite) -> list[Finding]:
     for name, view in views.items():
         found += check_own(view, leases[name]) if name in leases else [_without_lease(name)]
     pairs = _pairs(sorted(views))
-    return [*found, *await _probe_sources(site, snapshot, pods, pairs), *await _probe_mtus(site, views, leases, pairs)]
+    sources, mtus = await asyncio.gather(_probe_sources(site, snapshot, pods, pairs), _probe_mtus(site, views, leases, pairs))
+    return [*found, *sources, *mtus]
 
 
 def document(findings: Sequence[Finding]) -> dict[str, Any]:
@@ -103,16 +104,28 @@ async def _probe_sources(
     try:
         async with Capture() as capture:
             await capture.open(namespaces)
-            found = []
-            for one, two, probe in probes:
-                result = await run_probe(probe, namespaces, capture)
-                way = " → ".join(dict.fromkeys(f"{hop.place} {hop.device}" for hop in result.hops)) or "nothing was seen"
-                source = result.hops[-1].packet.src if result.hops else None
-                words = result.reason or f"{source} arrived as {source}, by {way}"
-                found.append(Finding(KEPT, f"{one} → {two}: {probe.sender} → {probe.target}", result.ok, words))
-            return found
+            results = await _run_probes([probe for _, _, probe in probes], namespaces, capture)
+            return [_source_finding(f"{one} → {two}", result) for (one, two, _), result in zip(probes, results, strict=True)]
     finally:
         _close(namespaces)
+
+
+async def _run_probes(probes: Sequence[Probe], namespaces: Mapping[str, int], capture: Capture) -> list[PathResult]:
+    mark, turns = new_mark(), asyncio.Semaphore(MOST_AT_ONCE)
+    capture.expect(mark)
+
+    async def one(probe: Probe) -> PathResult:
+        async with turns:
+            return await run_probe(probe, namespaces, capture, mark)
+
+    return list(await asyncio.gather(*map(one, probes)))
+
+
+def _source_finding(nodes: str, result: PathResult) -> Finding:
+    way = " → ".join(dict.fromkeys(f"{hop.place} {hop.device}" for hop in result.hops)) or "nothing was seen"
+    source = result.hops[-1].packet.src if result.hops else None
+    words = result.reason or f"{source} arrived as {source}, by {way}"
+    return Finding(KEPT, f"{nodes}: {result.probe.sender} → {result.probe.target}", result.ok, words)
 
 
 async def _probe_mtus(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import current_netns
-from podwire.lab.overlayprobe import MtuResult, SourceProbes, probe_mtu
+from podwire.lab.overlayprobe import MOST_AT_ONCE, MtuResult, SourceProbes, probe_mtu
 from podwire.model.addr import IPAddress, IPNetwork
 from podwire.model.kernelstate import Link, NetState
 from podwire.plan.leases import Lease
@@ -25,8 +25,6 @@ from podwire.trace.overlaycheck import (
     check_ways,
     longest_route,
 )
-
-MOST_AT_ONCE = 64
 
 
 async def verify_host(leases: Mapping[str, Lease], node: str = "", pods: Collection[PodAddress] | None = None) -> list[Finding]:

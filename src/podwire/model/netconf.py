@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from podwire.model.addr import Family, IPAddress, IPNetwork, family_of
-from podwire.model.errors import InvalidInput, Unsupported
+from podwire.model.errors import InvalidInput
 
 DEFAULT_VNI = 1
 DEFAULT_VXLAN_PORT = 8472
@@ -153,8 +153,7 @@ def parse_net_config(text: str | bytes, *, source: str = "network config", lease
     """The configuration in `text`, which stands in `source` (for messages).
 
     leased: subnets are leased from the networks, so that SubnetLen, SubnetMin and SubnetMax count; False for the "kube"
-    manager, where each Node has its podCIDR. Raises InvalidInput for what is wrong, Unsupported for a backend type that
-    podwire does not have."""
+    manager, where each Node has its podCIDR. Raises InvalidInput for what is wrong."""
     try:
         document = json.loads(text)
     except ValueError as error:
@@ -342,7 +341,7 @@ def _backend(keys: _Keys) -> BackendConfig:
         raise InvalidInput(f"{keys.source}: Backend has no Type; it can be {_choices()}")
     reader = _READERS.get(type_)
     if reader is None:
-        raise Unsupported(f"backend type {type_!r} of the {keys.source}", f"use {_choices()}")
+        raise InvalidInput(f"{inner.source}: podwire has no back end {type_!r}; use {_choices()}")
     backend = reader(inner)
     inner.unknown()
     keys.warnings += inner.warnings

@@ -67,6 +67,7 @@ def test_every_flag_with_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SUBNET_LEASE_RENEW_MARGIN", "30", 30),
         ("KUBE_SUBNET_MGR", "true", True),
         ("IFACE", "eth1", ("eth1",)),
+        ("IFACE_REGEX", "eth[0 ]+|wlan 1", ("eth[0 ]+|wlan 1",)),
     ],
 )
 def test_each_from_the_environment(name: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,3 +97,20 @@ def test_wrong_values_are_wrong_usage(words: list[str]) -> None:
     done = CliRunner().invoke(agent, words)
     assert done.exit_code == 2
     assert words[0].lstrip("-") in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "environment"),
+    [
+        (["--kube-subnet-mgr", "--subnet-manager", "etcd"], {}),
+        (["--kube-subnet-mgr"], {"FLANNELD_SUBNET_MANAGER": "etcd"}),
+    ],
+)
+def test_two_subnet_managers_are_wrong_usage(words: list[str], environment: Mapping[str, str]) -> None:
+    done = CliRunner().invoke(agent, words, env=dict(environment))
+    assert done.exit_code == 2
+    assert "contradict" in done.output
+
+
+def test_the_kube_manager_may_be_named_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings(["--kube-subnet-mgr", "--subnet-manager", "kube"], {}, monkeypatch)["kube_subnet_mgr"] is True

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from podwire.model.addr import Family
-from podwire.model.errors import InvalidInput, Unsupported
+from podwire.model.errors import InvalidInput
 from podwire.model.netconf import (
     AllocBackend,
     HostGwBackend,
@@ -162,7 +162,9 @@ def test_what_is_wrong_is_said(document: str, words: str) -> None:
 
 
 def test_an_unknown_backend_names_the_choice() -> None:
-    with pytest.raises(Unsupported, match=r"backend type 'ipsec'.*vxlan, host-gw, alloc, udp, ipip or wireguard"):
+    with pytest.raises(
+        InvalidInput, match=r"podwire has no back end 'ipsec'; use vxlan, host-gw, alloc, udp, ipip or wireguard"
+    ):
         parsed(Backend={"Type": "ipsec"})
 
 

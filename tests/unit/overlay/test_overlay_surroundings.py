@@ -59,6 +59,16 @@ async def test_another_address_is_told_and_the_device_follows(site: Site, caplog
         assert "set up anew: addresses 192.0.2.77/24 instead of 192.0.2.1/24" in caplog.text
 
 
+async def test_a_pod_network_around_the_own_address_is_warned_of(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    async with site.agent(VXLAN) as agent:
+        assert "own address" not in caplog.text
+        site.kernel.drift(DelAddress(OLD), AddAddress(Address("eth0", ipaddress.ip_interface("10.5.200.1/24"))))
+        await until(lambda: "the pod network 10.5.0.0/16 contains this host's own address 10.5.200.1" in caplog.text)
+        site.kernel.drift(ChangeLink(_eth0(1400)))
+        await until(lambda: site.env["FLANNEL_MTU"] == "1350" and agent.idle)
+        assert caplog.text.count("own address") == 1, "another MTU is no reason to say it again"
+
+
 async def test_an_address_more_is_no_reason_to_move(site: Site) -> None:
     async with site.agent(VXLAN) as agent:
         site.kernel.drift(AddAddress(Address("eth0", ipaddress.ip_interface("192.0.2.0/24"))), ChangeLink(_eth0(1400)))
@@ -150,7 +160,7 @@ async def test_a_network_without_room_for_the_lease_waits(site: Site, caplog: py
     ("text", "words"),
     [
         (b"{", "is not JSON"),
-        (b'{"Network":"10.5.0.0/16","Backend":{"Type":"ipsec"}}', "backend type 'ipsec'"),
+        (b'{"Network":"10.5.0.0/16","Backend":{"Type":"ipsec"}}', "podwire has no back end 'ipsec'"),
         (b'{"Network":"10.5.0.0/16","Backend":{"Type":"wireguard","PSK":"x"}}', "cannot be used here: backend wireguard: PSK"),
     ],
 )

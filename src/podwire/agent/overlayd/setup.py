@@ -4,6 +4,7 @@ Each of them may change while the agent runs. Another setup is made of what ther
 as a whole.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
@@ -11,12 +12,14 @@ from pathlib import Path
 
 from podwire.agent.overlayd.files import wireguard_keys
 from podwire.agent.overlayd.host import Host
-from podwire.model.addr import Family, IPAddress, IPNetwork
+from podwire.model.addr import Family, IPAddress, IPNetwork, family_of
 from podwire.model.kernelstate import NetState
 from podwire.model.netconf import NetConfig, WireguardBackend
 from podwire.plan.backends import Backend, Underlay, make_backend
 from podwire.plan.overlayhost import plan_overlay_host, switches_to_read
 from podwire.plan.underlay import Routing, Wish, choose_underlay, follow_underlay
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,9 @@ class SetupMaker:
         Raises InvalidInput or Unsupported for what cannot be used on this host, OSError for WireGuard's key file."""
         self.host.require(config.backend.type)
         underlay = self._kept(config, devices, current) or self._chosen(config, devices)
+        looked_at = current and (current.config.networks, current.underlay.interfaces)
+        if looked_at != (config.networks, underlay.interfaces):
+            _warn_of_overlap(config, underlay)
         keys = wireguard_keys(self.wireguard_key) if isinstance(config.backend, WireguardBackend) else None
         same = current is not None and current.underlay.device == underlay.device
         read = {key: self.host.read_switch(key) for key in switches_to_read(underlay)}
@@ -77,6 +83,18 @@ class SetupMaker:
         sources = (self.host.source_towards(_elsewhere(family)) for family in families)
         routing = Routing(devices=default, sources=tuple(filter(None, sources)))
         return choose_underlay(devices, wish, routing, families, all_needed=all_needed)
+
+
+def _warn_of_overlap(config: NetConfig, underlay: Underlay) -> None:
+    for interface in underlay.interfaces:
+        network = config.network(family_of(interface))
+        if network is not None and interface.ip in network:
+            log.warning(
+                "the pod network %s contains this host's own address %s: a host that leases the subnet around it cuts this one "
+                "off; take a network that no host is in",
+                network,
+                interface.ip,
+            )
 
 
 def _all_needed(config: NetConfig) -> bool:
