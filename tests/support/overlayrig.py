@@ -19,6 +19,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from overlayrun import run_until_left
+
 from podwire.agent.overlayd.agent import OverlayAgent, OverlayOptions
 from podwire.agent.overlayd.host import LinuxHost
 from podwire.agent.subnets.etcd import EtcdSubnets
@@ -96,19 +98,12 @@ class OverlayHost:
         }
         subnets = EtcdSubnets(FakeEtcdClient(self.etcd), rng=Random(self.index))
         agent = OverlayAgent(OverlayOptions(**(settings | options)), self.kernel, subnets, LinuxHost(self.netns))
-        task = asyncio.create_task(agent.run())
-        ready = asyncio.create_task(agent.ready())
-        try:
-            await asyncio.wait((task, ready), return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                task.result()
+        async with run_until_left(agent):
             self.agent = agent
-            yield agent
-        finally:
-            self.agent = None
-            for one in (task, ready):
-                one.cancel()
-            await asyncio.wait((task, ready))
+            try:
+                yield agent
+            finally:
+                self.agent = None
 
     async def add_pod(self) -> None:
         """A pod with an address out of each subnet, its gateway on the host's end of the link."""

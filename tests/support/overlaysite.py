@@ -10,6 +10,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from overlayrun import run_until_left
+
 from podwire.agent.overlayd.agent import OverlayAgent, OverlayOptions
 from podwire.agent.overlayd.files import read_last_subnets
 from podwire.agent.overlayd.host import Tunnel
@@ -96,17 +98,8 @@ class Site:
         }
         subnets = EtcdSubnets(self.client, last=read_last_subnets(settings["subnet_file"]), rng=Random(3))
         agent = OverlayAgent(OverlayOptions(**(settings | options)), self.kernel, subnets, self.host, Random(3))
-        task = asyncio.create_task(agent.run())
-        ready = asyncio.create_task(agent.ready())
-        try:
-            await asyncio.wait((task, ready), return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                task.result()
+        async with run_until_left(agent):
             yield agent
-        finally:
-            for one in (task, ready):
-                one.cancel()
-            await asyncio.wait((task, ready))
 
     async def lease(self, subnet: str, **value: Any) -> None:
         key = f"{PREFIX}/subnets/{subnet.replace('/', '-')}"
