@@ -18,6 +18,7 @@ from podwire.agent.health import Health
 from podwire.agent.proxymodes.modes import ModeOptions, ProxyModes
 from podwire.agent.services import ServiceSync
 from podwire.client.informer import Informer
+from podwire.kernel.conntrack import read_flows
 from podwire.kernel.iptables import Flavour, IptablesClient, find_programs
 from podwire.kernel.netns import run_in_netns
 from podwire.model.addr import Family
@@ -51,9 +52,7 @@ class Site:
         self.health = Health()
         services = Informer(self.cluster.client, SERVICES, Service, rng=Random(1))
         slices = Informer(self.cluster.client, ENDPOINTSLICES, EndpointSlice, rng=Random(1))
-        sync = ServiceSync(
-            self.rig.kernel, services, slices, self.health, Random(1), self.modes.make(mode), self.modes.clean_up
-        )
+        sync = ServiceSync(self.rig.kernel, services, slices, self.health, Random(1), self.modes.make(mode), self.modes)
         running = [asyncio.create_task(informer.run()) for informer in (services, slices)]
         try:
             async with asyncio.timeout(10):
@@ -67,18 +66,19 @@ class Site:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    async def endpoints(self, *names: str) -> None:
+    async def endpoints(self, *names: str, service: str = "web", protocol: str = "TCP") -> None:
         """The Service's endpoints, all on this node."""
+        name = f"{service}-1"
         body = {
             "apiVersion": "discovery.k8s.io/v1",
             "kind": "EndpointSlice",
-            "metadata": {"name": "web-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
+            "metadata": {"name": name, "namespace": "default", "labels": {"kubernetes.io/service-name": service}},
             "addressType": "IPv4",
             "endpoints": [{"addresses": [f"10.244.1.{n[1:]}"], "nodeName": "n1"} for n in names],
-            "ports": [{"name": "", "port": 8080, "protocol": "TCP"}],
+            "ports": [{"name": "", "port": 8080, "protocol": protocol}],
         }
-        if await self.cluster.exists(ENDPOINTSLICES, "web-1", "default"):
-            await self.cluster.client.patch(ENDPOINTSLICES, "web-1", {"endpoints": body["endpoints"]}, "default")
+        if await self.cluster.exists(ENDPOINTSLICES, name, "default"):
+            await self.cluster.client.patch(ENDPOINTSLICES, name, {"endpoints": body["endpoints"]}, "default")
         else:
             await self.cluster.client.create(ENDPOINTSLICES, body)
 
@@ -194,6 +194,46 @@ async def test_what_an_earlier_life_left_in_another_mode_goes(site: Site) -> Non
         assert site.left() == set()
         assert await site.has_tables()
         assert site.health.repairs == 0
+
+
+NFT_IPTABLES = ModeOptions(flavour=Flavour.NFT)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((ProxyMode.NFTABLES, ModeOptions()), (ProxyMode.IPTABLES, ModeOptions(flavour=Flavour.LEGACY))),
+        ((ProxyMode.IPTABLES, ModeOptions(flavour=Flavour.LEGACY)), (ProxyMode.NFTABLES, ModeOptions())),
+        ((ProxyMode.IPTABLES, NFT_IPTABLES), (ProxyMode.IPTABLES, ModeOptions(flavour=Flavour.LEGACY))),
+    ],
+    ids=lambda life: f"{life[0]} {life[1].flavour or ''}".strip(),
+)
+async def test_udp_clients_of_a_node_port_that_went_meanwhile_are_forgotten_in_another_mode_too(
+    site: Site, before: tuple[ProxyMode, ModeOptions], after: tuple[ProxyMode, ModeOptions]
+) -> None:
+    """What the mode of then has in the kernel tells which node ports there were; the Service is gone from the API."""
+    rig, fd = site.rig, site.rig.fds["node"]
+    spec: dict[str, Any] = {"type": "NodePort", "ports": [{"port": 53, "nodePort": 30053, "protocol": "UDP"}]}
+    await site.cluster.client.create(
+        SERVICES, {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "dns", "namespace": "default"}, "spec": spec}
+    )
+    await site.endpoints("p2", service="dns", protocol="UDP")
+    await rig.serve("node", Family.IPV4, 30054, NODE)
+
+    async def ports() -> set[int]:
+        return {flow.original.dport for flow in await read_flows(fd, lambda flow: flow.original.protocol == 17)}
+
+    mode, site.modes = before[0], ProxyModes(rig.kernel, fd, before[1])
+    async with site.proxy(mode) as sync:
+        await removed(sync)
+        assert await rig.who("world", NODE, 30053, udp=True) == {"p2"}
+        assert await rig.who("world", NODE, 30054, udp=True) == {"node"}
+        assert await ports() == {30053, 30054}
+    await site.cluster.client.delete(SERVICES, "dns", "default")
+    mode, site.modes = after[0], ProxyModes(rig.kernel, fd, after[1])
+    async with site.proxy(mode) as sync:
+        assert await ports() == {30054}, "what no Service served is nobody's business"
+        await removed(sync)
 
 
 @pytest.mark.parametrize("harm", ["-t nat -F", "-t nat -F PODWIRE-INSIDE", "-F FORWARD"])

@@ -27,6 +27,7 @@ from podwire.model.ids import ObjectKey
 from podwire.model.ipvs import DelVirtual, SetVirtual, VirtualKey
 from podwire.model.objects import EndpointSlice, Service
 from podwire.plan.ipvs import DEVICE, TABLE
+from podwire.plan.services_maps import place_of
 from podwire.trace.oracle import Outcome
 
 # Not marked `kernel`: IPVS' switches are not to be had in a user namespace. Here root has the machine for itself, and the rigs
@@ -202,7 +203,11 @@ async def test_affinity_and_what_was_left_behind(servers: ServiceRig) -> None:
             await again.changed()
         assert await again.compare() == 2, "what somebody took away is put back"
 
-        found = await ProxyModes(servers.kernel, servers.fds["node"]).clean_up()
+        modes = ProxyModes(servers.kernel, servers.fds["node"])
+        known = map(place_of, await modes.served_by_others(NftRules(servers.kernel, FACTS)))
+        asked = {(str(ipaddress.ip_address(p.address)), p.protocol, p.port) for p in known}
+        assert {(CLUSTER_IP, 17, 80), (NODE, 17, 30080)} <= asked, "another mode reads what this one served"
+        found = await modes.clean_up()
         assert "ipvs" in found
         assert client.observe().servers.keys() == {STRANGER}, "another's virtual server is left alone"
     assert DEVICE not in (await servers.kernel.observe()).links

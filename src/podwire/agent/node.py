@@ -107,7 +107,7 @@ class NodeAgent:
         sources = (self._services, self._slices, self._health, self._rng)
         if self._modes is None:
             return ServiceSync(self._kernel, *sources)
-        return ServiceSync(self._kernel, *sources, self._modes.make(self._mode), self._modes.clean_up)
+        return ServiceSync(self._kernel, *sources, self._modes.make(self._mode), self._modes)
 
     def _begin(self) -> None:
         """All that depends on the node's subnets, or on being told everything from the start."""

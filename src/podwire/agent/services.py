@@ -12,7 +12,7 @@ from random import Random
 from podwire.agent.health import Health
 from podwire.agent.localnet import LocalhostSwitch
 from podwire.agent.proxymodes.nft import NftRules
-from podwire.agent.proxymodes.port import MakeRules, ReadsBack, ServiceRules
+from podwire.agent.proxymodes.port import MakeRules, OtherModes, ReadsBack, ServiceRules
 from podwire.agent.rounds import OnRound, Round, Served, Versions
 from podwire.client.backoff import Backoff
 from podwire.client.informer import Change, Informer
@@ -41,9 +41,6 @@ BY_NAME_SELECTOR = f"service.kubernetes.io/service-proxy-name={PROXY_NAME}"
 WATCH_AGAIN_SECONDS = 0.2
 """Between hearing of a change of unannounced rules and listening again: the comparison it asked for takes its time."""
 
-CleanUp = Callable[[ServiceRules], Awaitable[object]]
-"""Removes what back ends other than the one given have left behind."""
-
 _MOST_NAMED = 5
 MIN_INTERVAL = 0.01
 """Seconds between two commits in a burst. The first change after a pause is committed at once."""
@@ -63,11 +60,12 @@ class ServiceSync:
         health: Health,
         rng: Random,
         make_rules: MakeRules | None = None,
-        clean_up: CleanUp | None = None,
+        others: OtherModes | None = None,
     ) -> None:
         self._kernel, self._health, self._rng = kernel, health, rng
         self._make_rules: MakeRules = make_rules or (lambda facts: NftRules(kernel, facts))
-        self._clean_up = clean_up
+        self._others = others
+        """None once they are being removed."""
         self._services, self._slice_informer = services, slices
         self._slices: dict[ObjectKey, dict[ObjectKey, EndpointSlice]] = {}
         self._dirty: dict[ObjectKey, None] = {}
@@ -228,9 +226,9 @@ class ServiceSync:
             self._health.services_ready = True
             self._programmed.set()
             self._busy, self._working = False, None
-            if self._clean_up is not None:
-                self._remove(None, partial(self._clean_up, rules), group)
-                self._clean_up = None
+            if self._others is not None:
+                self._remove(None, partial(self._others.clean_up, rules), group)
+                self._others = None
             if not self._stale:
                 flows.reset()
             with contextlib.suppress(TimeoutError):
@@ -328,7 +326,7 @@ class ServiceSync:
     @property
     def others_removed(self) -> bool:
         """Whether nothing is left of other proxy modes."""
-        return self._clean_up is None and not self._removals
+        return self._others is None and not self._removals
 
     async def _watch(self, rules: ServiceRules) -> None:
         """Ask for a comparison when somebody may have changed rules of which the kernel sends no notice."""
@@ -357,8 +355,7 @@ class ServiceSync:
         started = asyncio.get_running_loop().time()
         self._feed(rules, facts)
         if not self._programmed.is_set():
-            places = map(place_of, await rules.served())
-            self._stale.note_all(facts.service_cidrs, ((p.address, p.port) for p in places if p.protocol == UDP))
+            await self._note_what_was_served(rules, facts)
         repaired, self._put_back, full = self._put_back, False, self._resync
         if full:
             if not facts.loopback:
@@ -389,6 +386,13 @@ class ServiceSync:
         )
         if facts.loopback and full:
             await self._localhost.allow()
+
+    async def _note_what_was_served(self, rules: ServiceRules, facts: NodeFacts) -> None:
+        """Before anything is changed: what is in the kernel tells which Services there were, whatever mode served them."""
+        keys = set(await rules.served())
+        if self._others is not None:
+            keys.update(await self._others.served_by_others(rules))
+        self._stale.note_all(facts.service_cidrs, ((p.address, p.port) for p in map(place_of, keys) if p.protocol == UDP))
 
     def _feed(self, rules: ServiceRules, facts: NodeFacts) -> None:
         """Give the back end what changed, and note whose UDP clients may have lost their endpoint."""

@@ -163,7 +163,7 @@ async def serve(options: Invocation, config: ProxyConfig) -> None:
                     kernel=kernel,
                     client=client,
                     make_rules=modes.make(config.proxy_mode),
-                    clean_up=modes.clean_up,
+                    others=modes,
                     service_cidrs=networks(options.service_cidrs, "--service-cluster-ip-range"),
                     cpus=os.cpu_count() or 1,
                 )

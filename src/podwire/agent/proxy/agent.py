@@ -21,8 +21,8 @@ from podwire.agent.proxy.connections import endpoint_connections, invalid_packet
 from podwire.agent.proxy.metrics import ProxyMetrics, rule_counts
 from podwire.agent.proxy.serviceranges import ServiceRanges
 from podwire.agent.proxy.status import ProxyHealth
-from podwire.agent.proxymodes.port import CountsRules, MakeRules, ServiceRules
-from podwire.agent.services import SERVICE_SELECTOR, SLICE_SELECTOR, CleanUp, ServiceSync
+from podwire.agent.proxymodes.port import CountsRules, MakeRules, OtherModes, ServiceRules
+from podwire.agent.services import SERVICE_SELECTOR, SLICE_SELECTOR, ServiceSync
 from podwire.client.api import ApiClient
 from podwire.client.informer import Change, Informer
 from podwire.kernel.port import Kernel, KernelError
@@ -50,7 +50,7 @@ TOLERATED_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyEnvironment:
-    """What a proxy works with; all of it stays the caller's to close. `make_rules` and `clean_up`: see `ServiceSync`.
+    """What a proxy works with; all of it stays the caller's to close. `make_rules` and `others`: see `ServiceSync`.
 
     service_cidrs: where the API server has no ServiceCIDR objects."""
 
@@ -59,7 +59,7 @@ class ProxyEnvironment:
     kernel: Kernel
     client: ApiClient
     make_rules: MakeRules
-    clean_up: CleanUp | None = None
+    others: OtherModes | None = None
     service_cidrs: tuple[IPNetwork, ...] = ()
     cpus: int = 1
     tolerated_seconds: float = TOLERATED_SECONDS
@@ -78,7 +78,7 @@ class ProxyAgent:
         self._services = Informer(client, SERVICES, Service, label_selector=SERVICE_SELECTOR, rng=rng)
         self._slices = Informer(client, ENDPOINTSLICES, EndpointSlice, label_selector=SLICE_SELECTOR, rng=rng)
         self._sync = ServiceSync(
-            env.kernel, self._services, self._slices, self._health, rng, make_rules=self._make_rules, clean_up=env.clean_up
+            env.kernel, self._services, self._slices, self._health, rng, make_rules=self._make_rules, others=env.others
         )
         self._rules: ServiceRules | None = None
         self.metrics = ProxyMetrics(

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,7 +15,9 @@ from podwire.kernel.port import Kernel, KernelError
 from podwire.model.errors import Unsupported
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts
+from podwire.plan.iptables import served
 from podwire.plan.iptables_rules import MASQUERADE_BIT
+from podwire.plan.ipvs import TABLE as IPVS_TABLE
 from podwire.plan.services import TABLE
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,17 @@ class ProxyModes:
                         mode,
                     )
 
+    async def served_by_others(self, used: ServiceRules) -> frozenset[bytes]:
+        """The keys (`services_maps.frontend_key`) of all frontends that back ends other than `used` have in the kernel. What of
+        them cannot be read is left out, and said."""
+        keys: set[bytes] = set()
+        for other in self._others(used):
+            try:
+                keys.update(await other.served())
+            except (KernelError, Unsupported) as error:
+                log.warning("what %s served here is not known, so UDP connections of then may stay: %s", other.name, error)
+        return frozenset(keys)
+
     async def clean_up(self, used: ServiceRules | None = None) -> tuple[str, ...]:
         """Take what other back ends than `used` have left out of the kernel; None: everything of all, at once. Tracked
         connections go on; those of IPVS are waited for with `used`, and else cut. Returns what was found, in words. Raises
@@ -93,29 +106,43 @@ class ProxyModes:
             await withdraw(self.kernel)
         found: list[str] = []
         failed: list[str] = []
-        for name, remove in self._removals(used):
+        for other in self._others(used):
             try:
-                if await remove():
-                    found.append(name)
+                if await other.remove():
+                    found.append(other.name)
             except (KernelError, Unsupported) as error:
-                failed.append(f"{name} ({error})")
+                failed.append(f"{other.name} ({error})")
         if found:
             log.info("removed what other proxy modes had left: %s", ", ".join(found))
         if failed:
             raise KernelError(f"rules of Services are still there, of {'; '.join(failed)}")
         return tuple(found)
 
-    def _removals(self, used: ServiceRules | None) -> Iterator[tuple[str, Callable[[], Awaitable[bool]]]]:
-        """A name for each back end that is not in use, and how to remove what there is of it."""
+    def _others(self, used: ServiceRules | None) -> Iterator["_Other"]:
+        """The back ends that are not in use."""
         if not isinstance(used, nft.NftRules):
-            yield "nftables", lambda: nft.remove_tables(self.kernel, TABLE)
+            yield _Other("nftables", partial(self._served_by_table, TABLE), lambda: nft.remove_tables(self.kernel, TABLE))
         if not isinstance(used, ipvs.IpvsRules):
-            yield "ipvs", lambda: self._remove_ipvs(at_once=used is None)
+            yield _Other("ipvs", partial(self._served_by_table, IPVS_TABLE), lambda: self._remove_ipvs(at_once=used is None))
         keep = used.flavour if isinstance(used, iptables.IptablesRules) else None
         for flavour in Flavour:
             programs = find_programs(flavour)
             if programs is not None and flavour is not keep:
-                yield f"iptables ({flavour})", partial(self._remove_iptables, programs)
+                yield _Other(
+                    f"iptables ({flavour})",
+                    partial(self._served_by_iptables, programs),
+                    partial(self._remove_iptables, programs),
+                )
+
+    async def _served_by_table(self, name: str) -> Collection[bytes]:
+        return (await nft.count_connections(self.kernel, name, endpoints=False)).frontends.keys()
+
+    async def _served_by_iptables(self, programs: Programs) -> Collection[bytes]:
+        client = IptablesClient(self.netns_fd, programs)
+        try:
+            return served(await off_loop(lambda: iptables.observe(client)))
+        except NotInKernel:
+            return ()
 
     async def _remove_ipvs(self, *, at_once: bool) -> bool:
         left = await ipvs.left_behind(self.kernel, self.netns_fd)
@@ -129,3 +156,12 @@ class ProxyModes:
             return bool(await off_loop_to_the_end(lambda: iptables.remove(client)))
         except NotInKernel:
             return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Other:
+    """A back end that is not in use: what it serves, and how to remove it, which returns whether there was anything."""
+
+    name: str
+    served: Callable[[], Awaitable[Collection[bytes]]]
+    remove: Callable[[], Awaitable[bool]]

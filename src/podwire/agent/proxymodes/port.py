@@ -100,4 +100,16 @@ class CountsRules(Protocol):
         ...
 
 
+class OtherModes(Protocol):
+    """What back ends other than the one in use have in the kernel, left by earlier lives of this program."""
+
+    async def served_by_others(self, used: ServiceRules) -> Collection[bytes]:
+        """The keys of all frontends that they serve still, as `ServiceRules.served` has them."""
+        ...
+
+    async def clean_up(self, used: ServiceRules) -> object:
+        """Take all of theirs out of the kernel. Raises KernelError where something stays."""
+        ...
+
+
 MakeRules = Callable[[NodeFacts], ServiceRules]
