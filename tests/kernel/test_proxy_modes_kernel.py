@@ -20,7 +20,7 @@ from podwire.model.addr import Family
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.servicetable import NodeFacts, backend_address, backend_port
 from podwire.plan.services_maps import frontend_key, place_key
-from podwire.trace.netfilter import Packet
+from podwire.trace.journey import Packet
 
 pytestmark = [
     pytest.mark.kernel,

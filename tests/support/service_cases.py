@@ -34,7 +34,7 @@ from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.services_table import PROTOCOLS
-from podwire.trace.netfilter import Packet
+from podwire.trace.journey import Packet
 
 CASES = Path(__file__).parents[1] / "cases" / "services"
 

@@ -19,7 +19,8 @@ from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.services import ServicePlanner
 from podwire.plan.services_table import PROTOCOLS
-from podwire.trace.netfilter import Fate, Learned, Machine, Packet, Result, follow
+from podwire.trace.journey import Fate, Learned, Machine, Packet, Result
+from podwire.trace.netfilter import follow
 from podwire.trace.oracle import Cluster, Connection, Outcome, Promise, promise
 
 FRIENDS, STRANGERS, NODES = "198.18.1.0/24", "192.0.2.0/24", "198.18.0.0/24"

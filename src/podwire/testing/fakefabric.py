@@ -14,7 +14,8 @@ from podwire.model.kernelstate import Bridge, Link, Route, Veth, Vxlan
 from podwire.model.nft import Hook
 from podwire.testing.fakekernel import FakeKernel
 from podwire.testing.fakenetns import FakeNetns
-from podwire.trace.netfilter import Fate, Machine, Packet, Result, run_hook
+from podwire.trace.journey import Fate, Machine, Packet, Result
+from podwire.trace.netfilter import run_hook
 
 _HOPS = 16
 

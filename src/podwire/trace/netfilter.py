@@ -7,10 +7,10 @@ kernel, and by whoever wants to say why a packet does not arrive.
 
 import enum
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-from podwire.model.addr import Family, IPAddress, family_of
+from podwire.model.addr import Family
 from podwire.model.nft import ChainState, Data, Hook, Rule, Ruleset, SetState, TableRef, TableState
 from podwire.model.nftexpr import (
     IFNAMSIZ,
@@ -42,73 +42,10 @@ from podwire.model.nftexpr import (
     Verdict,
     VerdictCode,
 )
+from podwire.trace.journey import Fate, Learned, Machine, Packet, Result, Step, both, join
 
 _MAX_JUMPS = 16
 """NFT_JUMP_STACK_SIZE: the kernel refuses rules that can jump deeper."""
-
-Learned = dict[tuple[TableRef, str], dict[bytes, Data]]
-"""(table, dynamic set) → what packets left there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Packet:
-    """What the rules look at. `protocol` is the IP protocol number; ports are 0 where it has none. `iif`: the device that it
-    comes in by."""
-
-    src: IPAddress
-    dst: IPAddress
-    protocol: int
-    sport: int = 0
-    dport: int = 0
-    mark: int = 0
-    iif: str = ""
-
-    @property
-    def family(self) -> Family:
-        return family_of(self.dst)
-
-
-class Fate(enum.Enum):
-    PASS = "pass"
-    DROP = "drop"
-    RESET = "tcp reset"
-    UNREACHABLE = "port unreachable"
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What the rules ask the kernel around them.
-
-    `addresses`: this machine's own. `choose(n)`: a number below n, for `numgen random`. `learned`: dynamic sets' elements."""
-
-    addresses: frozenset[IPAddress] = frozenset()
-    choose: Callable[[int], int] = field(default=lambda n: 0)
-    learned: Mapping[tuple[TableRef, str], Mapping[bytes, Data]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A rule that matched to its end, and where it stands."""
-
-    table: TableRef
-    chain: str
-    rule: Rule
-
-    def __str__(self) -> str:
-        return f"{self.table} {self.chain}: {self.rule.comment or self.rule}"
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of the packet. `packet` has its destination rewritten where a rule did that; `masquerade`: its source will
-    be that of the device it leaves by. `steps`: the rules that matched, in order. `learned`: what it left in dynamic sets."""
-
-    fate: Fate
-    packet: Packet
-    masquerade: bool = False
-    rewritten: bool = False
-    steps: tuple[Step, ...] = ()
-    learned: Learned = field(default_factory=dict)
 
 
 def follow(ruleset: Ruleset, packet: Packet, machine: Machine, *, locally_made: bool = False) -> Result:
@@ -120,22 +57,10 @@ def follow(ruleset: Ruleset, packet: Packet, machine: Machine, *, locally_made: 
     for hook in rest:
         if result.fate is not Fate.PASS:
             break
-        knows = replace(machine, learned=_both(machine.learned, result.learned))
+        knows = replace(machine, learned=both(machine.learned, result.learned))
         after = run_hook(ruleset, hook, result.packet, knows, original=packet, rewritten=result.rewritten)
-        result = replace(
-            after,
-            masquerade=result.masquerade or after.masquerade,
-            rewritten=result.rewritten or after.rewritten,
-            steps=result.steps + after.steps,
-            learned=_both(result.learned, after.learned),
-        )
+        result = join(result, after)
     return result
-
-
-def _both(
-    older: Mapping[tuple[TableRef, str], Mapping[bytes, Data]], newer: Mapping[tuple[TableRef, str], Mapping[bytes, Data]]
-) -> Learned:
-    return {place: {**older.get(place, {}), **newer.get(place, {})} for place in {**older, **newer}}
 
 
 def run_hook(
@@ -209,9 +134,9 @@ class _Run:
             if answer is False:
                 return _Stop.NEXT_RULE
             if answer is not True:
-                self.steps.append(Step(self.table_ref, chain, rule))
+                self.steps.append(Step(str(self.table_ref), chain, rule.comment or str(rule)))
                 return self._verdict(answer) if isinstance(answer, Verdict) else answer
-        self.steps.append(Step(self.table_ref, chain, rule))
+        self.steps.append(Step(str(self.table_ref), chain, rule.comment or str(rule)))
         return _Stop.NEXT_RULE
 
     def _verdict(self, verdict: Verdict) -> _Stop:

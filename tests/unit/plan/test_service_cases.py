@@ -13,7 +13,8 @@ from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.services import ServicePlanner
 from podwire.plan.services_table import PROTOCOLS
-from podwire.trace.netfilter import Fate, Learned, Machine, Result, follow
+from podwire.trace.journey import Fate, Learned, Machine, Result
+from podwire.trace.netfilter import follow
 from podwire.trace.oracle import Cluster, Connection, Outcome, promise
 
 CASES = list(load_cases(special=True))

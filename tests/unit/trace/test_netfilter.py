@@ -45,7 +45,8 @@ from podwire.model.nftexpr import (
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.services import ServicePlanner
-from podwire.trace.netfilter import Fate, Machine, Packet, follow, run_hook
+from podwire.trace.journey import Fate, Machine, Packet
+from podwire.trace.netfilter import follow, run_hook
 
 TABLE = TableRef(Family.IPV4, "t")
 PACKET = Packet(ipaddress.ip_address("192.0.2.1"), ipaddress.ip_address("192.0.2.2"), 6, 1000, 80)
@@ -70,7 +71,7 @@ def is_tcp() -> tuple[Meta, Cmp]:
 
 def walked(ruleset: Ruleset, packet: Packet = PACKET) -> tuple[Fate, list[str]]:
     result = run_hook(ruleset, Hook.PREROUTING, packet, Machine())
-    return result.fate, [step.rule.comment for step in result.steps]
+    return result.fate, [step.rule for step in result.steps]
 
 
 def test_jump_comes_back_and_goto_does_not() -> None:
