@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from servicerig import FACTS, ServiceRig, service_rig
+from servicerig import FACTS, ServiceRig, service_rig, stranger_iptables
 
 from podwire.agent.health import Health
 from podwire.agent.proxymodes.modes import ModeOptions, ProxyModes
@@ -20,7 +19,6 @@ from podwire.agent.services import ServiceSync
 from podwire.client.informer import Informer
 from podwire.kernel.conntrack import read_flows
 from podwire.kernel.iptables import Flavour, IptablesClient, find_programs
-from podwire.kernel.netns import run_in_netns
 from podwire.model.addr import Family
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.proxymode import ProxyMode
@@ -239,8 +237,7 @@ async def test_udp_clients_of_a_node_port_that_went_meanwhile_are_forgotten_in_a
 @pytest.mark.parametrize("harm", ["-t nat -F", "-t nat -F PODWIRE-INSIDE", "-F FORWARD"])
 async def test_what_a_stranger_flushes_in_legacy_tables_is_put_back(site: Site, harm: str) -> None:
     async with site.proxy(ProxyMode.IPTABLES):
-        command = ["/usr/sbin/iptables-legacy", *harm.split()]
-        run_in_netns(site.rig.fds["node"], lambda: subprocess.run(command, check=True, capture_output=True))
+        stranger_iptables(site.rig.fds["node"], *harm.split())
         client = IptablesClient(site.rig.fds["node"], find_programs(Flavour.LEGACY))  # type: ignore[arg-type]  # see pytestmark
         broken = client.save(Family.IPV4)
         async with asyncio.timeout(3):
@@ -259,16 +256,8 @@ async def test_a_rule_that_is_replaced_by_one_of_its_size_is_found_too(site: Sit
         line = next(line for line in right.splitlines() if line.startswith("-A PODWIRE-SVC") and "10.244.1.2:8080" in line)
         wrong = line.replace("10.244.1.2:8080", "10.244.9.9:8080")
         chain = [text for text in right.splitlines() if text.startswith(f"-A {line.split()[1]} ")]
-        command = [
-            "/usr/sbin/iptables-legacy",
-            "-t",
-            "nat",
-            "-R",
-            line.split()[1],
-            str(chain.index(line) + 1),
-            *wrong.split()[2:],
-        ]
-        run_in_netns(site.rig.fds["node"], lambda: subprocess.run(command, check=True, capture_output=True))
+        number = str(chain.index(line) + 1)
+        stranger_iptables(site.rig.fds["node"], "-t", "nat", "-R", line.split()[1], number, *wrong.split()[2:])
         assert client.fingerprint() == size
         async with asyncio.timeout(5):
             while site.health.repairs == 0:  # noqa: ASYNC110 - nothing tells

@@ -4,7 +4,6 @@ end."""
 import asyncio
 import socket
 import struct
-import subprocess
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from servicerig import FACTS, ServiceRig, neighbour_reaches, pick, service_rig
+from servicerig import FACTS, ServiceRig, neighbour_reaches, pick, service_rig, stranger_iptables
 
 from podwire.agent.proxymodes.iptables import IptablesRules
 from podwire.agent.proxymodes.nft import NftRules, remove_tables
@@ -196,8 +195,7 @@ async def test_services_work_where_docker_drops_what_is_forwarded(rig: ServiceRi
     web = service(Family.IPV4, "TCP")
     rules.set_service(web.key, web, listing(Family.IPV4, "TCP", "10.244.1.2"))
     await rules.compare()
-    policy = [f"/usr/sbin/iptables-{flavour}", "-P", "FORWARD", "DROP"]
-    run_in_netns(rig.fds["node"], lambda: subprocess.run(policy, check=True, capture_output=True))
+    stranger_iptables(rig.fds["node"], "-P", "FORWARD", "DROP", program=f"/usr/sbin/iptables-{flavour}")
     assert await rig.ask("world", "198.18.0.11", 30080) == ("p2", "10.244.1.1")
     with pytest.raises(TimeoutError):
         await rig.ask("world", "10.244.1.2", 8080)

@@ -11,6 +11,8 @@ import contextlib
 import ipaddress
 import os
 import socket
+import subprocess
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -208,6 +210,13 @@ def pick(family: Family, ipv4: str, ipv6: str) -> str:
 
 def address(text: str) -> IPAddress:
     return ipaddress.ip_address(text)
+
+
+def stranger_iptables(fd: int, *arguments: str, program: str = "/usr/sbin/iptables-legacy") -> None:
+    """What somebody else does to the tables of `fd`'s namespace. With a lock of its own: the machine's is root's."""
+    with tempfile.NamedTemporaryFile() as lock:
+        env = {**os.environ, "XTABLES_LOCKFILE": lock.name}
+        run_in_netns(fd, lambda: subprocess.run([program, *arguments], check=True, capture_output=True, env=env))
 
 
 async def neighbour_reaches(rig: ServiceRig, listener: socket.socket) -> bool:

@@ -10,6 +10,7 @@ A session with a test marked `kernel` or `lab` moves, before the first test, int
 """
 
 import asyncio
+import getpass
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -60,6 +61,7 @@ def _enter_namespaces() -> None:
     if threading.active_count() > 1:
         names = ", ".join(thread.name for thread in threading.enumerate())
         raise pytest.UsageError(f"a test module starts threads on import, so namespaces cannot be entered: {names}")
+    _keep_user_name()
     netns.enter_user_namespace(syscalls.CLONE_NEWNET, map_all=True)
 
     async def lo_up() -> None:
@@ -70,6 +72,16 @@ def _enter_namespaces() -> None:
             await kernel.close()
 
     asyncio.run(lo_up())
+
+
+def _keep_user_name() -> None:
+    """Within the namespaces an ordinary user is root. Where the environment has no name either, pytest would look for its
+    temporary files where the machine's root has them, and refuse those."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a user that the machine has no name for
+        name = f"uid-{os.getuid()}"
+    os.environ.setdefault("LOGNAME", name)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,5 +1,7 @@
 """The pytest plugin from outside: what users who load it see."""
 
+import os
+import pwd
 import subprocess
 import sys
 import textwrap
@@ -25,12 +27,12 @@ SKIPPING = """
 """
 
 
-def run(folder: Path, source: str, *options: str) -> tuple[int, str]:
+def run(folder: Path, source: str, *options: str, env: dict[str, str] | None = None) -> tuple[int, str]:
     """(exit status, output) of pytest over one module, in a process of its own."""
     (folder / "test_it.py").write_text(textwrap.dedent(source))
     plugins = ("-p", "podwire.testing.plugin", "-p", "no:cacheprovider")
     command = [sys.executable, "-m", "pytest", "-q", *plugins, *options, "test_it.py"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=25, check=False)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=25, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -75,6 +77,21 @@ def test_a_kernel_test_runs_in_namespaces_of_its_own(tmp_path: Path) -> None:
             assert (await linux_kernel.observe_nft("none")).tables == {{}}
     """
     done, output = run(tmp_path, source, "-o", "asyncio_mode=auto")
+    assert done == 0, output
+
+
+@pytest.mark.parametrize("env", [{}, {"USER": "somebody"}], ids=str)
+def test_users_keep_their_name_in_the_namespaces(tmp_path: Path, env: dict[str, str]) -> None:
+    """pytest refuses to share the temporary folder of another user, such as the machine's root."""
+    source = f"""
+        import getpass
+        import pytest
+
+        @pytest.mark.kernel
+        def test_it(tmp_path):
+            assert getpass.getuser() == {env.get("USER", pwd.getpwuid(os.getuid()).pw_name)!r}
+    """
+    done, output = run(tmp_path, source, env=env)
     assert done == 0, output
 
 
