@@ -72,6 +72,7 @@ class Payload:
 
 
 class MetaKey(enum.Enum):
+    PRIORITY = 2
     MARK = 3
     IIFNAME = 6
     L4PROTO = 16
@@ -84,6 +85,17 @@ class Meta:
 
     def __str__(self) -> str:
         return f"[ meta load {self.key.name.lower()} => reg {self.dreg} ]"
+
+
+@dataclass(frozen=True, slots=True)
+class SetMeta:
+    """A register → the packet's PRIORITY or MARK, numbers in host order."""
+
+    key: MetaKey
+    sreg: int
+
+    def __str__(self) -> str:
+        return f"[ meta set {self.key.name.lower()} with reg {self.sreg} ]"
 
 
 class CtKey(enum.Enum):
@@ -200,6 +212,17 @@ class Immediate:
         return f"[ immediate {self.verdict} ]"
 
 
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Bytes → register."""
+
+    data: bytes
+    dreg: int
+
+    def __str__(self) -> str:
+        return f"[ immediate reg {self.dreg} 0x{self.data.hex()} ]"
+
+
 class DynsetOp(enum.Enum):
     ADD = 0
     UPDATE = 1
@@ -263,6 +286,6 @@ class Unknown:
 
 
 Expression = (
-    Payload | Meta | Ct | Cmp | Bitwise | Lookup | Numgen | Dnat | Masquerade | Immediate | Dynset | Reject | Counter
-    | FibSaddrType | Unknown
+    Payload | Meta | SetMeta | Ct | Cmp | Bitwise | Lookup | Numgen | Dnat | Masquerade | Immediate | Constant | Dynset | Reject
+    | Counter | FibSaddrType | Unknown
 )  # fmt: skip

@@ -11,6 +11,7 @@ from podwire.model.nftexpr import (
     Bitwise,
     Cmp,
     CmpOp,
+    Constant,
     Counter,
     Ct,
     CtKey,
@@ -28,6 +29,7 @@ from podwire.model.nftexpr import (
     Payload,
     PayloadBase,
     Reject,
+    SetMeta,
     Unknown,
     Verdict,
     VerdictCode,
@@ -99,6 +101,8 @@ def _encode_parts(expr: Expression) -> tuple[str, list[bytes]]:
             return "payload", [_reg(1, dreg), attr_be32(2, base.value), attr_be32(3, offset), attr_be32(4, length)]
         case Meta(key, dreg):
             return "meta", [attr_be32(2, key.value), _reg(1, dreg)]
+        case SetMeta(key, sreg):
+            return "meta", [attr_be32(2, key.value), _reg(3, sreg)]
         case Ct(key, dreg, original):
             return "ct", [attr_be32(2, key.value), _reg(1, dreg)] + ([attr_u8(3, _CT_DIR_ORIGINAL)] if original else [])
         case Cmp(op, sreg, data):
@@ -116,6 +120,8 @@ def _encode_parts(expr: Expression) -> tuple[str, list[bytes]]:
             return "masq", [attr_be32(1, _RANGE_PROTO_RANDOM_FULLY)] if fully_random else []
         case Immediate(verdict):
             return "immediate", [attr_be32(1, _VERDICT_REGISTER), encode_verdict(2, verdict)]
+        case Constant(data, dreg):
+            return "immediate", [_reg(1, dreg), _value(2, data)]
         case Dynset():
             return "dynset", _dynset_parts(expr)
         case Reject(tcp_reset, ipv6):
@@ -164,7 +170,8 @@ def _decode_payload(a: Attrs) -> Expression | None:
 
 
 def _decode_meta(a: Attrs) -> Expression | None:
-    return Meta(MetaKey(as_be(a[2])), _index(a[1])) if 1 in a else None
+    key = MetaKey(as_be(a[2]))
+    return Meta(key, _index(a[1])) if 1 in a else SetMeta(key, _index(a[3]))
 
 
 def _decode_ct(a: Attrs) -> Expression | None:
@@ -212,7 +219,7 @@ def _decode_masq(a: Attrs) -> Expression | None:
 
 def _decode_immediate(a: Attrs) -> Expression | None:
     data = decode_data(a[2])
-    return Immediate(data) if isinstance(data, Verdict) else None
+    return Immediate(data) if isinstance(data, Verdict) else Constant(data, _index(a[1]))
 
 
 def _decode_dynset(a: Attrs) -> Expression | None:
