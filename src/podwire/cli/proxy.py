@@ -40,7 +40,11 @@ _SWITCHES_WITHOUT_EFFECT = (
 _SWITCH = "[=true|false]"
 _FLAGS = (
     _Flag(
-        "--bind-address", "bindAddress", "ADDRESS", "An IPv6 address: /healthz and /metrics are served over IPv6 by default."
+        "--bind-address",
+        "bindAddress",
+        "ADDRESS",
+        "The node's own address; 0.0.0.0 or :: leaves it to its Node. If it is IPv6, so are /healthz and /metrics "
+        "by default. [default: 0.0.0.0]",
     ),
     _Flag(
         "--healthz-bind-address",
@@ -72,7 +76,7 @@ _FLAGS = (
         "Which of the node's addresses serve node ports; `primary` for the Node's own.",
     ),
     _Flag("--masquerade-all", "*.masqueradeAll", _SWITCH, "Whoever uses a ClusterIP is seen with the node's address.", bool),
-    _Flag("--hostname-override", "hostnameOverride", "NAME", "The Node. [default: the host's name]"),
+    _Flag("--hostname-override", "hostnameOverride", "NAME", "The Node's name. [default: the host's, in lower case]"),
     _Flag(
         "--iptables-masquerade-bit", "iptables.masqueradeBit", "BIT", "The packet mark's bit in iptables. [default: 14]", int
     ),

@@ -20,6 +20,7 @@ from aiohttp import web
 
 from podwire.agent.nodelock import AnotherAgent
 from podwire.agent.proxy.agent import ProxyAgent, ProxyEnvironment
+from podwire.agent.proxy.nodename import node_name
 from podwire.agent.proxy.status import health_app, metrics_app
 from podwire.agent.proxymodes.kubeproxy import remove_kube_proxy
 from podwire.agent.proxymodes.modes import ModeOptions, ProxyModes
@@ -158,7 +159,7 @@ async def serve(options: Invocation, config: ProxyConfig) -> None:
         async with _client(options, config) as client:
             agent = ProxyAgent(
                 ProxyEnvironment(
-                    node=config.hostname_override or platform.node().lower(),
+                    node=node_name(config.hostname_override, platform.node()),
                     config=config,
                     kernel=kernel,
                     client=client,

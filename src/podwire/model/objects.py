@@ -77,6 +77,10 @@ class Node(ApiObject, frozen=True):
     def internal_ips(self) -> tuple[str, ...]:
         return tuple(a.address for a in self.status.addresses if a.type == "InternalIP")
 
+    @property
+    def external_ips(self) -> tuple[str, ...]:
+        return tuple(a.address for a in self.status.addresses if a.type == "ExternalIP")
+
 
 # --- Pod ----------------------------------------------------------------------------------------------------------
 

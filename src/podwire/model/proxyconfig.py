@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from podwire.model.addr import IPNetwork
+from podwire.model.addr import IPAddress, IPNetwork
 from podwire.model.errors import InvalidInput
 from podwire.model.nulls import without_nulls
 from podwire.model.objects import View
@@ -122,9 +122,19 @@ class ProxyConfig(View, frozen=True):
         return _listening(self.metrics_bind_address, "metricsBindAddress", ("::1" if self._ipv6 else "127.0.0.1"), METRICS_PORT)
 
     @property
+    def bind_ip(self) -> IPAddress | None:
+        """The address in `bindAddress` where it is one that others can name this host by. Raises InvalidInput."""
+        ip = self._bound
+        return None if ip.is_unspecified or ip.is_loopback else ip
+
+    @property
     def _ipv6(self) -> bool:
+        return self._bound.version == 6
+
+    @property
+    def _bound(self) -> IPAddress:
         try:
-            return ipaddress.ip_address(self.bind_address or "0.0.0.0").version == 6
+            return ipaddress.ip_address(self.bind_address or "0.0.0.0")
         except ValueError:
             raise InvalidInput(f"bindAddress: {self.bind_address!r} is no IP address") from None
 

@@ -36,11 +36,29 @@ def _loopback(config: ProxyConfig) -> bool:
     return not config.node_port_addresses or any(ipaddress.ip_address("127.0.0.1") in network for network in wanted)
 
 
-def _node_port_addresses(config: ProxyConfig, node: Node, state: NetState) -> tuple[IPAddress, ...]:
-    primary = tuple(ipaddress.ip_address(text) for text in node.internal_ips)
+def primary_addresses(config: ProxyConfig, node: Node) -> tuple[IPAddress, ...]:
+    """The node's own: its InternalIPs, and of a family that has none the first ExternalIP. A `bindAddress` that is one host's
+    takes the place of those of its family (kube-proxy's detectNodeIPs)."""
+    internal = tuple(ipaddress.ip_address(text) for text in node.internal_ips)
+    external = [ipaddress.ip_address(text) for text in node.external_ips]
+    found = [*internal]
+    for version in (4, 6):
+        if not any(ip.version == version for ip in internal):
+            found += [ip for ip in external if ip.version == version][:1]
+    if (bound := config.bind_ip) is not None:
+        found = [bound, *(ip for ip in found if ip.version != bound.version)]
+    return tuple(found)
+
+
+def own_addresses(state: NetState) -> tuple[IPAddress, ...]:
+    """Those of the host's interfaces that others can name it by."""
     # The addresses of virtual servers are Services', and not the node's own.
     held = (a.interface.ip for a in state.addresses if a.dev != DEVICE)
-    own = sorted((ip for ip in held if not _unfit(ip)), key=lambda ip: (ip.version, int(ip)))
+    return tuple(sorted((ip for ip in held if not _unfit(ip)), key=lambda ip: (ip.version, int(ip))))
+
+
+def _node_port_addresses(config: ProxyConfig, node: Node, state: NetState) -> tuple[IPAddress, ...]:
+    primary, own = primary_addresses(config, node), own_addresses(state)
     if not config.node_port_addresses:
         # kube-proxy's iptables and ipvs listen on all addresses of the node, its nftables on the primary ones.
         return primary if config.proxy_mode is ProxyMode.NFTABLES else tuple(dict.fromkeys((*primary, *own)))

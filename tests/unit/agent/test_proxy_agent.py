@@ -15,12 +15,14 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from podwire.agent.proxy.agent import ProxyAgent, ProxyEnvironment
+from podwire.agent.proxy.nodename import likely_names, node_name
 from podwire.agent.proxy.status import health_app, metrics_app
 from podwire.agent.proxymodes.nft import NftRules
 from podwire.client.api import ApiClient
 from podwire.kernel.port import KernelError
 from podwire.model.acknowledgement import NAMESPACE, Acknowledgement, lease_name, read_lease
 from podwire.model.addr import Family
+from podwire.model.errors import InvalidInput
 from podwire.model.flow import Flow, FlowTuple
 from podwire.model.ids import HOST, NetnsName, ObjectKey
 from podwire.model.nft import Batch, DelTable, TableRef
@@ -313,12 +315,97 @@ async def test_a_proxy_waits_for_its_node(cluster: MemoryCluster, caplog: pytest
     await cluster.until(lambda: "node n1 does not exist" in caplog.text)
     assert elements(kernel, "services") == 0
     await cluster.client.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}})
-    addresses = [{"type": "InternalIP", "address": "198.18.0.11"}]
-    await cluster.client.patch(NODES, "n1", {"status": {"addresses": addresses}}, subresource="status")
+    await cluster.until(lambda: "node n1 has no InternalIP or ExternalIP (yet)" in caplog.text)
+    await say_addresses(cluster, "n1", InternalIP="198.18.0.11")
     await starting
     assert elements(kernel, "services") == 2  # web, and kubernetes
+    assert "going on" not in caplog.text
 
 
 async def _start(cluster: MemoryCluster, kernel: FakeKernel) -> None:
     async with proxy(cluster, kernel):
         pass
+
+
+async def say_addresses(cluster: MemoryCluster, node: str, **addresses: str) -> None:
+    listed = [{"type": kind, "address": address} for kind, address in addresses.items()]
+    await cluster.client.patch(NODES, node, {"status": {"addresses": listed}}, subresource="status")
+
+
+async def test_without_its_node_a_proxy_goes_on_after_a_while_and_says_so(
+    cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As kube-proxy does. What needs the Node follows when it is there."""
+    await cluster.client.delete(NODES, "n1")
+    await service(cluster, "open", type="NodePort", ports=[{"name": "http", "port": 80, "nodePort": 30080}])
+    kernel = FakeKernel()
+    async with proxy(cluster, kernel, node_patience_seconds=0.05) as agent:
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert warnings[0].startswith("node n1 does not exist (yet); is it this host's? --hostname-override says which: ")
+        assert warnings[1].endswith("whose own addresses are taken to be none (see --bind-address)")
+        assert elements(kernel, "services") == 3
+        assert agent.health().healthy
+        assert agent.health().why == "node: node n1 does not exist"
+        await cluster.client.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}})
+        await say_addresses(cluster, "n1", ExternalIP="198.18.0.11")
+        await cluster.until(lambda: elements(kernel, "services") == 4)  # its node port
+        assert agent.health().why == ""
+        await cluster.client.delete(NODES, "n1")
+        await cluster.until(lambda: agent.health().why == "node: node n1 does not exist")
+        assert elements(kernel, "services") == 4, "a Node that goes is no reason to serve less"
+
+
+async def test_pod_cidrs_that_tell_which_pods_are_here_are_waited_for(
+    cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    await cluster.client.delete(NODES, "n1")
+    await cluster.client.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}})
+    await say_addresses(cluster, "n1", InternalIP="198.18.0.11")
+    kernel = FakeKernel()
+    starting = asyncio.create_task(_start_by_node_cidr(cluster, kernel))
+    await cluster.until(lambda: "node n1 has no podCIDR, which detectLocalMode NodeCIDR needs (yet)" in caplog.text)
+    await cluster.client.patch(NODES, "n1", {"spec": {"podCIDR": "10.244.1.0/24"}})
+    await starting
+    assert "going on" not in caplog.text
+
+
+async def _start_by_node_cidr(cluster: MemoryCluster, kernel: FakeKernel) -> None:
+    async with proxy(cluster, kernel, "detectLocalMode: NodeCIDR", node_patience_seconds=0.05):
+        pass
+
+
+async def test_the_node_that_could_be_meant_is_named(cluster: MemoryCluster) -> None:
+    here = [ipaddress.ip_address("198.18.0.11"), ipaddress.ip_address("2001:db8:1::b")]
+    assert await likely_names(cluster.client, here) == "n1 has this host's address 198.18.0.11"
+    assert await likely_names(cluster.client, here[1:]) == "there are n1"
+    for number in range(2, 8):
+        await cluster.client.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"n{number}"}})
+    assert await likely_names(cluster.client, here[1:]) == "there are n1, n2, n3, n4, n5, …"
+    await say_addresses(cluster, "n7", Hostname="n7", InternalIP="2001:0db8:0001::000b")
+    assert await likely_names(cluster.client, here[1:]) == "n7 has this host's address 2001:0db8:0001::000b"
+    async with cluster.outage():
+        assert await likely_names(cluster.client, here) == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "host", "name"),
+    [("", "Worker-1", "worker-1"), (" N1.example.com\n", "x", "n1.example.com"), ("n2", "Bad_Name", "n2")],
+)
+def test_the_nodes_name_is_trimmed_and_in_lower_case(override: str, host: str, name: str) -> None:
+    assert node_name(override, host) == name
+
+
+@pytest.mark.parametrize(
+    ("override", "host", "said"),
+    [
+        ("", "my_host", "this host's name 'my_host' is no name that a Node can have: give the Node's by --hostname-override"),
+        ("", "", "this host's name '' is no name"),
+        (" ", "n1", "--hostname-override ' ' is no name that a Node can have"),
+        ("a,b", "n1", "--hostname-override 'a,b' is no name"),
+        ("n" * 254, "n1", "is no name"),
+    ],
+)
+def test_what_can_be_no_nodes_name_is_refused(override: str, host: str, said: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        node_name(override, host)
+    assert said in str(caught.value)

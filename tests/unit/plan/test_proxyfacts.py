@@ -60,6 +60,11 @@ def test_the_node_and_its_zone() -> None:
         ("mode: iptables", [PRIMARY, V6, "10.244.1.1", SECOND]),
         ("mode: ipvs", [PRIMARY, V6, "10.244.1.1", SECOND]),
         ("nodePortAddresses: [primary]", [PRIMARY, V6]),
+        ("bindAddress: 0.0.0.0", [PRIMARY, V6]),
+        ("bindAddress: '::'", [PRIMARY, V6]),
+        ("bindAddress: 127.0.0.1", [PRIMARY, V6]),
+        (f"bindAddress: {SECOND}", [SECOND, V6]),
+        ("bindAddress: '2001:db8:1::7'", ["2001:db8:1::7", PRIMARY]),
         ("{mode: iptables, nodePortAddresses: [primary]}", [PRIMARY, V6]),
         ("nodePortAddresses: [192.0.2.0/24]", [SECOND]),
         ("nodePortAddresses: [primary, 192.0.2.0/24, '2001:db8::/32']", [PRIMARY, V6, SECOND]),
@@ -71,6 +76,21 @@ def test_the_node_and_its_zone() -> None:
 )
 def test_which_addresses_serve_node_ports(text: str, expected: list[str]) -> None:
     assert node_ips(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        ([("ExternalIP", SECOND), ("InternalIP", PRIMARY)], [PRIMARY]),
+        ([("ExternalIP", SECOND), ("Hostname", "n1")], [SECOND]),
+        ([("InternalIP", PRIMARY), ("ExternalIP", V6), ("ExternalIP", "2001:db8:1::7")], [PRIMARY, V6]),
+        ([("Hostname", "n1")], []),
+    ],
+)
+def test_an_external_address_stands_in_for_an_internal_one(addresses: list[tuple[str, str]], expected: list[str]) -> None:
+    status = {"addresses": [{"type": kind, "address": ip} for kind, ip in addresses]}
+    found = facts(of=msgspec.convert({"metadata": {"name": "n1"}, "status": status}, Node))
+    assert [str(ip) for ip in found.node_ips] == expected
 
 
 @pytest.mark.parametrize(

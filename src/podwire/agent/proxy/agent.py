@@ -6,6 +6,7 @@ One that ends leaves its rules; the next one goes on from there.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from podwire.agent.healthchecks import HealthCheckPorts
 from podwire.agent.localnet import concerns_rules
 from podwire.agent.proxy.connections import endpoint_connections, invalid_packets, localhost_connections, service_connections
 from podwire.agent.proxy.metrics import ProxyMetrics, rule_counts
+from podwire.agent.proxy.nodename import likely_names
 from podwire.agent.proxy.serviceranges import ServiceRanges
 from podwire.agent.proxy.status import ProxyHealth
 from podwire.agent.proxymodes.port import CountsRules, MakeRules, OtherModes, ServiceRules
@@ -29,13 +31,14 @@ from podwire.kernel.port import Kernel, KernelError
 from podwire.model.addr import IPNetwork
 from podwire.model.errors import InvalidInput
 from podwire.model.ids import ObjectKey
+from podwire.model.meta import ObjectMeta
 from podwire.model.objects import EndpointSlice, Node, Service
 from podwire.model.ops import SetSysctl
 from podwire.model.proxyconfig import ProxyConfig, conntrack_switches
 from podwire.model.proxymode import ProxyMode
 from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES
 from podwire.model.servicetable import NodeFacts
-from podwire.plan.proxyfacts import proxy_facts
+from podwire.plan.proxyfacts import own_addresses, primary_addresses, proxy_facts
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ SETTLE_SECONDS = 0.2
 """How long changes of the node gather: addresses come in groups."""
 TOLERATED_SECONDS = 60.0
 """So long rules may be wrong before the proxy calls itself unhealthy: twice kube-proxy's sync period."""
+NODE_PATIENCE_SECONDS = 30.0
+"""So long a Node is waited for that is not there yet, or has no address: kube-proxy's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,7 @@ class ProxyEnvironment:
     service_cidrs: tuple[IPNetwork, ...] = ()
     cpus: int = 1
     tolerated_seconds: float = TOLERATED_SECONDS
+    node_patience_seconds: float = NODE_PATIENCE_SECONDS
     clock: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
     rng: Random = field(default_factory=Random)
 
@@ -89,10 +95,13 @@ class ProxyAgent:
         self._slices.subscribe(self.metrics.slice_heard)
         self._ports = HealthCheckPorts(self._sync, env.kernel, lambda: self.health().healthy)
         self._acknowledger = Acknowledger(client, env.node, self._sync, env.clock, rng)
+        self._node = Node(metadata=ObjectMeta(name=env.node))
+        """As it was last seen whole; until then no more than its name."""
         self._node_seen = asyncio.Event()
         self._ranges = ServiceRanges(client, env.service_cidrs, rng, self._node_seen.set)
         config = env.config
         self._own_addresses = bool(config.node_port_addresses) or config.proxy_mode is not ProxyMode.NFTABLES
+        self._by_node_cidr = config.detect_local_mode == "NodeCIDR"
         self._nodes.subscribe(self._node_changed)
 
     # --- what it says of itself -----------------------------------------------------------------------------------
@@ -158,6 +167,7 @@ class ProxyAgent:
             await self._set_switches()
             group.create_task(self._ranges.run())
             await self._ranges.known()
+            self._node = await self._first_node()
             facts = await self._facts()
             group.create_task(self._listen())
             group.create_task(self._ports.run())
@@ -174,31 +184,63 @@ class ProxyAgent:
         for failure in applied.failures:
             log.info("left as it is: %s", failure.message)
 
-    async def _facts(self) -> NodeFacts:
-        """Waits for the Node. Raises InvalidInput."""
+    async def _first_node(self) -> Node:
+        """The Node, once it has what is needed of it. After a while without, as kube-proxy has it, as much of it as there is:
+        but where its pod CIDRs tell which pods are this node's, there is no going on without."""
         await self._nodes.synced()
-        while True:
-            node = self._nodes.get(ObjectKey("", self._env.node))
-            if node is not None and node.internal_ips:
-                break
-            reason = "has no InternalIP" if node else "does not exist"
-            log.warning("node %s %s (yet); is it the right name? See --hostname-override", self._env.node, reason)
-            self._health.failed("node", f"node {self._env.node} {reason}")
-            self._node_seen.clear()
-            await self._node_seen.wait()
-        self._health.works("node")
-        facts = proxy_facts(self._env.config, node, await self._env.kernel.observe(), self._ranges.networks)
+        patience = None if self._by_node_cidr else self._env.node_patience_seconds
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while True:
+                    self._node_seen.clear()
+                    if await self._node_is_known():
+                        return self._node
+                    await self._node_seen.wait()
+        served = ", ".join(map(str, primary_addresses(self._env.config, self._node)))
+        log.warning(
+            "going on without it: no endpoint counts as one of this node, whose own addresses are taken to be %s",
+            served or "none (see --bind-address)",
+        )
+        return self._node
+
+    async def _node_is_known(self) -> bool:
+        """Whether the Node is there, with what is needed of it; said, when that changes. It is kept for when it goes."""
+        node = self._nodes.get(ObjectKey("", self._env.node))
+        if node is None:
+            lacking = "does not exist"
+        elif not primary_addresses(self._env.config, node):
+            lacking = "has no InternalIP or ExternalIP"
+        elif self._by_node_cidr and not (node.spec.pod_cidr or node.spec.pod_cidrs):
+            lacking = "has no podCIDR, which detectLocalMode NodeCIDR needs"
+        else:
+            self._node = node
+            self._health.works("node")
+            return True
+        reason = f"node {self._env.node} {lacking}"
+        if self._health.degraded.get("node") != reason:
+            self._health.failed("node", reason)
+            log.warning("%s (yet)%s", reason, await self._advice() if node is None else "")
+        return False
+
+    async def _advice(self) -> str:
+        likely = await likely_names(self._env.client, own_addresses(await self._env.kernel.observe()))
+        return f"; is it this host's? --hostname-override says which{f': {likely}' if likely else ''}"
+
+    async def _facts(self) -> NodeFacts:
+        """Raises InvalidInput."""
+        facts = proxy_facts(self._env.config, self._node, await self._env.kernel.observe(), self._ranges.networks)
         if not facts.local_sources and not facts.local_interfaces:
             log.warning("pods of this node are not known by their addresses: every client of a ClusterIP is masqueraded")
         return facts
 
     async def _follow_node(self, facts: NodeFacts) -> None:
-        """Zone, addresses and pod CIDRs may change, and where ClusterIPs come from."""
+        """Zone, addresses and pod CIDRs may change, and where ClusterIPs come from. A Node that goes is remembered."""
         while True:
             await self._node_seen.wait()
             await asyncio.sleep(SETTLE_SECONDS)
             self._node_seen.clear()
             try:
+                await self._node_is_known()
                 new = await self._facts()
             except (InvalidInput, KernelError) as error:
                 log.warning("node %s changed, and its rules cannot follow: %s", self._env.node, error)
@@ -232,8 +274,8 @@ class ProxyAgent:
 
 def _differ(old: Node, new: Node) -> bool:
     """Whether anything changed that rules depend on: most changes of Nodes are heartbeats."""
-    return (old.spec.pod_cidrs, old.internal_ips, old.metadata.labels) != (
-        new.spec.pod_cidrs,
-        new.internal_ips,
-        new.metadata.labels,
-    )
+    return _facts_of(old) != _facts_of(new)
+
+
+def _facts_of(node: Node) -> tuple[object, ...]:
+    return node.spec.pod_cidr, node.spec.pod_cidrs, node.status.addresses, node.metadata.labels
