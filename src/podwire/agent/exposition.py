@@ -30,16 +30,25 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    def samples(self, name: str, labels: Mapping[str, str]) -> list[str]:
+        """The lines of one series."""
+        lines, total = [], 0
+        for bound, count in zip((*self._bounds, None), self._counts, strict=True):
+            total += count
+            lines.append(_sample(f"{name}_bucket", {**labels, "le": "+Inf" if bound is None else f"{bound:g}"}, total))
+        return [*lines, _sample(f"{name}_sum", labels, self._sum), _sample(f"{name}_count", labels, total)]
+
     def text(self, name: str, text: str, series: Iterable[Mapping[str, str]] = ({},)) -> str:
         """`series`: the labels of each series; all show the same."""
-        lines = [f"# HELP {name} {text}", f"# TYPE {name} histogram"]
-        for labels in series:
-            total = 0
-            for bound, count in zip((*self._bounds, None), self._counts, strict=True):
-                total += count
-                lines.append(_sample(f"{name}_bucket", {**labels, "le": "+Inf" if bound is None else f"{bound:g}"}, total))
-            lines += [_sample(f"{name}_sum", labels, self._sum), _sample(f"{name}_count", labels, total)]
-        return "\n".join(lines) + "\n"
+        return histograms(name, text, [(labels, self) for labels in series])
+
+
+def histograms(name: str, text: str, series: Iterable[tuple[Mapping[str, str], Histogram]]) -> str:
+    """One metric with the histogram of each series."""
+    lines = [f"# HELP {name} {text}", f"# TYPE {name} histogram"]
+    for labels, histogram in series:
+        lines += histogram.samples(name, labels)
+    return "\n".join(lines) + "\n"
 
 
 def exponential(start: float, factor: float, count: int) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import aiohttp
 import msgspec
@@ -21,6 +21,8 @@ from podwire.model.resources import Resource
 
 PAGE_SIZE = 500
 REQUEST_TIMEOUT = 30.0
+FAILED = "<error>"
+"""In the place of a status: there was no answer."""
 WATCH_SLACK = 30.0
 """Seconds beyond a watch's own time-out after which a silent connection counts as dead."""
 
@@ -75,6 +77,16 @@ _event_decoder = msgspec.json.Decoder(WatchEvent)
 _list_decoder = msgspec.json.Decoder(RawList)
 
 
+class Asked(NamedTuple):
+    """A request that was answered, or failed (`code` is "<error>", client-go's word). `seconds`: to the answer's end; None for
+    a stream."""
+
+    method: str
+    host: str
+    code: str
+    seconds: float | None
+
+
 class ApiClient:
     """A connection pool to one API server, or to several of one cluster. `async with ApiClient(…) as client:`, or `close()`
     at the end.
@@ -106,11 +118,16 @@ class ApiClient:
         self._session: aiohttp.ClientSession | None = None
         self._flows: set[tuple[str, aiohttp.StreamReader]] = set()
         """The streams that are being read, by server."""
+        self._observers: list[Callable[[Asked], None]] = []
 
     @property
     def base_url(self) -> str:
         """Of the server in use."""
         return self._servers.current
+
+    def subscribe(self, observer: Callable[[Asked], None]) -> None:
+        """Be told of every request from now on."""
+        self._observers.append(observer)
 
     async def __aenter__(self) -> Self:
         return self
@@ -305,12 +322,14 @@ class ApiClient:
         self, method: str, path: str, *, params: Mapping[str, str] | None = None, silence: float | None = None
     ) -> AsyncGenerator[bytes, None]:
         """A response body as it comes. More than `silence` seconds without a byte count as a broken connection."""
-        server = self.base_url
+        server, answered = self.base_url, False
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._servers.connect_seconds, sock_read=silence)
         try:
             async with self._open().request(
                 method, server + path, params=params, headers=self._identified(), timeout=timeout
             ) as response:
+                answered = True
+                self._tell(method, server, str(response.status), None)
                 if response.status >= 400:
                     raise self._refused(server, response, await response.read(), f"{method} {path}")
                 flow = (server, response.content)
@@ -324,6 +343,8 @@ class ApiClient:
             self._servers.failed(server, "broke the connection off")
             raise Unavailable(f"{self._where(server)} broke the connection off") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if not answered:
+                self._tell(method, server, FAILED, None)
             raise self._failed(server, error) from error
 
     async def websocket(
@@ -364,22 +385,30 @@ class ApiClient:
             headers.pop("Content-Type")
         others = len(self._servers.urls) - 1
         while True:
-            server = self.base_url
+            server, began = self.base_url, asyncio.get_running_loop().time()
             try:
                 async with self._open().request(
                     method, server + path, params=params, data=data, headers=headers, timeout=timeout
                 ) as response:
                     body = await response.read()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                self._tell(method, server, FAILED, began)
                 failure = self._failed(server, error)
                 again = never_sent(error) or (method == "GET" and not isinstance(error, TimeoutError))
                 if not others or not again:
                     raise failure from error
                 others -= 1
                 continue
+            self._tell(method, server, str(response.status), began)
             if response.status < 400:
                 return body
             raise self._refused(server, response, body, f"{method} {path}")
+
+    def _tell(self, method: str, server: str, code: str, began: float | None) -> None:
+        """Of a request that began then (loop time), or that is a stream."""
+        seconds = None if began is None else asyncio.get_running_loop().time() - began
+        for observer in self._observers:
+            observer(Asked(method, server.partition("://")[2].partition("/")[0], code, seconds))
 
     def _identified(self) -> dict[str, str]:
         token = self._token() if callable(self._token) else self._token

@@ -258,6 +258,8 @@ async def test_health_and_metrics_over_http(cluster: MemoryCluster) -> None:
             assert 'podwire_proxy_info{mode="nftables"} 1' in text
             assert 'podwire_service_connections_total{namespace="default",service="web",port_name="http"' in text
             assert "kubeproxy_sync_proxy_rules_duration_seconds_count" in text
+            assert f'rest_client_requests_total{{code="200",host="{cluster.url.removeprefix("http://")}",method="GET"}}' in text
+            assert "process_cpu_seconds_total " in text
             assert 'endpoint="10.244.1.2:8080"} 0' in await (await numbers.get("/metrics/endpoints")).text()
 
 

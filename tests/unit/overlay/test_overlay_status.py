@@ -21,7 +21,7 @@ GOOD = OverlayStatus(
     apply_seconds=0.25,
     counters=SubnetCounters(acquired=1, renew_failures=2),
 )
-LINE = re.compile(r'[a-z_]+(\{[a-z]+="[^"\n]*"(,[a-z]+="[^"\n]*")*\})? [-+0-9.e]+')
+LINE = re.compile(r'[a-z_]+(\{[a-z_]+="[^"\n]*"(,[a-z_]+="[^"\n]*")*\})? [-+0-9.e]+')
 
 
 async def answers(status: Callable[[], OverlayStatus], path: str) -> tuple[int, str]:
@@ -55,8 +55,10 @@ async def test_what_is_missing_is_said(status: OverlayStatus, words: str) -> Non
     assert (await answers(lambda: status, "/healthz"))[0] == 200
 
 
-def test_metrics_are_prometheus_text() -> None:
-    text = metrics_text(GOOD)
+async def test_metrics_are_prometheus_text() -> None:
+    code, text = await answers(lambda: GOOD, "/metrics")
+    assert code == 200
+    assert "\nprocess_resident_memory_bytes " in text
     for line in text.splitlines():
         assert line.startswith(("# HELP ", "# TYPE ")) or LINE.fullmatch(line), line
     for expected in (

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from podwire.agent.exposition import family
 from podwire.agent.subnets.port import Holding, SubnetCounters
 
 
@@ -38,49 +39,34 @@ class OverlayStatus:
 def metrics_text(status: OverlayStatus) -> str:
     """The metrics, by Prometheus' conventions: counters end in _total, times are seconds."""
     families = [
-        _family("podwire_overlay_info", "gauge", "The back end in use.", [({"backend": status.backend}, 1)]),
-        _family(
+        family("podwire_overlay_info", "gauge", "The back end in use.", [({"backend": status.backend}, 1)]),
+        family(
             "podwire_overlay_lease_held", "gauge", "Whether this node holds its lease.", [({}, status.holding is Holding.HELD)]
         ),
-        _family("podwire_overlay_peers", "gauge", "Other nodes that are programmed.", [({}, status.peers)]),
-        _family(
+        family("podwire_overlay_peers", "gauge", "Other nodes that are programmed.", [({}, status.peers)]),
+        family(
             "podwire_overlay_peers_refused",
             "gauge",
             "Other nodes that this back end cannot reach.",
             [({}, len(status.refused))],
         ),
-        _family(
+        family(
             "podwire_overlay_degraded",
             "gauge",
             "What does not work at the moment.",
             [({"subject": s}, 1) for s in status.degraded],
         ),
-        _family(
+        family(
             "podwire_overlay_repaired_total",
             "counter",
             "Things that others changed and that were put back.",
             [({"kind": kind}, count) for kind, count in sorted(status.repaired.items())],
         ),
-        _family("podwire_overlay_apply_seconds", "gauge", "What the last change of peers took.", [({}, status.apply_seconds)]),
+        family("podwire_overlay_apply_seconds", "gauge", "What the last change of peers took.", [({}, status.apply_seconds)]),
     ]
     lease_events = [
         ({"event": name}, getattr(status.counters, name))
         for name in ("acquired", "renewed", "renew_failures", "lost", "races", "relists")
     ]
-    families.append(_family("podwire_overlay_lease_events_total", "counter", "What became of this node's lease.", lease_events))
+    families.append(family("podwire_overlay_lease_events_total", "counter", "What became of this node's lease.", lease_events))
     return "".join(families)
-
-
-Samples = list[tuple[dict[str, str], float]]
-
-
-def _family(name: str, kind: str, text: str, samples: Samples) -> str:
-    lines = [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-    for labels, value in samples:
-        inner = ",".join(f'{key}="{_escaped(label)}"' for key, label in labels.items())
-        lines.append(f"{name}{{{inner}}} {float(value):g}" if inner else f"{name} {float(value):g}")
-    return "\n".join(lines) + "\n"
-
-
-def _escaped(label: str) -> str:
-    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

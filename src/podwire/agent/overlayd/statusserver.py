@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from podwire.agent.exposition import CONTENT_TYPE
 from podwire.agent.overlayd.status import OverlayStatus, metrics_text
+from podwire.agent.process import process_text
 
 
 def status_app(status: Callable[[], OverlayStatus]) -> web.Application:
@@ -19,7 +21,7 @@ def status_app(status: Callable[[], OverlayStatus]) -> web.Application:
         return web.Response(status=503 if obstacles else 200, text="".join(f"{line}\n" for line in obstacles or ("ok",)))
 
     async def metrics(_: web.Request) -> web.Response:
-        return web.Response(text=metrics_text(status()), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        return web.Response(text=metrics_text(status()) + process_text(), headers={"Content-Type": CONTENT_TYPE})
 
     app = web.Application()
     app.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/metrics", metrics)])

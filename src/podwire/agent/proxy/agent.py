@@ -15,9 +15,11 @@ from datetime import UTC, datetime
 from random import Random
 
 from podwire.agent.acknowledge import Acknowledger
+from podwire.agent.clientmetrics import ClientMetrics
 from podwire.agent.health import Health
 from podwire.agent.healthchecks import HealthCheckPorts
 from podwire.agent.localnet import concerns_rules
+from podwire.agent.process import process_text
 from podwire.agent.proxy.connections import endpoint_connections, invalid_packets, localhost_connections, service_connections
 from podwire.agent.proxy.metrics import ProxyMetrics, rule_counts
 from podwire.agent.proxy.nodename import likely_names
@@ -93,6 +95,8 @@ class ProxyAgent:
         self._sync.subscribe(self.metrics.round)
         self._services.subscribe(self.metrics.service_heard)
         self._slices.subscribe(self.metrics.slice_heard)
+        self._requests = ClientMetrics()
+        client.subscribe(self._requests.asked)
         self._ports = HealthCheckPorts(self._sync, env.kernel, lambda: self.health().healthy)
         self._acknowledger = Acknowledger(client, env.node, self._sync, env.clock, rng)
         self._node = Node(metadata=ObjectMeta(name=env.node))
@@ -133,6 +137,7 @@ class ProxyAgent:
     async def metrics_text(self) -> str:
         """For /metrics. Raises KernelError."""
         text = self.metrics.text(self._health.repaired, self._health.degraded, self._acknowledger.last)
+        text += self._requests.text() + process_text()
         if self._rules is None:
             return text
         counted, tables = await self._rules.connections(endpoints=False), self.metrics.tables
