@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from podwire.model.addr import Family
 from podwire.model.servicetable import Backend, Frontend, NodeFacts, Pool
 from podwire.plan import iptables_rules as rules
-from podwire.plan.iptables_rules import FILTER, HOOKS, NAT, PREFIX, TABLES, Rules
+from podwire.plan.iptables_rules import FILTER, HOOKS, NAT, PREFIX, TABLES, Owned, Rules
 from podwire.plan.serviceledger import ServiceLedger
 
 ChainRef = tuple[str, str]
@@ -169,7 +169,7 @@ class FamilyChains:
 
     def __init__(self, family: Family, facts: NodeFacts, mark: str, *, drop_invalid: bool = True) -> None:
         self.family, self._facts, self._mark = family, facts, mark
-        self._frontends: dict[bytes, tuple[Frontend, str]] = {}
+        self._frontends: dict[bytes, Owned] = {}
         self._buckets: dict[ChainRef, dict[bytes, Rules]] = {}
         self._chains: dict[ChainRef, Rules] = rules.fixed_chains(family, facts, mark, drop_invalid=drop_invalid)
         self._roots = {"I": (NAT, "INSIDE"), "O": (NAT, "OUTSIDE"), "FI": (FILTER, "F-IN"), "FO": (FILTER, "F-OUT")}
@@ -184,44 +184,42 @@ class FamilyChains:
     # --- programming ------------------------------------------------------------------------------------------------
 
     def frontend(self, key: bytes) -> Frontend:
-        return self._frontends[key][0]
+        return self._frontends[key].frontend
 
     def program(self, key: bytes, frontend: Frontend | None, owner: str = "") -> None:
         old = self._frontends.get(key)
-        if frontend is None:
-            if old is not None:
-                self._enter(key, old[0], None, owner)
-                del self._frontends[key]
+        new = Owned(key, frontend, owner) if frontend is not None else None
+        if old == new:
             return
-        if old == (frontend, owner):
-            return
-        self._enter(key, old[0] if old else None, frontend, owner)
-        self._frontends[key] = (frontend, owner)
+        self._enter(key, old, new)
+        if new is not None:
+            self._frontends[key] = new
+        else:
+            del self._frontends[key]
 
-    def _enter(self, key: bytes, old: Frontend | None, new: Frontend | None, owner: str) -> None:
+    def _enter(self, key: bytes, old: Owned | None, new: Owned | None) -> None:
         """Everything that stands for a frontend: its own chains, and its rules in the chains that lead to them."""
-        address = (new or old or self._frontends[key][0]).address
+        address = (new or old or self._frontends[key]).frontend.address
         for outside in (False, True):
             pool = _pool(new, outside=outside)
             kinds = ("O", "FO") if outside else ("I", "FI")
-            led = rules.nat_entry(new, key, pool, owner, outside=outside) if new and pool else ()
-            refused = rules.filter_entry(new, pool, owner, self.family) if new and pool else ()
+            led = rules.nat_entry(new, pool, outside=outside) if new and pool else ()
+            refused = rules.filter_entry(new, pool, self.family) if new and pool else ()
             for kind, entry in zip(kinds, (led, refused), strict=True):
                 self._put_entry(kind, address, key, entry)
-            wanted = self._service_chains(key, new, pool, outside=outside)
-            present = self._service_chains(key, old, _pool(old, outside=outside), outside=outside)
+            wanted = self._service_chains(new, pool, outside=outside)
+            present = self._service_chains(old, _pool(old, outside=outside), outside=outside)
             for ref in present.keys() | wanted.keys():
                 self._put(ref, wanted.get(ref))
 
-    def _service_chains(self, key: bytes, of: Frontend | None, pool: Pool | None, *, outside: bool) -> dict[ChainRef, Rules]:
+    def _service_chains(self, of: Owned | None, pool: Pool | None, *, outside: bool) -> dict[ChainRef, Rules]:
         if of is None or pool is None or not pool.backends:
             return {}
-        main = rules.service_rules(of, key, pool, self._facts, self._mark, outside=outside)
-        found = {(NAT, rules.service_chain(key, outside=outside)): main}
-        if of.affinity_s:
+        main = rules.service_rules(of, pool, self._facts, self._mark, outside=outside)
+        found = {(NAT, rules.service_chain(of.key, outside=outside)): main}
+        if of.frontend.affinity_s:
             for packed in pool.backends:
-                name = rules.endpoint_chain(key, packed, outside=outside)
-                found[NAT, name] = rules.endpoint_rules(of, name, packed)
+                found[NAT, rules.endpoint_chain(of.key, packed, outside=outside)] = rules.endpoint_rules(of, packed)
         return found
 
     def count_frontends(self, seen: Mapping[tuple[str, str], int]) -> dict[bytes, int]:
@@ -232,12 +230,12 @@ class FamilyChains:
     def count_endpoints(self, seen: Mapping[tuple[str, str], int]) -> dict[tuple[bytes, Backend], int]:
         """`seen`: see `_counters`."""
         found: dict[tuple[bytes, Backend], int] = {}
-        for key, (frontend, _) in self._frontends.items():
+        for key, of in self._frontends.items():
             for outside in (False, True):
-                pool = _pool(frontend, outside=outside)
+                pool = _pool(of, outside=outside)
                 main = rules.service_chain(key, outside=outside)
                 for packed in pool.backends if pool else ():
-                    name = rules.endpoint_chain(key, packed, outside=outside) if frontend.affinity_s else main
+                    name = rules.endpoint_chain(key, packed, outside=outside) if of.frontend.affinity_s else main
                     found[key, packed] = found.get((key, packed), 0) + seen.get((name, rules.destination(packed)), 0)
         return found
 
@@ -320,10 +318,10 @@ _LAST = b"\xff" * 17
 """Sorts behind every frontend's key: a closed port is what no frontend of the address claimed."""
 
 
-def _pool(frontend: Frontend | None, *, outside: bool) -> Pool | None:
-    if frontend is None:
+def _pool(of: Owned | None, *, outside: bool) -> Pool | None:
+    if of is None:
         return None
-    return frontend.outside if outside else frontend.inside
+    return of.frontend.outside if outside else of.frontend.inside
 
 
 def _jumps() -> dict[ChainRef, Rules]:

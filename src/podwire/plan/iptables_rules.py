@@ -18,6 +18,7 @@ import re
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
+from typing import NamedTuple
 
 from podwire.model.addr import Family, IPNetwork
 from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFacts, Pool, backend_address, backend_port
@@ -174,6 +175,14 @@ def _unreachable(family: Family) -> str:
 # --- one frontend -------------------------------------------------------------------------------------------------
 
 
+class Owned(NamedTuple):
+    """A frontend, its key, and the name of the Service (or pod) whose it is."""
+
+    key: bytes
+    frontend: Frontend
+    owner: str
+
+
 def frontend_match(frontend: Frontend) -> str:
     protocol = _PROTOCOLS[frontend.protocol]
     return f"-d {_host(frontend.address)} -p {protocol} -m {protocol} --dport {frontend.port}"
@@ -189,21 +198,23 @@ def frontend_key_of(line: str) -> bytes | None:
     return place_key(ipaddress.ip_address(address).packed, number, int(port)) if number else None
 
 
-def nat_entry(frontend: Frontend, key: bytes, pool: Pool, owner: str, *, outside: bool) -> Rules:
+def nat_entry(of: Owned, pool: Pool, *, outside: bool) -> Rules:
     """The rules that lead packets for the frontend to its chain. Where it has none, they leave the nat table, and the filter
     table deals with them."""
-    match, comment = frontend_match(frontend), _comment(owner)
+    frontend = of.frontend
+    match, comment = frontend_match(frontend), _comment(of.owner)
     leave = f"{match} {comment} -j ACCEPT"
     if not pool.backends:
         return (leave,)
-    lead = f"-g {service_chain(key, outside=outside)}"
+    lead = f"-g {service_chain(of.key, outside=outside)}"
     if frontend.source_ranges is None:
         return (f"{match} {comment} {lead}",)
     return (*(f"{match} {_range(r)} {comment} {lead}" for r in frontend.source_ranges), leave)
 
 
-def filter_entry(frontend: Frontend, pool: Pool, owner: str, family: Family) -> Rules:
+def filter_entry(of: Owned, pool: Pool, family: Family) -> Rules:
     """The rules for packets that the nat table did not rewrite: nobody serves the frontend, or not for this source."""
+    frontend, owner = of.frontend, of.owner
     match = frontend_match(frontend)
     restricted = frontend.source_ranges is not None
     drop = f"{match} {_comment(owner + ' loadBalancerSourceRanges')} -j DROP"
@@ -228,10 +239,10 @@ def hairpin(address: bytes) -> str:
     return f'-s {host} -d {host} -m comment --comment "a pod to itself" -j MASQUERADE --random-fully'
 
 
-def service_rules(frontend: Frontend, key: bytes, pool: Pool, facts: NodeFacts, mark: str, *, outside: bool) -> Rules:
+def service_rules(of: Owned, pool: Pool, facts: NodeFacts, mark: str, *, outside: bool) -> Rules:
     """The chain of a frontend that has backends: who is masqueraded, and which backend it shall be."""
-    picks = _sticky(frontend, key, pool, outside) if frontend.affinity_s else _picks(frontend, pool)
-    return (*_marks(frontend, facts, mark), *picks)
+    picks = _sticky(of, pool, outside) if of.frontend.affinity_s else _picks(of.frontend, pool)
+    return (*_marks(of.frontend, facts, mark), *picks)
 
 
 def _marks(frontend: Frontend, facts: NodeFacts, mark: str) -> Iterator[str]:
@@ -249,24 +260,30 @@ def _picks(frontend: Frontend, pool: Pool) -> Iterator[str]:
         yield f"-p {protocol} {chance}-j DNAT --to-destination {destination(packed)}"
 
 
-def _sticky(frontend: Frontend, key: bytes, pool: Pool, outside: bool) -> Iterator[str]:
-    names = [endpoint_chain(key, packed, outside=outside) for packed in pool.backends]
-    for name in names:
-        recent = _recent(frontend.address, f"--rcheck --seconds {frontend.affinity_s} --reap", name)
-        yield f"{recent} -j {name}"
+def _sticky(of: Owned, pool: Pool, outside: bool) -> Iterator[str]:
+    names = [endpoint_chain(of.key, packed, outside=outside) for packed in pool.backends]
+    for packed, name in zip(pool.backends, names, strict=True):
+        yield f"{_recent(of, packed, f'--rcheck --seconds {of.frontend.affinity_s} --reap')} -j {name}"
     for chance, name in zip(_chances(len(names)), names, strict=True):
         yield f"{chance}-j {name}"
 
 
-def endpoint_rules(frontend: Frontend, name: str, packed: Backend) -> Rules:
+def endpoint_rules(of: Owned, packed: Backend) -> Rules:
     """The chain of one backend of a frontend with affinity: the client is noted, then led there."""
-    recent = _recent(frontend.address, "--set", name)
-    return (f"-p {_PROTOCOLS[frontend.protocol]} {recent} -j DNAT --to-destination {destination(packed)}",)
+    return (
+        f"-p {_PROTOCOLS[of.frontend.protocol]} {_recent(of, packed, '--set')} -j DNAT --to-destination {destination(packed)}",
+    )
 
 
-def _recent(address: bytes, what: str, name: str) -> str:
-    mask = "255.255.255.255" if len(address) == 4 else "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
-    return f"-m recent {what} --name {name} --mask {mask} --rsource"
+def _recent(of: Owned, packed: Backend, what: str) -> str:
+    mask = "255.255.255.255" if len(of.frontend.address) == 4 else "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
+    return f"-m recent {what} --name {clients_list(of, packed)} --mask {mask} --rsource"
+
+
+def clients_list(of: Owned, packed: Backend) -> str:
+    """Who was led to a backend of the Service's port: one list for all frontends of the port, whichever pool they lead to."""
+    port = f"{of.owner} {of.frontend.protocol} {of.frontend.port_name}"
+    return chain("CLIENTS-" + _digest(port.encode() + packed))
 
 
 def _chances(count: int) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """iptables chains: the text does what it says, incremental equals from scratch, one change touches few chains."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -214,3 +216,28 @@ def test_counters_are_put_to_frontends_and_endpoints(spec: dict[str, Any]) -> No
     counts = planner.rule_counts()
     assert counts[Family.IPV4, "nat"] == len(lines) + 3
     assert counts[Family.IPV6, "nat"] < counts[Family.IPV4, "nat"]
+
+
+def client_lists(planner: IptablesPlanner) -> dict[tuple[str, str], set[str]]:
+    """(chain of a frontend, list of clients) → what is asked or done there, of the whole nat table."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for (_, name), lines in planner.desired()[Family.IPV4].rules.items():
+        for line in lines:
+            if matched := re.search(r"-m recent (--\w+).* --name (\S+)", line):
+                found.setdefault((name, matched.group(2)), set()).add(matched.group(1))
+    return found
+
+
+def test_all_frontends_of_a_port_share_the_list_of_an_endpoints_clients() -> None:
+    planner = IptablesPlanner(FACTS)
+    spec: dict[str, Any] = {"sessionAffinity": "ClientIP", "type": "NodePort", "externalTrafficPolicy": "Local"}
+    ports = [{"name": f"p{port}", "port": port, "targetPort": 8080, "nodePort": 30000 + port} for port in (80, 81)]
+    planner.set_service(key("web"), *web((1, 2), ports=ports, **spec))
+    lists = client_lists(planner)
+    names = {name for _, name in lists}
+    assert len(names) == 4, "two ports, two endpoints"
+    users = {name: Counter(word for (_, of), done in lists.items() if of == name for word in done) for name in names}
+    here, elsewhere = Counter({"--rcheck": 3, "--set": 3}), Counter({"--rcheck": 2, "--set": 2})
+    assert sorted(users.values(), key=str) == [elsewhere, elsewhere, here, here], "the node port's clients outside stay here"
+    planner.set_service(key("other"), *web((1, 2), "other", 11, ports=ports, sessionAffinity="ClientIP"))
+    assert len({name for _, name in client_lists(planner)}) == 8, "another Service with the same endpoints has its own"
