@@ -1,6 +1,8 @@
 """Services with real packets: who answers, whom they see as the client, who is refused. Both families."""
 
 import asyncio
+import dataclasses
+import ipaddress
 import shutil
 import socket
 import subprocess
@@ -32,6 +34,7 @@ from podwire.model.nft import (
     Hook,
     NftSet,
     ReplaceElements,
+    Sweep,
     TableRef,
 )
 from podwire.model.nftexpr import goto
@@ -295,18 +298,75 @@ async def test_connections_outlive_every_change(rig: ServiceRig, family: Family)
         assert not fresh.resync(await rig.kernel.observe_nft(TABLE)), "a new agent finds nothing to do"
 
 
-async def test_counters_count_connections(rig: ServiceRig) -> None:
+def counted(rig: ServiceRig, of: NftSet, family: Family = Family.IPV4) -> dict[bytes, int]:
+    with open_netlink(rig.fds["node"], NETLINK_NETFILTER) as sock:
+        return {key: packets for key, (_, (packets, _)) in NftClient(sock).elements(TableRef(family, TABLE), of.name).items()}
+
+
+@both
+@pytest.mark.parametrize("udp", [False, True], ids=["tcp", "udp"])
+async def test_a_connection_is_counted_once_and_an_endpoint_from_its_first_one(
+    rig: ServiceRig, family: Family, udp: bool
+) -> None:
+    plan, sets = Plan(family), sets_of(family)
+    await program(rig, plan, "p2")
+    (front,) = (frontend_key(f) for f in rig.planner.table(WEB).frontends if f.protocol == (17 if udp else 6))
+    pair = front + (ipaddress.ip_address(plan.pod("p2")).packed + b"\x1f\x90\0\0")
+    assert counted(rig, sets.connections, family) == {}
+    for number, where in enumerate(("p4", "p4", "node", "p2", "world"), 1):
+        if where == "world":
+            await program(rig, plan, "p2", type="NodePort")
+            await rig.ask(where, plan.node, 30080, udp=udp)
+            continue
+        await rig.ask(where, plan.cluster_ip, 80, udp=udp)
+        assert counted(rig, sets.connections, family) == {pair: number}, where
+        assert counted(rig, sets.services, family)[front] == number
+    assert len(counted(rig, sets.connections, family)) == 2, "by the address that was asked"
+
+
+async def test_who_follows_an_affinity_is_counted_too(rig: ServiceRig) -> None:
     plan = Plan(Family.IPV4)
-    await program(rig, plan, "p2", "p3")
+    await program(rig, plan, "p2", "p3", "far", sessionAffinity="ClientIP")
     for _ in range(10):
         await rig.ask("p4", plan.cluster_ip, 80)
-    table, sets = TableRef(Family.IPV4, TABLE), sets_of(Family.IPV4)
-    with open_netlink(rig.fds["node"], NETLINK_NETFILTER) as sock:
-        client = NftClient(sock)
-        services = client.elements(table, sets.services.name)
-        endpoints = client.elements(table, sets.endpoints.name)
-    assert sum(packets for _, (packets, _) in services.values()) == 10
-    assert sum(packets for _, (packets, _) in endpoints.values()) == 10
+    assert list(counted(rig, sets_of(Family.IPV4).connections).values()) == [10]
+
+
+async def test_counts_outlive_moves_and_the_agent_and_go_when_they_are_swept(rig: ServiceRig) -> None:
+    plan, sets = Plan(Family.IPV4), sets_of(Family.IPV4)
+    await program(rig, plan, "p2", "p3")
+    for _ in range(20):
+        await rig.ask("p4", plan.cluster_ip, 80)
+    before = counted(rig, sets.connections)
+    await program(rig, plan, "p3")
+    await program(rig, plan, "p3", "p2", "far")
+    rig.planner = ServicePlanner(FACTS)
+    rig.planner.set_service(WEB, plan.service(), plan.slices("p3", "p2", "far"))
+    assert not rig.planner.resync(await rig.kernel.observe_nft(TABLE))
+    assert counted(rig, sets.connections) == before
+    gone, *_ = before
+    sweep = Sweep(TableRef(Family.IPV4, TABLE), sets.connections, (gone, bytes(len(gone)), gone))
+    assert (await rig.kernel.apply((CommitNft(Batch((sweep,))),))).ok
+    assert counted(rig, sets.connections) == {key: n for key, n in before.items() if key != gone}
+    rig.planner = ServicePlanner(FACTS)
+    rig.planner.set_service(WEB, plan.service(), plan.slices("far"))
+    assert (await rig.kernel.apply((CommitNft(rig.planner.resync(await rig.kernel.observe_nft(TABLE))),))).ok
+    assert counted(rig, sets.connections) == {}, "they left while there was no agent"
+
+
+async def test_a_full_set_of_counts_stops_nobody(rig: ServiceRig) -> None:
+    plan, sets = Plan(Family.IPV4), sets_of(Family.IPV4)
+    planner = ServicePlanner(FACTS)
+    planner.set_service(WEB, plan.service(), plan.slices("p2", "p3"))
+    small = dataclasses.replace(sets.connections, size=1)
+    anew = [DelTable(TableRef(family, TABLE)) for family in Family]
+    commands = (
+        AddSet(c.table, small) if isinstance(c, AddSet) and c.set == sets.connections else c
+        for c in (*anew, *planner.take_batch().commands)
+    )
+    assert (await rig.kernel.apply((CommitNft(Batch(tuple(commands))),))).ok
+    assert await rig.who("p4", plan.cluster_ip, 80, times=20) == {"p2", "p3"}
+    assert len(counted(rig, sets.connections)) == 1
 
 
 @both
@@ -323,9 +383,7 @@ async def test_a_large_pool_reaches_all_of_its_endpoints(rig: ServiceRig, family
     await rig.program()
     for _ in range(300):
         await rig.ask("p4", plan.cluster_ip, 80)
-    with open_netlink(rig.fds["node"], NETLINK_NETFILTER) as sock:
-        found = NftClient(sock).elements(TableRef(family, TABLE), sets_of(family).endpoints.name)
-    counts = [packets for _, (packets, _) in found.values()]
+    counts = counted(rig, sets_of(family).connections, family).values()
     assert (len(counts), sum(counts)) == (18, 300)
     assert min(counts) > 0
 
@@ -350,9 +408,10 @@ async def test_damage_is_repaired_and_the_rest_keeps_its_counters(rig: ServiceRi
     assert await rig.who("p4", plan.cluster_ip, 80, times=20) == {"p2", "p3"}
 
 
-@pytest.mark.parametrize("harm", ["another type", "policy drop", "verdicts"])
+@pytest.mark.parametrize("harm", ["another type", "policy drop", "verdicts", "counters"])
 async def test_a_table_of_another_shape_is_made_anew(rig: ServiceRig, harm: str) -> None:
-    """`verdicts`: as podwire once had it, with a chain for each number of endpoints. Connections go on."""
+    """`verdicts`, `counters`: as podwire once had it, with a chain for each number of endpoints, and with endpoints that count.
+    Connections go on."""
     plan = Plan(Family.IPV4)
     await program(rig, plan, "p2")
     table, sets = TableRef(Family.IPV4, TABLE), sets_of(Family.IPV4)
@@ -363,6 +422,8 @@ async def test_a_table_of_another_shape_is_made_anew(rig: ServiceRig, harm: str)
         commands += (AddSet(table, NftSet(sets.services.name, (FieldType.PORT,))),)
     elif harm == "policy drop":
         commands += (AddChain(table, Chain("output", BaseHook("nat", Hook.OUTPUT, -100, drops=True))),)
+    elif harm == "counters":
+        commands += (AddSet(table, dataclasses.replace(sets.endpoints, counters=True)),)
     else:
         once = NftSet(sets.services.name, sets.services.key, verdicts=True, counters=True)
         lead = AddElements(table, once, ((frontend_key(rig.planner.table(WEB).frontends[0]), goto("pick-1")),))
@@ -427,6 +488,7 @@ async def test_nft_shows_the_rules_to_a_human(rig: ServiceRig) -> None:
         "dnat ip to ip daddr . meta l4proto . th dport . numgen random mod 2 map @endpoints",
         "ip saddr 10.244.1.0/24 goto inside",
         "ct status dnat jump rewritten",
+        "add @connections { ct original ip daddr . meta l4proto . ct original proto-dst . ip daddr . th dport }",
         'masquerade fully-random comment "pod to outside the cluster"',
         "reject with tcp reset",
         'fd00:10:96::a . tcp . 80 counter packets 0 bytes 0 comment "shop/web6"',

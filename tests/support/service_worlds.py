@@ -305,13 +305,18 @@ def answer(ruleset: Ruleset, connection: Connection, node: NodeFacts) -> Promise
 
 def _stays(ruleset: Ruleset, connection: Connection, node: NodeFacts, first: list[Result]) -> bool:
     """Whether the next connection goes where the first went, wherever that was."""
-    if not all(any(result.learned.values()) for result in first):
+    if not all(_remembered(result) for result in first):
         return False
     for result in first:
         again = walks(ruleset, connection, node, result.learned)
         if {(r.packet.dst, r.packet.dport) for r in again} != {(result.packet.dst, result.packet.dport)}:
             return False
     return True
+
+
+def _remembered(result: Result) -> bool:
+    """Whether a map tells now where the client went; what is in a set is only counted."""
+    return any(data is not None for elements in result.learned.values() for data in elements.values())
 
 
 def disagreements(cluster: Cluster, ruleset: Ruleset) -> list[str]:

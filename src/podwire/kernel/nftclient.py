@@ -3,12 +3,13 @@
 import errno
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from podwire.kernel.port import KernelError
 from podwire.model.addr import Family
 from podwire.model.nft import (
     AddChain,
+    Afterwards,
     Batch,
     ChainState,
     Data,
@@ -20,6 +21,7 @@ from podwire.model.nft import (
     Ruleset,
     SetRules,
     SetState,
+    Sweep,
     TableRef,
     TableState,
 )
@@ -29,7 +31,7 @@ from podwire.wire.nftables import HeldChains, Unit
 
 _RECEIVE_BYTES = 1 << 16
 _DUMP_ATTEMPTS = 20
-_PRUNE_ATTEMPTS = 20
+_DELETE_ATTEMPTS = 20
 _LOOKUPS, _LOOKUP_BYTES = 64, 1 << 14
 """Requests in one datagram: their answers have to fit the receive buffer."""
 _SO_SNDBUFFORCE = 32
@@ -68,6 +70,8 @@ class NftClient:
         for command in batch.commands:
             if isinstance(command, Prune):
                 self._prune(command)
+            elif isinstance(command, Sweep):
+                self._delete(command, lambda c=command: self.lookup(c.table, c.set, c.keys))  # type: ignore[misc]
 
     def observe(self, table: str) -> Ruleset:
         """The tables of that name in both families, from one moment. Dynamic sets come without their elements."""
@@ -153,10 +157,18 @@ class NftClient:
             yield from (netlink.parse_ack(m) for m in netlink.parse_messages(datagram) if m.type == netlink.NLMSG_ERROR)
 
     def _prune(self, command: Prune) -> None:
-        for _ in range(_PRUNE_ATTEMPTS):
-            length = command.part_length
+        length = command.part_length
+
+        def unwanted() -> Iterator[bytes]:
             found = self.elements(command.table, command.set.name)
-            gone = tuple((key, None) for key, (data, _) in found.items() if command.unwanted(key, data, length))
+            return (key for key, (data, _) in found.items() if command.unwanted(key, data, length))
+
+        self._delete(command, unwanted)
+
+    def _delete(self, command: Afterwards, find: Callable[[], Iterable[bytes]]) -> None:
+        """Delete what `find` finds in a set that packets change."""
+        for _ in range(_DELETE_ATTEMPTS):
+            gone = tuple((key, None) for key in find())
             if not gone:
                 return
             units = list(nftables.encode_batch(Batch((DelElements(command.table, command.set, gone),))))
@@ -167,7 +179,7 @@ class NftClient:
             except KernelError as error:
                 if error.errno != errno.ENOENT:  # ENOENT: one expired since it was read
                     raise
-        raise KernelError(f"nftables map {command.set.name} changed during each of {_PRUNE_ATTEMPTS} attempts", errno.EAGAIN)
+        raise KernelError(f"nftables set {command.set.name} changed during each of {_DELETE_ATTEMPTS} attempts", errno.EAGAIN)
 
     # --- reading ----------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ The names are those of `nft --debug=netlink` and of include/uapi/linux/netfilter
 import enum
 import ipaddress
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -44,6 +44,8 @@ class FieldType(enum.Enum):
     """A host-order number, as `numgen` leaves it in a register; nft prints type `mark` as one."""
     NUMBER = ("integer", 4, 4)
     """A number in network order, which nft prints in decimal."""
+    PRIORITY = ("classid", 4, 23)
+    """`meta priority`: a host-order number, printed as its two halves, in hexadecimal."""
 
     def __init__(self, nft_name: str, length: int, type_id: int) -> None:
         self.nft_name, self.length, self.type_id = nft_name, length, type_id
@@ -63,6 +65,9 @@ class FieldType(enum.Enum):
                 return str(int.from_bytes(packed, "big"))
             case FieldType.INDEX:
                 return str(int.from_bytes(packed, sys.byteorder))
+            case FieldType.PRIORITY:
+                number = int.from_bytes(packed, sys.byteorder)
+                return f"{number >> 16:x}:{number & 0xFFFF:x}"
 
 
 PROTOCOL_NAMES = {1: "icmp", 6: "tcp", 17: "udp", 58: "ipv6-icmp", 132: "sctp"}
@@ -129,7 +134,7 @@ class Rule:
 class NftSet:
     """A set, or a map if `data` or `verdicts` is set. Never holds its elements.
 
-    `interval`: keys are ranges. `timeout_s`: elements are added by packets (`dynamic`) and expire; 0: fixed elements.
+    `interval`: keys are ranges. `dynamic`: packets add the elements; with `timeout_s` they expire.
     A `key` of no fields: a set that somebody else made, with types that ours never have.
     `counters`: every element counts packets and bytes. `size`: most elements, 0 for the kernel's default."""
 
@@ -141,10 +146,7 @@ class NftSet:
     timeout_s: int = 0
     counters: bool = False
     size: int = 0
-
-    @property
-    def dynamic(self) -> bool:
-        return self.timeout_s > 0
+    dynamic: bool = False
 
     @property
     def is_map(self) -> bool:
@@ -294,32 +296,51 @@ class ReplaceElements:
 
 @dataclass(frozen=True, slots=True)
 class Prune:
-    """Delete from a dynamic map what packets left there and is no longer wanted.
+    """Delete from a dynamic set what packets left there and is no longer wanted.
 
-    `keep`: part of the key, found at byte `offset` → the data that may stay under it. Elements under any other part stay,
-    unless `others` is set. Carried out after the transaction: what is added meanwhile is made by the new rules."""
+    `keep`: part of the key, found at byte `offset` → the data that may stay under it; in a set, what follows in the key.
+    Elements under any other part stay, unless `others` is set. Carried out after the transaction: what is added meanwhile is
+    made by the new rules. It looks at every element."""
 
     table: TableRef
     set: NftSet
     offset: int
-    keep: Mapping[bytes, frozenset[bytes]]
+    keep: Mapping[bytes, Collection[bytes]]
     others: bool = False
 
     def unwanted(self, key: bytes, data: Data, length: int) -> bool:
         """Whether an element goes; `length` is that of the part."""
-        kept = self.keep.get(key[self.offset : self.offset + length])
-        return self.others if kept is None else data not in kept
+        end = self.offset + length
+        kept = self.keep.get(key[self.offset : end])
+        return self.others if kept is None else (key[end:] if data is None else data) not in kept
 
     @property
     def part_length(self) -> int:
         return len(next(iter(self.keep), b""))
 
     def __str__(self) -> str:
-        return f"prune map {self.table} {self.set.name} ({len(self.keep)} keys{' and all others' if self.others else ''})"
+        kind = "map" if self.set.is_map else "set"
+        return f"prune {kind} {self.table} {self.set.name} ({len(self.keep)} keys{' and all others' if self.others else ''})"
 
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Delete those of `keys` that packets left in a dynamic set. Carried out after the transaction; looks at no other."""
+
+    table: TableRef
+    set: NftSet
+    keys: tuple[bytes, ...]
+
+    def __str__(self) -> str:
+        return f"sweep set {self.table} {self.set.name} ({len(self.keys)} keys)"
+
+
+Afterwards = Prune | Sweep
+"""What is carried out after the transaction."""
 
 Command = (
-    AddTable | DelTable | AddChain | SetRules | DelChain | AddSet | DelSet | AddElements | DelElements | ReplaceElements | Prune
+    AddTable | DelTable | AddChain | SetRules | DelChain | AddSet | DelSet | AddElements | DelElements | ReplaceElements
+    | Afterwards
 )  # fmt: skip
 
 _SHOWN = 5
@@ -424,7 +445,7 @@ class _Draft:
             case DelChain(_, name):
                 self._chain(ref, name)
                 del self._chain_book(ref)[name]
-            case Prune():
+            case Prune() | Sweep():
                 self._set(ref, command.set.name)
             case AddSet(_, of):
                 if self._set_book(ref).setdefault(of.name, SetState(of)).set != of:

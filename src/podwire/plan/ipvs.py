@@ -66,8 +66,8 @@ class IpvsPlanner(ServiceLedger["IpvsMaps"]):
         servers = {key: server for maps in self._maps.values() for key, server in maps.take_servers().items()}
         phases = [order_changes(maps.table, *maps.take_changes()) for maps in self._maps.values()]
         commands = [command for phase in zip(*phases, strict=True) for part in phase for command in part]
-        prunes = [prune for maps in self._maps.values() if (prune := maps.take_prune())]
-        return IpvsChanges(servers, Batch((*commands, *prunes)))
+        leavings = [command for maps in self._maps.values() for command in maps.take_leavings()]
+        return IpvsChanges(servers, Batch((*commands, *leavings)))
 
     def resync(self, observed: Ruleset) -> Batch:
         """From the nftables that the kernel holds to what is desired now. Everything then counts as taken."""

@@ -1,8 +1,8 @@
 """Services → nftables elements, incrementally: one Service changed costs what it holds, not what exists."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
-from podwire.model.nft import Batch, Command, Ruleset
+from podwire.model.nft import Afterwards, Batch, Ruleset
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.nftdiff import diff_ruleset, order_changes
 from podwire.plan.serviceledger import ServiceLedger
@@ -25,7 +25,7 @@ class ServicePlanner(ServiceLedger[FamilyMaps]):
         """The smallest transaction from what was last taken to what is desired now; empty (falsy) if there is none."""
         phases = [order_changes(maps.table, *maps.take_changes()) for maps in self._maps.values()]
         ordered = [command for phase in zip(*phases, strict=True) for commands in phase for command in commands]
-        return Batch((*ordered, *self._prunes()))
+        return Batch((*ordered, *self._leavings()))
 
     def resync(self, observed: Ruleset) -> Batch:
         """The smallest transaction from what the kernel holds to what is desired now, which then counts as taken."""
@@ -34,11 +34,11 @@ class ServicePlanner(ServiceLedger[FamilyMaps]):
             maps.take_changes()
         batch = diff_ruleset(self.desired(), observed)
         stale = any(maps.table in observed.tables for maps in self._maps.values())
-        return batch + Batch(tuple(self._prunes(everything=True))) if stale and batch else batch
+        return batch + Batch(tuple(self._leavings(everything=True))) if stale and batch else batch
 
     def desired(self) -> Ruleset:
         """All that the kernel shall hold."""
         return Ruleset({maps.table: maps.state() for maps in self._maps.values()})
 
-    def _prunes(self, *, everything: bool = False) -> Iterable[Command]:
-        return [p for maps in self._maps.values() if (p := maps.take_prune(everything=everything))]
+    def _leavings(self, *, everything: bool = False) -> Iterator[Afterwards]:
+        return (command for maps in self._maps.values() for command in maps.take_leavings(everything=everything))

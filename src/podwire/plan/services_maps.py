@@ -6,7 +6,7 @@ to the end: a change of one endpoint moves two or three elements, whatever the p
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
@@ -17,6 +17,7 @@ from podwire.model.nft import (
     AddChain,
     AddSet,
     AddTable,
+    Afterwards,
     ChainState,
     Command,
     Data,
@@ -26,6 +27,7 @@ from podwire.model.nft import (
     Ruleset,
     SetRules,
     SetState,
+    Sweep,
     TableState,
 )
 from podwire.model.servicetable import Frontend, FrontendKind, NodeFacts
@@ -49,6 +51,10 @@ from podwire.plan.services_rules import (
 )
 
 _ABSENT: Final = object()
+
+_DEPARTED_MOST = 512
+"""So many endpoints may have left before the kernel forgets what was counted of them. One that comes back by then counts on,
+and the change that reaches the number costs some milliseconds instead of each a little more."""
 
 
 @lru_cache(maxsize=1 << 16)
@@ -259,7 +265,9 @@ class FamilyMaps:
         self._sticky = self._books["sticky"]
         self._numbers = NumberBook(family)
         self._programmed: dict[bytes, Programmed] = {}
-        self._prune: dict[bytes, frozenset[bytes]] = {}
+        self._prune: dict[bytes, Collection[bytes]] = {}
+        self._departed: dict[bytes, None] = {}
+        """Keys of `connections` of which nothing is programmed any more."""
         self._built = False
 
     # --- programming ------------------------------------------------------------------------------------------
@@ -293,9 +301,17 @@ class FamilyMaps:
         self._flags(key, old.frontend if old else None, frontend)
         if old is not None:
             self._release(old)
+            self._depart(key, {*old.cluster, *old.local}.difference(new.cluster, new.local))
             if old.frontend.affinity_s:
                 self._forget(key, old, new)
+        if self._departed:
+            for data in (*new.cluster, *new.local):
+                self._departed.pop(key + data, None)
         self._programmed[key] = new
+
+    def _depart(self, key: bytes, backends: Iterable[bytes]) -> None:
+        for data in backends:
+            self._departed[key + data] = None
 
     def _move(self, book: ElementBook, key: bytes, old: Sequence[bytes], new: Sequence[bytes]) -> None:
         for index, data in enumerate(new):
@@ -355,6 +371,7 @@ class FamilyMaps:
             self._books["source-ranges"].drop(key + first + key + last)
         if old.frontend.affinity_s:
             self._prune[key] = frozenset()
+        self._depart(key, (*old.cluster, *old.local))
         self._release(old)
         del self._programmed[key]
 
@@ -382,7 +399,8 @@ class FamilyMaps:
     # --- results ----------------------------------------------------------------------------------------------
 
     def take_changes(self) -> tuple[list[Command], RuleChanges, list[ElementChanges]]:
-        """(what has to exist first, numbered rules, elements) changed since the last call; affinities: `take_prune`."""
+        """(what has to exist first, numbered rules, elements) changed since the last call; what packets left behind:
+        `take_leavings`."""
         creates: list[Command] = []
         rules = self._numbers.take()
         if not self._built:
@@ -405,16 +423,23 @@ class FamilyMaps:
             *(SetRules(self.table, name, found) for name, found in rules.items()),
         ]
 
-    def take_prune(self, *, everything: bool = False) -> Prune | None:
-        """Which affinities have to go. `everything`: those of all frontends are checked, and those of unknown ones go."""
-        offset = self._sets.affinity.key[0].padded
-        if everything:
-            sticky = {k: p for k, p in self._programmed.items() if p.frontend.affinity_s}
-            self._prune = {k: frozenset((*p.cluster, *p.local)) for k, p in sticky.items()}
+    def take_leavings(self, *, everything: bool = False) -> list[Afterwards]:
+        """Which affinities and counts have to go. `everything`: those of all frontends are checked, and those of unknown ones
+        go."""
+        table, affinity, connections = self.table, self._sets.affinity, self._sets.connections
+        offset = affinity.key[0].padded
         prune, self._prune = self._prune, {}
-        if not prune and not everything:
-            return None
-        return Prune(self.table, self._sets.affinity, offset, prune, others=everything)
+        departed = self._departed
+        if everything or len(departed) >= _DEPARTED_MOST:
+            self._departed = {}
+        if everything:
+            served = {key: (*p.cluster, *p.local) if p.local else p.cluster for key, p in self._programmed.items()}
+            sticky = {key: served[key] for key, p in self._programmed.items() if p.frontend.affinity_s}
+            return [Prune(table, affinity, offset, sticky, others=True), Prune(table, connections, 0, served, others=True)]
+        leavings: list[Afterwards] = [Prune(table, affinity, offset, prune)] if prune else []
+        if len(departed) >= _DEPARTED_MOST:
+            leavings.append(Sweep(table, connections, tuple(departed)))
+        return leavings
 
     def state(self) -> TableState:
         chains = {c.name: ChainState(c) for c in fixed_chains()}

@@ -9,8 +9,8 @@ Named in order of a packet's way:
     output     ─► (source ranges) ─► inside
     inside     ─► in `services`? pick ─► refuse, drop
     pick       ─► where this client went before ; `pools` says N? one of N `endpoints` ; refuse
-    postrouting ─► rewritten? remember (affinity), rewritten (masquerade) ; leaving-pods (masquerade out of the cluster)
-    input      ─► rewritten? remember (affinity)
+    postrouting ─► rewritten? remember (count, affinity), rewritten (masquerade) ; leaving-pods (masquerade out of the cluster)
+    input      ─► rewritten? remember (count, affinity)
 """
 
 import ipaddress
@@ -62,6 +62,9 @@ _INSIDE, _REWRITTEN = "inside", "rewritten"
 _AFFINITY_SIZE = 1 << 20
 _AFFINITY_DEFAULT_S = 10800
 """Kubernetes' default; every element says its own."""
+
+_CONNECTIONS_SIZE = 1 << 20
+"""Pairs of frontends and endpoints. What comes when it is full is not counted."""
 
 _LOCAL_CLIENTS, _LOCAL_CLIENT_S = 1 << 16, 2
 """Addresses that a pod of this node used: noted where its packet comes in, asked for where the same packet goes out."""
@@ -125,7 +128,8 @@ class Sets:
     """All sets and maps of one family's table.
 
     `services` and `outside` hold the frontends and count their connections; `pools` and `local_pools` say out of how many
-    indices to draw one of its `endpoints` or `local_endpoints`; `sticky`: for how many seconds its clients stay."""
+    indices to draw one of its `endpoints` or `local_endpoints`; `connections` counts those that one of these got; `sticky`:
+    for how many seconds its clients stay."""
 
     services: NftSet
     outside: NftSet
@@ -133,6 +137,7 @@ class Sets:
     local_endpoints: NftSet
     pools: NftSet
     local_pools: NftSet
+    connections: NftSet
     affinity: NftSet
     sticky: NftSet
     masquerade: NftSet
@@ -145,9 +150,9 @@ class Sets:
 
     def all(self) -> tuple[NftSet, ...]:
         return (
-            self.endpoints, self.local_endpoints, self.pools, self.local_pools, self.affinity, self.sticky, self.masquerade,
-            self.keep_source, self.hairpin, self.cluster_ips, self.local_clients, self.source_ranges, self.restricted,
-            self.services, self.outside,
+            self.endpoints, self.local_endpoints, self.pools, self.local_pools, self.connections, self.affinity, self.sticky,
+            self.masquerade, self.keep_source, self.hairpin, self.cluster_ips, self.local_clients, self.source_ranges,
+            self.restricted, self.services, self.outside,
         )  # fmt: skip
 
 
@@ -160,17 +165,20 @@ def sets_of(family: Family) -> Sets:
     return Sets(
         services=NftSet("services", frontend, counters=True),
         outside=NftSet("outside", frontend, counters=True),
-        endpoints=NftSet("endpoints", indexed, data=backend, counters=True),
-        local_endpoints=NftSet("local-endpoints", indexed, data=backend, counters=True),
+        endpoints=NftSet("endpoints", indexed, data=backend),
+        local_endpoints=NftSet("local-endpoints", indexed, data=backend),
         pools=NftSet("pools", frontend, data=number),
         local_pools=NftSet("local-pools", frontend, data=number),
-        affinity=NftSet("affinity", (ip, *frontend), data=backend, timeout_s=_AFFINITY_DEFAULT_S, size=_AFFINITY_SIZE),
+        connections=NftSet("connections", (*frontend, *backend), counters=True, size=_CONNECTIONS_SIZE, dynamic=True),
+        affinity=NftSet(
+            "affinity", (ip, *frontend), data=backend, timeout_s=_AFFINITY_DEFAULT_S, size=_AFFINITY_SIZE, dynamic=True
+        ),
         sticky=NftSet("sticky", frontend, data=number),
         masquerade=NftSet("masquerade", frontend),
         keep_source=NftSet("keep-source", frontend),
         hairpin=NftSet("hairpin", (ip, ip)),
         cluster_ips=NftSet("cluster-ips", (ip,)),
-        local_clients=NftSet("local-clients", (ip,), timeout_s=_LOCAL_CLIENT_S, size=_LOCAL_CLIENTS),
+        local_clients=NftSet("local-clients", (ip,), timeout_s=_LOCAL_CLIENT_S, size=_LOCAL_CLIENTS, dynamic=True),
         restricted=NftSet("restricted", frontend),
         source_ranges=NftSet("source-ranges", (*frontend, ip), interval=True),
     )
@@ -312,7 +320,7 @@ def numbered_rules(family: Family, in_use: Mapping[str, Collection[int]]) -> dic
         )
         for chain in (PICK, PICK_LOCAL)
     }
-    rules[REMEMBER] = tuple(_remember(family, seconds) for seconds in sorted(in_use[REMEMBER]))
+    rules[REMEMBER] = (_count(family), *(_remember(family, seconds) for seconds in sorted(in_use[REMEMBER])))
     return rules
 
 
@@ -360,6 +368,15 @@ def _known(family: Family) -> Rule:
     sticky = (Lookup(sets.sticky.name, f.addr, dreg=0), Cmp(CmpOp.NEQ, 0, pack_number(0)))
     rewrite = Dnat(family_is_ipv6=family is Family.IPV6, reg_address=backend, reg_port=backend + f.addr)
     return Rule((f.saddr(0), *f.frontend(f.addr), known, *sticky, rewrite), "where this client went before")
+
+
+def _count(family: Family) -> Rule:
+    """Of ours alone: others' rules rewrite, too, and what IPVS leads is counted by IPVS."""
+    f, sets = Fields(family), sets_of(family)
+    backend = f.frontend_registers
+    ours = (Lookup(sets.pools.name, 0, dreg=backend), Cmp(CmpOp.NEQ, backend, pack_number(0)))
+    load = (*destination_rewritten(), *f.original_frontend(), *ours, *f.backend(backend))
+    return Rule((*load, Dynset(DynsetOp.ADD, sets.connections.name, 0)), "connections of each endpoint")
 
 
 def _remember(family: Family, seconds: int) -> Rule:

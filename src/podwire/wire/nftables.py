@@ -4,6 +4,7 @@ Layout: linux/netfilter/nf_tables.h and nfnetlink.h. A transaction is one datagr
 """
 
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from podwire.model.nft import (
     ReplaceElements,
     Rule,
     SetRules,
+    Sweep,
     TableRef,
 )  # fmt: skip
 from podwire.model.nftexpr import Counter, Verdict
@@ -76,6 +78,9 @@ _DATA_TYPE_VERDICT = 0xFFFFFF00
 _TYPE_BITS = 6
 _ELEM_KEY, _ELEM_DATA, _ELEM_USERDATA, _ELEM_EXPR, _ELEM_KEY_END = 1, 2, 6, 7, 10
 _UDATA_COMMENT = 0
+_UDATA_KEY_ORDER, _UDATA_DATA_ORDER = 0, 1
+_HOST_ORDER = (1).to_bytes(4, sys.byteorder)
+"""libnftables' BYTEORDER_HOST_ENDIAN."""
 _COMMENT_MAX = 127
 _POLICY_DROP, _POLICY_ACCEPT = 0, 1
 _ATTR = struct.Struct("=HH")
@@ -113,7 +118,7 @@ HeldChains = Mapping[tuple[TableRef, str], Sequence[HeldRule]]
 
 
 def encode_batch(batch: Batch, held: HeldChains | None = None) -> Iterator[Unit]:
-    """Every command as one or more units, in order; large element lists make several, a `Prune` none.
+    """Every command as one or more units, in order; large element lists make several, what comes afterwards none.
 
     `held`: what some chains hold now; they are edited, others are written anew."""
     chains = dict(held or {})
@@ -129,7 +134,7 @@ def encode_batch(batch: Batch, held: HeldChains | None = None) -> Iterator[Unit]
         elif isinstance(command, DelChain):
             head = attr_str(1, command.table.name) + attr_str(3, command.name)
             yield Unit((_flush_message(command.table, command.name), _message(DELCHAIN, 0, command.table, head)), command)
-        elif not isinstance(command, Prune):
+        elif not isinstance(command, Prune | Sweep):
             yield Unit((_encode_object(command, index + 1),), command)
 
 
@@ -218,7 +223,7 @@ def _set_flags(of: NftSet) -> int:
     if of.interval:
         flags |= _SET_INTERVAL | (_SET_CONCAT if len(of.key) > 1 else 0)
     if of.dynamic:
-        flags |= _SET_TIMEOUT | _SET_EVAL
+        flags |= _SET_EVAL | (_SET_TIMEOUT if of.timeout_s else 0)
     return flags
 
 
@@ -236,9 +241,19 @@ def _set_attrs(of: NftSet, ident: int) -> list[bytes]:
     attrs.append(attr_be32(10, ident))
     if of.timeout_s:
         attrs.append(attr_be64(11, of.timeout_s * 1000))
+    if orders := _byte_orders(of):
+        attrs.append(attr(13, orders))
     if of.counters:
         attrs.append(encode_expression(Counter(), type=17))
     return attrs
+
+
+def _byte_orders(of: NftSet) -> bytes:
+    """What libnftables has to be told to print a host-order number that is a key or data alone (else it knows)."""
+    alone = ((_UDATA_KEY_ORDER, of.key), (_UDATA_DATA_ORDER, of.data))
+    return b"".join(
+        bytes((kind, 4)) + _HOST_ORDER for kind, fields in alone if len(fields) == 1 and fields[0] is FieldType.PRIORITY
+    )
 
 
 def _element_units(command: AddElements | DelElements | ReplaceElements) -> Iterator[Unit]:
@@ -397,11 +412,10 @@ def decode_set(msg: Message) -> tuple[str, NftSet | None]:
     if key is None or data is None:
         return table, NftSet(as_str(a[2]), ())
     desc = parse_attrs(a.get(9, b""))
-    timeout = as_be(a.get(11, b"\0")) // 1000
     return table, NftSet(
         name=as_str(a[2]), key=key, data=data, verdicts=verdicts, interval=bool(flags & _SET_INTERVAL),
-        timeout_s=timeout if flags & _SET_EVAL else 0, counters=bool(flags & _SET_EXPR) or 17 in a,
-        size=as_be(desc.get(1, b"\0")),
+        timeout_s=as_be(a.get(11, b"\0")) // 1000, counters=bool(flags & _SET_EXPR) or 17 in a,
+        size=as_be(desc.get(1, b"\0")), dynamic=bool(flags & _SET_EVAL),
     )  # fmt: skip
 
 

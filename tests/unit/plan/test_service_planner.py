@@ -20,6 +20,7 @@ from podwire.model.nft import (
     ReplaceElements,
     Ruleset,
     SetRules,
+    Sweep,
     TableRef,
 )
 from podwire.model.objects import EndpointSlice, Service
@@ -173,7 +174,7 @@ def test_affinity_notes_where_clients_go_and_forgets_what_is_gone() -> None:
     planner.set_service(key("web"), *web(3, **spec))
     state = taken(planner).tables[IPV4]
     assert set(state.sets["sticky"].elements.values()) == {pack_number(60)}
-    assert len(state.chains["remember"].rules) == 1
+    assert len(state.chains["remember"].rules) == 2
     assert state.chains["pick"].rules[0].comment == "where this client went before"
 
     planner.set_service(key("web"), *web(4, **spec))
@@ -188,6 +189,51 @@ def test_affinity_notes_where_clients_go_and_forgets_what_is_gone() -> None:
     assert prune.unwanted(client + front, gone, prune.part_length)
     assert not prune.unwanted(client + front, there, prune.part_length)
     assert not prune.unwanted(client + bytes(len(front)), gone, prune.part_length)
+
+
+def test_counts_of_endpoints_that_left_go_in_lots_and_of_those_that_came_back_stay() -> None:
+    planner = ServicePlanner(FACTS)
+    whole, others = web(250), ("other", "another")
+    planner.set_service(key("web"), *whole)
+    for number, name in enumerate(others):
+        planner.set_service(key(name), *web(200, clusterIP=f"10.96.1.{number}", name=name))
+    planner.take_batch()
+    planner.set_service(key("web"), *web(100, first=151))
+    planner.take_batch()
+    planner.set_service(key("web"), *whole)
+    for name in others:
+        planner.set_service(key(name), None)
+    assert not sweeps(planner.take_batch()), "400 have left, 150 are back"
+    planner.set_service(key("web"), *web(130, first=121))
+    (sweep,) = sweeps(planner.take_batch())
+    assert sweep.set == sets_of(Family.IPV4).connections
+    assert len(sweep.keys) == 520
+    front, port = bytes((10, 96, 0, 10, 6, 0, 0, 0, 0, 80, 0, 0)), b"\x1f\x90\0\0"
+    assert front + bytes((10, 244, 1, 2)) + port in sweep.keys
+    assert front + bytes((10, 244, 121, 2)) + port not in sweep.keys
+    assert not sweeps(planner.take_batch())
+
+
+def sweeps(batch: Batch) -> list[Sweep]:
+    return [command for command in batch.commands if isinstance(command, Sweep)]
+
+
+def test_a_comparison_that_finds_a_fault_drops_the_counts_of_what_nobody_serves() -> None:
+    planner = ServicePlanner(FACTS)
+    planner.set_service(key("web"), *web(2))
+    kernel = taken(planner)
+    state = kernel.tables[IPV4].sets["services"]
+    repair = planner.resync(kernel.apply(Batch((DelElements(IPV4, state.set, tuple(state.elements.items())),))))
+    counts = sets_of(Family.IPV4).connections
+    (prune,) = [c for c in repair.commands if isinstance(c, Prune) and c.set == counts and c.table == IPV4]
+    front, port = bytes((10, 96, 0, 10, 6, 0, 0, 0, 0, 80, 0, 0)), b"\x1f\x90\0\0"
+
+    def goes(key: bytes) -> bool:
+        return prune.unwanted(key, None, prune.part_length)
+
+    assert not goes(front + bytes((10, 244, 1, 2)) + port)
+    assert goes(front + bytes((10, 244, 3, 2)) + port)
+    assert goes(bytes((10, 96, 0, 11)) + front[4:] + bytes((10, 244, 1, 2)) + port)
 
 
 def test_two_owners_of_one_address_the_winner_does_not_depend_on_the_order() -> None:

@@ -26,6 +26,7 @@ from podwire.model.nft import (
     ReplaceElements,
     Rule,
     SetRules,
+    Sweep,
     TableRef,
 )
 from podwire.model.nftexpr import (
@@ -35,6 +36,7 @@ from podwire.model.nftexpr import (
     Bitwise,
     Cmp,
     CmpOp,
+    Constant,
     Counter,
     Ct,
     CtKey,
@@ -52,6 +54,7 @@ from podwire.model.nftexpr import (
     Payload,
     PayloadBase,
     Reject,
+    SetMeta,
     Unknown,
     goto,
     jump,
@@ -91,6 +94,7 @@ def lookups(draw: st.DrawFn) -> Lookup:
 expressions: st.SearchStrategy[Expression] = st.one_of(
     st.builds(Payload, st.sampled_from(PayloadBase), st.integers(0, 255), st.integers(1, 16), registers),
     st.builds(Meta, st.sampled_from(MetaKey), registers),
+    st.builds(SetMeta, st.sampled_from(MetaKey), registers),
     st.builds(Ct, st.sampled_from(CtKey), registers, st.booleans()),
     st.builds(Cmp, st.sampled_from(CmpOp), registers, values),
     bitwise(),
@@ -99,6 +103,7 @@ expressions: st.SearchStrategy[Expression] = st.one_of(
     st.builds(Dnat, st.booleans(), registers, registers),
     st.builds(Masquerade, st.booleans()),
     st.builds(Immediate, verdicts),
+    st.builds(Constant, values, registers),
     st.builds(Dynset, st.sampled_from(DynsetOp), names, registers, st.none() | registers, st.integers(0, 86400)),
     st.sampled_from((Reject(True, False), Reject(False, False), Reject(False, True))),
     st.just(Counter()),
@@ -156,7 +161,8 @@ def test_chain_and_rule_round_trip() -> None:
         NftSet("plain", KEY),
         NftSet("verdicts", KEY, verdicts=True),
         NftSet("ranges", (*KEY, FieldType.IPV4), interval=True),
-        NftSet("dynamic", (FieldType.IPV6, FieldType.PROTO), data=(FieldType.IPV6, FieldType.PORT), timeout_s=60, size=4096),
+        NftSet("kept", (FieldType.IPV6, FieldType.PROTO), data=(FieldType.IPV6,), timeout_s=60, size=4096, dynamic=True),
+        NftSet("counted", KEY, counters=True, size=4096, dynamic=True),
         NftSet("indexed", (*KEY, FieldType.INDEX), data=(FieldType.IPV4, FieldType.PORT)),
     ],
     ids=lambda of: of.name,
@@ -230,8 +236,8 @@ def test_many_elements_are_cut_into_messages_and_a_replacement_is_never_split() 
 
 
 def test_pruning_is_no_message() -> None:
-    of = NftSet("m", KEY, data=(FieldType.IPV4, FieldType.PORT), timeout_s=5)
-    assert not list(nftables.encode_batch(Batch((Prune(TABLE, of, 4, {}),))))
+    of = NftSet("m", KEY, data=(FieldType.IPV4, FieldType.PORT), timeout_s=5, dynamic=True)
+    assert not list(nftables.encode_batch(Batch((Prune(TABLE, of, 4, {}), Sweep(TABLE, of, (bytes(12),))))))
 
 
 def test_batches_read_well() -> None:

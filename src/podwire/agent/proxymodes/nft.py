@@ -8,7 +8,7 @@ from podwire.agent.proxymodes.port import Connections
 from podwire.kernel.port import Kernel, KernelError
 from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
-from podwire.model.nft import Batch, DelTable, TableRef
+from podwire.model.nft import Batch, DelTable, TableRef, packed_length
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.ops import CommitNft
 from podwire.model.proxymode import ProxyMode
@@ -18,9 +18,6 @@ from podwire.plan.services import TABLE, ServicePlanner
 from podwire.plan.services_rules import sets_of
 
 log = logging.getLogger(__name__)
-
-_INDEX_BYTES = 4
-"""What follows a frontend's key in an endpoint's."""
 
 _FEW = 200
 """So many Services are read back one by one; for more, reading everything is cheaper."""
@@ -83,18 +80,18 @@ async def remove_tables(kernel: Kernel, name: str) -> bool:
 
 
 async def count_connections(kernel: Kernel, name: str, *, endpoints: bool) -> Connections:
-    """By the counters of the elements that connections were looked up by, in the tables of that name."""
+    """By the counters of the elements that connections were looked up by, or that they made, in the tables of that name."""
     frontends: dict[bytes, int] = {}
     chosen: dict[tuple[bytes, bytes], int] = {}
     for family in Family:
         sets, table = sets_of(family), TableRef(family, name)
-        for of in (sets.endpoints, sets.local_endpoints) if endpoints else (sets.services, sets.outside):
-            for key, (data, (packets, _)) in (await kernel.count_nft(table, of)).items():
-                if not endpoints:
+        at = packed_length(sets.services.key)
+        for of in (sets.connections,) if endpoints else (sets.services, sets.outside):
+            for key, (_, (packets, _)) in (await kernel.count_nft(table, of)).items():
+                if endpoints:
+                    chosen[key[:at], key[at:]] = packets
+                else:
                     frontends[key] = frontends.get(key, 0) + packets
-                elif isinstance(data, bytes):
-                    pair = key[:-_INDEX_BYTES], data
-                    chosen[pair] = chosen.get(pair, 0) + packets
     return Connections(frontends, chosen)
 
 
