@@ -21,6 +21,7 @@ from podwire.model.nftexpr import (
     Bitwise,
     Cmp,
     CmpOp,
+    Constant,
     Counter,
     Ct,
     CtKey,
@@ -38,6 +39,7 @@ from podwire.model.nftexpr import (
     Payload,
     PayloadBase,
     Reject,
+    SetMeta,
     Unknown,
     Verdict,
     VerdictCode,
@@ -57,6 +59,9 @@ def follow(ruleset: Ruleset, packet: Packet, machine: Machine, *, locally_made: 
     for hook in rest:
         if result.fate is not Fate.PASS:
             break
+        if hook is Hook.FORWARD and packet.family is Family.IPV4:
+            # ip_forward() sets it by the type of service, which is none here.
+            result = replace(result, packet=replace(result.packet, priority=0))
         knows = replace(machine, learned=both(machine.learned, result.learned))
         after = run_hook(ruleset, hook, result.packet, knows, original=packet, rewritten=result.rewritten)
         result = join(result, after)
@@ -169,6 +174,10 @@ class _Run:
         match e:
             case Payload() | Meta() | Ct() | Numgen() | FibSaddrType():
                 return self._store(e.dreg, self._load(e))
+            case Constant(data, dreg):
+                return self._store(dreg, data)
+            case SetMeta(key, sreg):
+                return self._set_meta(key, int.from_bytes(self._read(sreg, 4), sys.byteorder))
             case Cmp(op, sreg, data):
                 return (self._read(sreg, len(data)) == data) is (op is CmpOp.EQ)
             case Bitwise(sreg, dreg, mask, xor):
@@ -186,6 +195,16 @@ class _Run:
                 return self._act(e)
             case Unknown(name):
                 raise ValueError(f"an {name} expression cannot be evaluated")
+
+    def _set_meta(self, key: MetaKey, value: int) -> bool:
+        match key:
+            case MetaKey.PRIORITY:
+                self.packet = replace(self.packet, priority=value)
+            case MetaKey.MARK:
+                self.packet = replace(self.packet, mark=value)
+            case MetaKey.IIFNAME | MetaKey.L4PROTO:
+                raise ValueError(f"no rule can set meta {key.name.lower()}")
+        return True
 
     def _act(self, e: Dnat | Masquerade | Reject) -> _Stop:
         match e:
@@ -224,6 +243,8 @@ class _Run:
                 return self.packet.iif.encode().ljust(IFNAMSIZ, b"\0")
             case Meta(MetaKey.MARK, _):
                 return self.packet.mark.to_bytes(4, sys.byteorder)
+            case Meta(MetaKey.PRIORITY, _):
+                return self.packet.priority.to_bytes(4, sys.byteorder)
             case Ct(key, _, _):
                 return self._conntrack(key)
             case Numgen(_, modulus):

@@ -31,6 +31,7 @@ from podwire.model.nftexpr import (
     RETURN,
     Cmp,
     CmpOp,
+    Constant,
     Dnat,
     Immediate,
     Lookup,
@@ -38,6 +39,7 @@ from podwire.model.nftexpr import (
     MetaKey,
     Payload,
     PayloadBase,
+    SetMeta,
     Unknown,
     goto,
     jump,
@@ -148,6 +150,24 @@ def test_the_first_table_that_rewrites_wins() -> None:
         ruleset = ruleset.apply(Batch(commands))
     result = run_hook(ruleset, Hook.PREROUTING, PACKET, Machine())
     assert (str(result.packet.dst), result.packet.dport, result.rewritten) == ("10.0.0.7", 8080, True)
+
+
+@pytest.mark.parametrize("key", [MetaKey.PRIORITY, MetaKey.MARK])
+def test_what_a_rule_sets_later_rules_and_hooks_see(key: MetaKey) -> None:
+    number = b"\1\2\3\4"
+    note = Rule((Constant(number, 0), SetMeta(key, 0)), "set")
+    seen = Rule((Meta(key, 3), Cmp(CmpOp.EQ, 3, number), Immediate(DROP)), "seen")
+    assert walked(rules(base=(seen, note, seen))) == (Fate.DROP, ["set", "seen"])
+    late = (AddChain(TABLE, Chain("late", BaseHook("filter", Hook.POSTROUTING, 0))), SetRules(TABLE, "late", (seen,)))
+    ruleset = rules(base=(note,)).apply(Batch(late))
+    # On its way through an IPv4 router, the priority becomes that of the packet's type of service.
+    passed = Fate.PASS if key is MetaKey.PRIORITY else Fate.DROP
+    assert follow(ruleset, PACKET, Machine()).fate is passed
+
+
+def test_a_device_cannot_be_set() -> None:
+    with pytest.raises(ValueError, match="meta iifname"):
+        walked(rules(base=(Rule((Constant(bytes(4), 0), SetMeta(MetaKey.IIFNAME, 0))),)))
 
 
 def test_what_it_does_not_know_it_does_not_guess() -> None:
