@@ -94,7 +94,8 @@ def _addresses(family: Family) -> Iterator[Op]:
     ours, theirs = _FAR_GATEWAY[family]
     bits = 24 if family is Family.IPV4 else 64
     yield AddAddress(Address("cni0", ipaddress.ip_interface(f"{gateway}/{bits}")))
-    yield _host(family, "eth0", _in(family, "198.18.0.11"))
+    for text in _NODE[:2]:
+        yield _host(family, "eth0", _in(family, text))
     yield _host(family, "far0", ours)
     for place, texts in _HOLDERS.items():
         for text in texts:

@@ -15,6 +15,7 @@ Every case also exists with each address turned into IPv6 (`to_ipv6`), unless it
       packets:
         - {from: local-pod, to: 10.96.0.10 80/TCP, reaches: [10.244.1.2 8080], source: kept}
         - {from: node, to: 10.96.0.10 81/TCP, fate: tcp reset}
+        - {from: outside, to: 203.0.113.1 81/TCP, reaches: [203.0.113.1 81], ipvs: tcp reset}     # IPVS differs by design
 
 `endpoints: {count: 1000}` stands for 10.244.1.1, 10.244.1.2, …, and so does `reaches: {count: 1000, port: 8080}`.
 """
@@ -81,7 +82,8 @@ def to_ipv6(text: str) -> str:
 
 @dataclass(frozen=True)
 class Expectation:
-    """A packet, and its fate: where it may arrive, or how it is refused. `source`: "kept", "masqueraded", or "": either."""
+    """A packet, and its fate: where it may arrive, or how it is refused. `source`: "kept", "masqueraded", or "": either.
+    `ipvs`: its fate there, where that is another by design."""
 
     label: str
     packet: Packet
@@ -89,6 +91,7 @@ class Expectation:
     reaches: frozenset[tuple[str, int]]
     fate: str
     source: str
+    ipvs: str = ""
 
 
 class Fed(Protocol):
@@ -174,6 +177,8 @@ def _items() -> Iterator[tuple[str, Family, dict[str, Any]]]:
 def facts_of(short: dict[str, Any]) -> NodeFacts:
     """`FACTS` with what a case says otherwise. `local_sources: cluster`: every pod counts as one of this node."""
     changed = {**short, "local_sources": FACTS.cluster_cidrs} if short.get("local_sources") == "cluster" else {**short}
+    if "node_ips" in changed:
+        changed["node_ips"] = tuple(map(ipaddress.ip_address, changed["node_ips"]))
     if "local_interfaces" in changed:
         changed["local_interfaces"] = tuple(changed["local_interfaces"])
     return replace(FACTS, **changed)
@@ -191,8 +196,9 @@ def _expectation(item: dict[str, Any], family: Family) -> Expectation:
         reaches = [f"{ip} {reaches['port']}" for ip in _many(reaches["count"], family)]
     arrives = frozenset((a, int(p)) for a, p in (text.split() for text in reaches))
     label = f"{item['from']} → {item['to']}"
+    made_here = item["from"] in ("node", "loopback")
     return Expectation(
-        label, packet, item["from"] in ("node", "loopback"), arrives, item.get("fate", "pass"), item.get("source", "")
+        label, packet, made_here, arrives, item.get("fate", "pass"), item.get("source", ""), item.get("ipvs", "")
     )
 
 
