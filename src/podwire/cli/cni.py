@@ -1,5 +1,7 @@
 """`podwire cni`: the plugin where container engines look for it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -38,10 +40,19 @@ def install(
     from podwire.cni.install import PLUGIN_NAME, check_network, install_configuration, install_plugin
 
     check_network(network)
-    try:
+    with _writing(bin_dir, "--bin-dir"):
         how = install_plugin(bin_dir, cni_socket, compiled=not interpreted)
-        click.echo(f"{bin_dir / PLUGIN_NAME} ({how}), for an agent on {cni_socket}")
-        if not no_conf:
-            click.echo(str(install_configuration(conf_dir, network, priority=priority, mtu=mtu)))
+    click.echo(f"{bin_dir / PLUGIN_NAME} ({how}), for an agent on {cni_socket}")
+    if not no_conf:
+        with _writing(conf_dir, "--conf-dir"):
+            written = install_configuration(conf_dir, network, priority=priority, mtu=mtu)
+        click.echo(str(written))
+
+
+@contextmanager
+def _writing(directory: Path, option: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise click.ClickException(f"{error.filename or bin_dir} cannot be written: {error.strerror}") from error
+        message = f"{directory} cannot be written ({error.strerror}): run this as root, or choose with {option}"
+        raise click.ClickException(message) from error

@@ -1,9 +1,11 @@
 """From a lab's name to a client of its API server. Imports what is heavy only when called."""
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from podwire.lab.state import LabDirectory, state_root
+from podwire.model.errors import InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -22,15 +24,24 @@ def with_client(name: str, work: "Callable[[ApiClient], Awaitable[T]]") -> T:
     """Run `work` on a client of the lab that is up under this name. Raises LabError when there is none."""
     directory = lab_directory(name)
     directory.live_record()
+    return with_kubeconfig(directory.kubeconfig, work)
+
+
+def with_kubeconfig(path: Path, work: "Callable[[ApiClient], Awaitable[T]]") -> T:
+    """Run `work` on a client of the cluster that a kubeconfig names. Raises InvalidInput where that cannot be used."""
     import asyncio
 
+    from podwire.client.errors import Unauthorized
     from podwire.client.kubeconfig import client_from_kubeconfig
 
     async def run() -> T:
-        async with client_from_kubeconfig(directory.kubeconfig) as client:
+        async with client_from_kubeconfig(path) as client:
             return await work(client)
 
-    return asyncio.run(run())
+    try:
+        return asyncio.run(run())
+    except Unauthorized as error:
+        raise InvalidInput(f"{path}: the API server does not take these credentials; get a new kubeconfig for it") from error
 
 
 async def ask_lab(client: "ApiClient", method: str, path: str) -> bytes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from podwire.cli.node import CNI_SOCKET, state_option
+from podwire.cli.table import print_table
 from podwire.model.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -46,9 +47,7 @@ def list_reservations(state: Path, output: str) -> None:
     for d in documents:
         holder = f"{d['namespace']}/{d['name']}"
         rows.append([d["address"], holder, d["since"][:19], d.get("container", "")[:12], d.get("interface", "")])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(*rows)
 
 
 @ipam.command()
@@ -105,7 +104,10 @@ async def _take_over(folders: list[Path], state: Path) -> int:
     from podwire.agent.reservations import Owner, Reservations
     from podwire.agent.takeover import host_local_reservations
 
-    os.makedirs(state, exist_ok=True, mode=0o700)
+    try:
+        os.makedirs(state, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise InvalidInput(f"{state} cannot be made ({error.strerror}); say where the agent's --state-dir is") from error
     lock = NodeLock(state)
     book = Reservations(state / FILE_NAME)
     now, boot, count = datetime.now(UTC), read_machine().boot_id, 0

@@ -13,6 +13,7 @@ from podwire.cli.connect import ask_lab, lab_directory, with_client
 from podwire.cli.fault import fault
 from podwire.cli.options import files_option, lab_option, make_spec, name_argument, spec_options
 from podwire.cli.progress import Progress, counted
+from podwire.cli.table import print_table
 from podwire.lab.errors import LabError
 from podwire.lab.spec import LAB_MODES, MAX_NODES
 from podwire.model.errors import PodwireError
@@ -120,6 +121,8 @@ def down(lab_name: str, lab_argument: str, every: bool) -> None:
 
     root = lab_directory(lab_name).path.parent
     directories = [d for d, _ in labs(root)] if every else [lab_directory(lab_argument or lab_name)]
+    if not directories:
+        click.echo("no lab is up", err=True)
     for directory in directories:
         directory.end()
         directory.remove()
@@ -139,9 +142,9 @@ def list_labs(output: str) -> None:
     if output == "json":
         click.echo(json.dumps(rows, indent=2))
         return
-    click.echo(f"{'NAME':<20} {'PID':>8}  {'NODES':>5}  {'SERVER':<24} KUBECONFIG")
-    for row in rows:
-        click.echo(f"{row['name']:<20} {row['pid']:>8}  {len(row['nodes']):>5}  {row['server']:<24} {row['kubeconfig']}")
+    table = [["NAME", "PID", "NODES", "SERVER", "KUBECONFIG"]]
+    table += [[row["name"], str(row["pid"]), str(len(row["nodes"])), row["server"], row["kubeconfig"]] for row in rows]
+    print_table(*table)
 
 
 def _row(directory: "LabDirectory", record: "LabRecord") -> dict[str, Any]:

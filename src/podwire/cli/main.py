@@ -1,5 +1,6 @@
 """The `podwire` command. Only click and the standard library load before a command runs: `--help` has to be quick."""
 
+import sys
 from typing import Any
 
 import click
@@ -15,12 +16,17 @@ from podwire.cli.paths import demo, paths
 from podwire.cli.proxy import proxy
 from podwire.cli.server import server, token
 from podwire.cli.status import status, wait
+from podwire.cli.terminal import suit_encoding
 from podwire.cli.verify import verify
 from podwire.model.errors import PodwireError
 
 
 class _Root(click.Group):
     """Turns the errors that podwire raises on purpose into one line and exit status 1."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        suit_encoding((sys.stdout, sys.stderr))
+        return super().main(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -30,6 +36,7 @@ class _Root(click.Group):
 
 
 @click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, message="podwire %(version)s", help="Print podwire's version, and end.")
 def main() -> None:
     """The Kubernetes network as one program, with real packets on the Linux kernel.
 

@@ -1,10 +1,13 @@
 """Steps with their times: live on a terminal, plain lines elsewhere. Goes to stderr, so that stdout stays for machines."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TextIO
+
+from podwire.cli.terminal import has_colours, is_live
 
 
 class Progress:
@@ -12,7 +15,8 @@ class Progress:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stderr
-        self._live = self._stream.isatty()
+        self._live = is_live(self._stream, os.environ)
+        self._colours = has_colours(self._stream, os.environ)
         self._status: Any = None
 
     @contextmanager
@@ -36,7 +40,7 @@ class Progress:
 
     def done(self, text: str, seconds: float, mark: str = "✓") -> None:
         line = f"{mark} {text}  {_duration(seconds)}"
-        if self._live:
+        if self._colours:
             colour = "32" if mark == "✓" else "31"
             line = f"\x1b[{colour}m{mark}\x1b[0m {text}  \x1b[2m{_duration(seconds)}\x1b[0m"
         self._stream.write(line + "\n")

@@ -93,13 +93,13 @@ async def _clean_up_kube_proxy() -> None:
 
 def load(options: Invocation) -> ProxyConfig:
     """The configuration with the flags on top. Raises InvalidInput."""
-    text, source = "", "flags"
+    text, source = b"", "flags"
     if options.config_file is not None:
         source = str(options.config_file)
         try:
-            text = options.config_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInput(f"{source}: cannot be read ({error}); --config needs a KubeProxyConfiguration") from error
+            text = options.config_file.read_bytes()
+        except OSError as error:
+            raise InvalidInput(f"{source}: cannot be read ({error.strerror}); give a KubeProxyConfiguration") from error
     config, warnings = parse_proxy_config(text, source, options.overrides)
     for warning in warnings:
         log.warning("%s", warning)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from podwire.client.api import ApiClient
     from podwire.hosts.server import ServerOptions
 
 DATA_DIR = Path("/var/lib/podwire/server")
@@ -161,23 +162,20 @@ def token(data: Path, ttl: float, only: bool) -> None:
     authority, so a joining machine trusts no other; it is a Secret bootstrap-token-<id> in kube-system, and deleting that ends
     it.
     """
-    import asyncio
-
     from podwire.apiserver.pki import fingerprint
-    from podwire.client.kubeconfig import client_from_kubeconfig
+    from podwire.cli.connect import with_kubeconfig
     from podwire.hosts.tokens import create_token, server_urls
 
     kubeconfig, ca = data / "admin.kubeconfig", data / "pki" / "ca.crt"
     if not (kubeconfig.exists() and ca.exists()):
         raise click.ClickException(f"{data} is no server's data directory: say which with --data-dir")
 
-    async def make() -> tuple[str, str]:
-        async with client_from_kubeconfig(kubeconfig) as client:
-            life = timedelta(hours=ttl) if ttl else None
-            made = await create_token(client, fingerprint(ca.read_bytes()), datetime.now(UTC), life)
-            return ",".join(await server_urls(client)), str(made)
+    async def make(client: "ApiClient") -> tuple[str, str]:
+        life = timedelta(hours=ttl) if ttl else None
+        made = await create_token(client, fingerprint(ca.read_bytes()), datetime.now(UTC), life)
+        return ",".join(await server_urls(client)), str(made)
 
-    urls, made = asyncio.run(make())
+    urls, made = with_kubeconfig(kubeconfig, make)
     click.echo(made if only else f"podwire join {urls} --token {made}")
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from podwire.cli.connect import with_client
+from podwire.cli.connect import with_client, with_kubeconfig
 from podwire.cli.options import lab_option
+from podwire.cli.table import print_table
 
 if TYPE_CHECKING:
     from podwire.client.api import ApiClient
@@ -83,25 +84,12 @@ def wait(lab_name: str, kubeconfig: Path | None, service: str, namespace: str, t
 
 
 def _with(lab_name: str, kubeconfig: Path | None, work: "Callable[[ApiClient], Any]") -> Any:
-    if kubeconfig is None:
-        return with_client(lab_name, work)
-    import asyncio
-
-    from podwire.client.kubeconfig import client_from_kubeconfig
-
-    async def run() -> Any:
-        async with client_from_kubeconfig(kubeconfig) as client:
-            return await work(client)
-
-    return asyncio.run(run())
+    return with_client(lab_name, work) if kubeconfig is None else with_kubeconfig(kubeconfig, work)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("NAMESPACE", "SERVICE", "PROGRAMMED", "LATE", "NOT READY", box=None, pad_edge=False)
+    table = [["NAMESPACE", "SERVICE", "PROGRAMMED", "LATE", "NOT READY"]]
     for row in rows:
         done = f"{len(row['programmed'])}/{len(row['programmed']) + len(row['late'])}" if not row["why"] else row["why"]
-        table.add_row(row["namespace"], row["name"], done, ", ".join(row["late"]), ", ".join(row["absent"]))
-    Console().print(table)
+        table.append([row["namespace"], row["name"], done, ", ".join(row["late"]), ", ".join(row["absent"])])
+    print_table(*table)

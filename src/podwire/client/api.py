@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 
 from podwire.client.errors import ApiError, Gone, TooManyRequests, Unavailable, error_from_status
+from podwire.client.reasons import why_no_answer
 from podwire.client.servers import Servers, never_sent
 from podwire.client.sockets import SocketFactory, open_socket
 from podwire.model.meta import Json
@@ -417,7 +418,7 @@ class ApiClient:
     def _failed(self, server: str, error: Exception) -> Unavailable:
         """Go on with the next server, if there is one. Of one that keeps its connections and says nothing, no stream can be
         expected to say anything either: all are broken off."""
-        why = str(error) or type(error).__name__
+        why = why_no_answer(error)
         changed = self._servers.failed(server, why)
         if changed and isinstance(error, TimeoutError) and not never_sent(error):
             for source, content in tuple(self._flows):

@@ -41,6 +41,7 @@ from podwire.client.etcdmessages import (
     error_from,
     operation_document,
 )
+from podwire.client.reasons import why_no_answer
 from podwire.client.sockets import SocketFactory, open_socket
 from podwire.model.errors import InvalidInput
 
@@ -360,7 +361,7 @@ def _refusal(data: bytes, status: int, endpoint: str) -> EtcdError:
 
 
 def _no_answer(endpoint: str, error: Exception, *, sent: bool) -> EtcdUnavailable:
-    words = str(error) or type(error).__name__
+    words = why_no_answer(error)
     return EtcdUnavailable(words, f"etcd at {endpoint} did not answer ({words})", sent=sent)
 
 

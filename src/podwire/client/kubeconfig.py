@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from podwire.client.api import ApiClient
 from podwire.model.errors import InvalidInput
+from podwire.model.yamltext import parse_yaml
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where a pod finds its account: ca.crt, namespace, token (which the kubelet replaces before it expires)."""
@@ -24,6 +23,8 @@ def client_from_kubeconfig(
     """The client that kubectl with `--kubeconfig path --context context --server server` would be. Raises InvalidInput."""
     document = _load(path)
     context = context or str(document.get("current-context") or "")
+    if not context:
+        raise InvalidInput(f"{path}: no context is chosen; set current-context (kubectl config use-context)")
     chosen = _named(document, "contexts", "context", context, path)
     cluster = _named(document, "clusters", "cluster", str(chosen.get("cluster", "")), path)
     user = _named(document, "users", "user", str(chosen["user"]), path) if chosen.get("user") else {}
@@ -79,21 +80,23 @@ class TokenFile:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text())
+        content = path.read_bytes()
     except OSError as error:
         raise InvalidInput(f"{path}: cannot be read ({error.strerror}); give the path of a kubeconfig file") from error
-    except yaml.YAMLError as error:
-        raise InvalidInput(f"{path}: is not YAML ({error})") from error
+    documents = parse_yaml(content, str(path))
+    document = documents[0] if documents else None
     if not isinstance(document, dict):
         raise InvalidInput(f"{path}: is not a kubeconfig file; it must be a YAML mapping with clusters, users and contexts")
     return document
 
 
 def _named(document: dict[str, Any], section: str, field: str, name: str, path: Path) -> dict[str, Any]:
-    for entry in document.get(section) or ():
-        if entry.get("name") == name:
+    listed = document.get(section)
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    for entry in entries:
+        if entry.get("name") == name and isinstance(entry.get(field) or {}, dict):
             return dict(entry.get(field) or {})
-    known = ", ".join(str(entry.get("name")) for entry in document.get(section) or ()) or "none"
+    known = ", ".join(str(entry.get("name")) for entry in entries) or "none"
     raise InvalidInput(f"{path}: {section} has no entry named {name!r}; it has: {known}")
 
 
@@ -107,9 +110,9 @@ def _tls(cluster: dict[str, Any], user: dict[str, Any], base: Path) -> ssl.SSLCo
     authority = _bytes(cluster, "certificate-authority", base)
     try:
         context = ssl.create_default_context(cadata=authority.decode() if authority else None)
-    except ssl.SSLError as error:
+    except (ssl.SSLError, UnicodeDecodeError) as error:
         raise InvalidInput(
-            "the kubeconfig's certificate-authority-data is no PEM certificate; take it from the cluster again"
+            "the kubeconfig's certificate-authority is no PEM certificate; take it from the cluster again"
         ) from error
     if cluster.get("insecure-skip-tls-verify"):
         context.check_hostname = False
@@ -123,9 +126,16 @@ def _tls(cluster: dict[str, Any], user: dict[str, Any], base: Path) -> ssl.SSLCo
 def _bytes(section: dict[str, Any], field: str, base: Path) -> bytes | None:
     """`<field>-data` (base64) or the content of the file `<field>`, relative to the kubeconfig's directory."""
     if section.get(f"{field}-data"):
-        return base64.b64decode(section[f"{field}-data"])
+        try:
+            return base64.b64decode(str(section[f"{field}-data"]))
+        except ValueError as error:
+            raise InvalidInput(f"the kubeconfig's {field}-data is no base64; take it from the cluster again") from error
     if section.get(field):
-        return (base / str(section[field])).read_bytes()
+        file = base / str(section[field])
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise InvalidInput(f"{file}: the kubeconfig's {field} cannot be read ({error.strerror})") from error
     return None
 
 

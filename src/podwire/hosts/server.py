@@ -20,6 +20,7 @@ from podwire.apiserver.config import KubeletAccess, ServerConfig
 from podwire.apiserver.server import ApiServer, Listener
 from podwire.client.api import ApiClient
 from podwire.client.etcd import EtcdClient, etcd_tls
+from podwire.client.reasons import in_system_words
 from podwire.controllers.config import ClusterCidr, ControllersConfig
 from podwire.controllers.leader import ElectionTimes, LeaderElection
 from podwire.controllers.run import run_controllers
@@ -192,7 +193,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=512)
     except OSError as error:
         where = f"{host or 'all addresses'}, port {port}"
-        raise HostError(f"the API server cannot listen on {where} ({error.strerror}); choose with --listen") from error
+        raise HostError(f"the API server cannot listen on {where} ({in_system_words(error)}); choose with --listen") from error
 
 
 def _listen_inside(data: Path) -> socket.socket:

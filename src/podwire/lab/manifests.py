@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import yaml
 
 from podwire.client.api import ApiClient, PatchKind
 from podwire.client.errors import ApiError, NotFound
 from podwire.model.errors import InvalidInput
 from podwire.model.meta import Json
 from podwire.model.resources import Resource
+from podwire.model.yamltext import parse_yaml
 
 FIELD_MANAGER = "kubectl"
 """Who `kubectl apply --server-side` is."""
@@ -53,25 +53,24 @@ def manifest_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def load_manifests(paths: Iterable[Path]) -> list[Document]:
-    """All objects in the files, in order, Lists opened up. Raises InvalidInput that names file and document."""
+    """All objects in the files, in order, Lists opened up; one at least. Raises InvalidInput that names file and document."""
+    paths = list(paths)
     documents: list[Document] = []
     for path in manifest_files(paths):
         try:
-            text = path.read_text()
+            text = path.read_bytes()
         except OSError as error:
             raise InvalidInput(f"{path} cannot be read: {error.strerror}") from error
         documents += parse_manifest(text, str(path))
+    if not documents:
+        raise InvalidInput(f"nothing to apply: {', '.join(map(str, paths))} holds no object")
     return documents
 
 
-def parse_manifest(text: str, source: str) -> list[Document]:
+def parse_manifest(text: str | bytes, source: str) -> list[Document]:
     """The objects of one multi-document YAML (or JSON) text. Raises InvalidInput."""
-    try:
-        parts = list(yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-    except yaml.YAMLError as error:
-        raise InvalidInput(f"{source} is not YAML: {' '.join(str(error).split())}") from error
     documents: list[Document] = []
-    for number, part in enumerate(parts, start=1):
+    for number, part in enumerate(parse_yaml(text, source), start=1):
         if part is not None:
             documents += _opened(part, f"{source}, document {number}")
     return documents

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
-import yaml
 
 from podwire.model.addr import IPAddress, IPNetwork
 from podwire.model.errors import InvalidInput
 from podwire.model.nulls import without_nulls
 from podwire.model.objects import View
 from podwire.model.proxymode import ProxyMode
+from podwire.model.yamltext import parse_yaml
 
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
 HEALTHZ_PORT, METRICS_PORT = 10256, 10249
@@ -170,14 +170,13 @@ WITHOUT_EFFECT = frozenset(
 """Known fields that need nothing here: other back ends', other systems', or how kube-proxy works inside."""
 
 
-def parse_proxy_config(text: str, source: str, overrides: Mapping[str, Any] | None = None) -> tuple[ProxyConfig, list[str]]:
+def parse_proxy_config(
+    text: str | bytes, source: str, overrides: Mapping[str, Any] | None = None
+) -> tuple[ProxyConfig, list[str]]:
     """The configuration in `text` (YAML or JSON; empty for none), and warnings about fields that nobody knows.
 
     overrides: {"field.subfield": value} on top. Raises InvalidInput that names `source` and the field."""
-    try:
-        documents = [one for one in yaml.safe_load_all(text) if one is not None]
-    except yaml.YAMLError as error:
-        raise InvalidInput(f"{source}: is not YAML ({error})") from error
+    documents = [one for one in parse_yaml(text, source) if one is not None]
     if len(documents) > 1:
         raise InvalidInput(f"{source}: has {len(documents)} YAML documents; there can be one KubeProxyConfiguration")
     document = documents[0] if documents else {}

@@ -48,7 +48,8 @@ def test_help_is_a_reference(path: tuple[str, ...], command: click.Command) -> N
 
 
 def test_version() -> None:
-    assert CliRunner().invoke(main, ["version"]).output == f"podwire {podwire.__version__}\n"
+    for asked in ("version", "--version"):
+        assert CliRunner().invoke(main, [asked]).output == f"podwire {podwire.__version__}\n"
 
 
 @pytest.mark.parametrize(

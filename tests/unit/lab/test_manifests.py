@@ -30,7 +30,7 @@ def test_json_is_yaml() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "x.yaml is not YAML"),
+        ("a: [", r"x.yaml: is not YAML \(line 2, column 1: "),
         ("just text", "x.yaml, document 1 is no Kubernetes object"),
         ("kind: Pod", "needs apiVersion and kind"),
         (f"{POD}---\napiVersion: v1\nkind: Pod\n", r"x.yaml, document 2 \(Pod\) has no metadata.name"),
