@@ -91,7 +91,7 @@ def test_users_keep_their_name_in_the_namespaces(tmp_path: Path, env: dict[str, 
         def test_it(tmp_path):
             assert getpass.getuser() == {env.get("USER", pwd.getpwuid(os.getuid()).pw_name)!r}
     """
-    done, output = run(tmp_path, source, env=env)
+    done, output = run(tmp_path, source, env={**env, "PYTEST_DEBUG_TEMPROOT": str(tmp_path)})
     assert done == 0, output
 
 
