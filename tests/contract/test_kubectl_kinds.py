@@ -416,3 +416,35 @@ async def test_server_side_dry_run_changes_nothing(kubectl: Kubectl) -> None:
     await kubectl("create service nodeport web --tcp=80:80 --node-port=30080 --dry-run=server")
     await kubectl("create service nodeport web --tcp=80:80 --node-port=30080")
     assert 'pods "solo" not found' in await kubectl.fails("get pod solo")
+
+
+async def test_ranges_and_addresses_of_services(kubectl: Kubectl) -> None:
+    more = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "ServiceCIDR",
+        "metadata": {"name": "more"},
+        "spec": {"cidrs": ["10.112.0.0/24"]},
+    }
+    assert await kubectl("create -f -", more) == "servicecidr.networking.k8s.io/more created\n"
+    assert "field is immutable" in await kubectl.fails("apply -f -", {**more, "spec": {"cidrs": ["10.113.0.0/24"]}})
+    await kubectl("create service clusterip web --tcp=80 --clusterip=10.112.0.3")
+    lines = [line.split() for line in (await kubectl("get servicecidrs")).splitlines()]
+    assert lines[0] == ["NAME", "CIDRS", "AGE"]
+    assert [line[:2] for line in lines[1:]] == [["kubernetes", "10.96.0.0/12,fd00:10:96::/112"], ["more", "10.112.0.0/24"]]
+    assert [line.split() for line in (await kubectl("get ip")).splitlines()] == [
+        ["NAME", "PARENTREF"],
+        ["10.112.0.3", "services/default/web"],
+        ["10.96.0.1", "services/default/kubernetes"],
+    ]
+    assert "10.112.0.3" in await kubectl("get ipaddresses -l ipaddress.kubernetes.io/ip-family=IPv4 -o name")
+    assert "GROUP:      networking.k8s.io" in await kubectl("explain ipaddress.spec.parentRef")
+    assert "cidrs" in await kubectl("explain servicecidr.spec")
+    assert "Parent Ref" in await kubectl("describe ipaddress 10.112.0.3")
+    assert "10.112.0.0/24" in await kubectl("describe servicecidr more")
+    await kubectl("delete servicecidr more --wait=false")
+    assert (await kubectl.get("servicecidr more"))["metadata"]["deletionTimestamp"]
+    resources = await kubectl("api-resources --api-group=networking.k8s.io --no-headers")
+    assert [line.split() for line in resources.splitlines()] == [
+        ["ipaddresses", "ip", "networking.k8s.io/v1", "false", "IPAddress"],
+        ["servicecidrs", "networking.k8s.io/v1", "false", "ServiceCIDR"],
+    ]

@@ -1,30 +1,32 @@
 """Service addresses and node ports: who gets which, without duplicates.
 
-An allocation is a key in the store, one for each address and port, written in the same commit as the Service that holds it
-and expected absent: so no two can have it, whatever runs in parallel. The allocator keeps the same in memory, to choose by;
-what it hands out is reserved at once, until `settle` or `abandon`.
+An allocation is a key in the store, one for each address (its IPAddress object) and port, written in the same commit as the
+Service that holds it and expected absent: so no two can have it, whatever runs in parallel. The commit also checks that the
+ServiceCIDR which an address is from is still as it was: none is given out of one that is about to go. The allocator keeps the
+same in memory, to choose by; what it hands out is reserved at once, until `settle` or `abandon`.
 
-Bands and texts: kube-apiserver. Dynamic choice takes the upper band first, so that fixed wishes find the lower one free.
+Bands and texts: kube-apiserver. Dynamic choice takes the upper bands first, so that fixed wishes find the lower ones free.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import NamedTuple
 
+from podwire.apiserver.addressranges import Choose, FamilyAddresses, Source, free_number, static_band
 from podwire.apiserver.ipfamilies import family_of, settle_families
+from podwire.apiserver.storage import prefix_of
 from podwire.apiserver.validation import FieldError, Path, invalid
+from podwire.model.addr import IPNetwork
 from podwire.model.errors import PodwireError
 from podwire.model.meta import Json
+from podwire.model.resources import IPADDRESSES
 
-PREFIX = "/registry/ranges/"
-IP_PREFIX = PREFIX + "serviceips/"
-PORT_PREFIX = PREFIX + "servicenodeports/"
+IP_PREFIX = prefix_of(IPADDRESSES)
+PORT_PREFIX = "/registry/ranges/servicenodeports/"
 
 _SPEC = Path() / "spec"
-
-Choose = Callable[[int], int]
-"""n → a number in 0..n-1; random in production."""
 
 
 class AllocationFailed(PodwireError):
@@ -41,7 +43,8 @@ class RangeFull(PodwireError):
 
 @dataclass(frozen=True)
 class ServiceRanges:
-    """`cluster`: one network for each family, the primary family's first. `node_ports`: as in range(30000, 32768)."""
+    """What the server is started with. `cluster`: one network for each family, the primary family's first: it says which
+    families Services have; where addresses come from is said by the ServiceCIDRs. `node_ports`: as in range(30000, 32768)."""
 
     cluster: tuple[IPv4Network | IPv6Network, ...]
     node_ports: range
@@ -52,11 +55,13 @@ class ServiceRanges:
 
 
 class Allocation(NamedTuple):
-    """What to commit together: the Service, keys that must be absent and are put, keys that are deleted."""
+    """What to commit together: the Service, keys that must be absent and are put, keys that are deleted, and the ServiceCIDRs
+    that must be as they were."""
 
     service: Json
     acquire: tuple[str, ...]
     release: tuple[str, ...]
+    sources: tuple[Source, ...] = ()
 
 
 def ip_key(address: str) -> str:
@@ -82,55 +87,32 @@ def held(service: Json | None) -> set[str]:
     return keys
 
 
-def static_band(size: int, divisor: int, least: int, most: int) -> int:
-    """How many of `size` from the start are left to fixed wishes: size/divisor within least..most; none if too few."""
-    return 0 if size < least else min(max(least, size // divisor), most)
+class _Ports:
+    """The node ports of the range, of which some are taken."""
 
-
-class _Pool:
-    """Numbers 0..size-1, of which some are taken."""
-
-    def __init__(self, size: int, band: int) -> None:
-        self._size, self._band = size, band
+    def __init__(self, ports: range) -> None:
+        self.ports = ports
+        self._split = ports.start + static_band(len(ports), 32, 16, 128)
         self.taken: set[int] = set()
 
     def pick(self, choose: Choose) -> int | None:
-        """A free number: the upper band from a random start, then the lower; None when all are taken."""
-        if len(self.taken) >= self._size:
+        """A free one: of the upper band, else of the lower; None when all are taken."""
+        if len(self.taken) >= len(self.ports):
             return None
-        for low, high in ((self._band, self._size), (0, self._band)):
-            span = high - low
-            start = choose(span) if span else 0
-            for step in range(span):
-                number = low + (start + step) % span
-                if number not in self.taken:
-                    return number
-        return None
+        upper = free_number(self.taken, self._split, self.ports.stop, choose)
+        return free_number(self.taken, self.ports.start, self._split, choose) if upper is None else upper
+
+    def mark(self, port: int, *, taken: bool) -> None:
+        if port in self.ports:
+            (self.taken.add if taken else self.taken.discard)(port)
 
 
-class _AddressPool(_Pool):
-    def __init__(self, network: IPv4Network | IPv6Network) -> None:
-        # Kubernetes hands out neither the first address nor, in IPv4, the broadcast address
-        size = max(0, network.num_addresses - (2 if network.version == 4 else 1))
-        super().__init__(size, static_band(size, 16, 16, 256))
-        self.network = network
-        self._base = int(network.network_address) + 1
+class _Reserved:
+    """What one plan has taken so far."""
 
-    def offset(self, address: str) -> int | None:
-        parsed = ip_address(address)
-        if parsed.version != self.network.version:
-            return None
-        offset = int(parsed) - self._base
-        return offset if 0 <= offset < self._size else None
-
-    def address(self, offset: int) -> str:
-        return str(self.network[offset + 1])
-
-
-class _PortPool(_Pool):
-    def __init__(self, ports: range) -> None:
-        super().__init__(len(ports), static_band(len(ports), 32, 16, 128))
-        self.ports = ports
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+        self.sources: dict[str, Source] = {}
 
 
 class ServiceAllocator:
@@ -138,8 +120,19 @@ class ServiceAllocator:
 
     def __init__(self, ranges: ServiceRanges, choose: Choose) -> None:
         self._ranges, self._choose = ranges, choose
-        self._addresses = {f"IPv{n.version}": _AddressPool(n) for n in ranges.cluster}
-        self._ports = _PortPool(ranges.node_ports)
+        self._addresses = {family: FamilyAddresses() for family in ("IPv4", "IPv6")}
+        self._ports = _Ports(ranges.node_ports)
+
+    def set_range(self, source: Source, networks: Iterable[IPNetwork]) -> None:
+        """A ServiceCIDR gives addresses out of these networks from now on, at most one a family; none: it does not."""
+        given = {f"IPv{network.version}": network for network in networks}
+        for family, addresses in self._addresses.items():
+            addresses.set_range(source, given.get(family))
+
+    def drop_ranges(self) -> None:
+        """There is no ServiceCIDR."""
+        for addresses in self._addresses.values():
+            addresses.drop_ranges()
 
     def load(self, keys: Iterable[str]) -> None:
         """Marks what the store's keys hold as taken."""
@@ -156,14 +149,15 @@ class ServiceAllocator:
         errors = settle_families(spec, (old or {}).get("spec"), self._ranges.families)
         if errors:
             raise AllocationFailed(errors)
-        reserved: set[str] = set()
+        reserved = _Reserved()
         try:
             self._assign_addresses(spec, before, reserved)
             self._assign_ports(spec, before, reserved)
         except (AllocationFailed, RangeFull):
-            self._forget(reserved)
+            self._forget(reserved.keys)
             raise
-        return Allocation(service, tuple(sorted(reserved)), tuple(sorted(before - held(service))))
+        released = tuple(sorted(before - held(service)))
+        return Allocation(service, tuple(sorted(reserved.keys)), released, tuple(reserved.sources.values()))
 
     def release(self, old: Json) -> Allocation:
         """The keys to delete with a Service."""
@@ -179,17 +173,12 @@ class ServiceAllocator:
 
     def start_over(self, prefix: str, keys: Iterable[str]) -> None:
         """Of the addresses (IP_PREFIX) or the ports (PORT_PREFIX), exactly what the store's keys hold is taken."""
-        pools: tuple[_Pool, ...] = tuple(self._addresses.values()) if prefix == IP_PREFIX else (self._ports,)
-        for pool in pools:
-            pool.taken.clear()
+        if prefix == IP_PREFIX:
+            for addresses in self._addresses.values():
+                addresses.clear()
+        else:
+            self._ports.taken.clear()
         self.load(keys)
-
-    def repair(self, keys: Iterable[str], services: Iterable[Json]) -> tuple[list[str], list[str]]:
-        """Keys to put (held by a Service, not in the store) and to delete (held by none), for start-up."""
-        stored, wanted = set(keys), set[str]().union(*(held(service) for service in services))
-        self._forget(stored - wanted)
-        self.load(wanted)
-        return sorted(wanted - stored), sorted(stored - wanted)
 
     def follow(self, key: str, *, taken: bool) -> None:
         """The store says that `key` is there, or is not: another server may have taken it, or given it back."""
@@ -197,7 +186,7 @@ class ServiceAllocator:
 
     # --- addresses
 
-    def _assign_addresses(self, spec: Json, before: set[str], reserved: set[str]) -> None:
+    def _assign_addresses(self, spec: Json, before: set[str], reserved: _Reserved) -> None:
         if spec.get("type") == "ExternalName" or spec.get("clusterIP") == "None":
             return
         wished = list(spec.get("clusterIPs") or [])
@@ -206,30 +195,32 @@ class ServiceAllocator:
             if key not in before:
                 self._take_address(address, wished, reserved)
         for family in spec.get("ipFamilies", [])[len(wished) :]:
-            pool = self._addresses[family]
-            offset = pool.pick(self._choose)
-            if offset is None:
+            found = self._addresses[family].pick(self._choose)
+            if found is None:
                 raise RangeFull("failed to allocate a serviceIP: range is full")
-            wished.append(pool.address(offset))
-            self._reserve(ip_key(wished[-1]), reserved)
+            number, source = found
+            address = str(IPv4Address(number) if family == "IPv4" else IPv6Address(number))
+            wished.append(address)
+            self._reserve_address(IP_PREFIX + address, number, source, reserved)
         spec["clusterIPs"], spec["clusterIP"] = wished, wished[0]
 
-    def _take_address(self, address: str, wished: list[str], reserved: set[str]) -> None:
-        pool = self._addresses[family_of(address)]
-        offset = pool.offset(address)
-        problem = ""
-        if offset is None:
-            problem = f"the provided IP ({address}) is not in the valid range. The range of valid IPs is {pool.network}"
-        elif offset in pool.taken:
-            problem = "provided IP is already allocated"
-        if problem:
-            text = f"failed to allocate IP {address}: {problem}"
-            raise AllocationFailed([invalid(_SPEC / "clusterIPs", wished, text)])
-        self._reserve(ip_key(address), reserved)
+    def _take_address(self, address: str, wished: list[str], reserved: _Reserved) -> None:
+        addresses = self._addresses[family_of(address)]
+        number = int(ip_address(address))
+        source = addresses.source_of(number)
+        if source is not None and number not in addresses.taken:
+            self._reserve_address(ip_key(address), number, source, reserved)
+            return
+        problem = "provided IP is already allocated"
+        if source is None:
+            valid = ", ".join(map(str, addresses.networks))
+            problem = f"the provided IP ({address}) is not in the valid range. The range of valid IPs is {valid}"
+        text = f"failed to allocate IP {address}: {problem}"
+        raise AllocationFailed([invalid(_SPEC / "clusterIPs", wished, text)])
 
     # --- node ports
 
-    def _assign_ports(self, spec: Json, before: set[str], reserved: set[str]) -> None:
+    def _assign_ports(self, spec: Json, before: set[str], reserved: _Reserved) -> None:
         kind = spec.get("type")
         if kind not in ("NodePort", "LoadBalancer"):
             return
@@ -248,52 +239,48 @@ class ServiceAllocator:
             else:
                 spec["healthCheckNodePort"] = self._pick_port("HealthCheck NodePort", reserved)
 
-    def _take_port(self, port: int, at: Path, before: set[str], reserved: set[str]) -> None:
+    def _take_port(self, port: int, at: Path, before: set[str], reserved: _Reserved) -> None:
         key = port_key(port)
-        if key in before or key in reserved:
+        if key in before or key in reserved.keys:
             return
         ports = self._ports.ports
         if port not in ports:
             text = f"provided port is not in the valid range. The range of valid ports is {ports[0]}-{ports[-1]}"
             raise AllocationFailed([invalid(at, port, text)])
-        if port - ports.start in self._ports.taken:
+        if port in self._ports.taken:
             raise AllocationFailed([invalid(at, port, "provided port is already allocated")])
-        self._reserve(key, reserved)
+        self._reserve_port(port, reserved)
 
-    def _pick_port(self, what: str, reserved: set[str]) -> int:
-        offset = self._ports.pick(self._choose)
-        if offset is None:
+    def _pick_port(self, what: str, reserved: _Reserved) -> int:
+        port = self._ports.pick(self._choose)
+        if port is None:
             raise RangeFull(f"failed to allocate a {what}: range is full")
-        port = self._ports.ports[offset]
-        self._reserve(port_key(port), reserved)
+        self._reserve_port(port, reserved)
         return port
 
     # --- bookkeeping
 
-    def _reserve(self, key: str, reserved: set[str]) -> None:
-        self._mark(key, taken=True)
-        reserved.add(key)
+    def _reserve_address(self, key: str, number: int, source: Source, reserved: _Reserved) -> None:
+        self._addresses[family_of(key)].mark(number, taken=True)
+        reserved.keys.add(key)
+        reserved.sources[source.name] = source
+
+    def _reserve_port(self, port: int, reserved: _Reserved) -> None:
+        self._ports.mark(port, taken=True)
+        reserved.keys.add(port_key(port))
 
     def _forget(self, keys: Iterable[str]) -> None:
         for key in keys:
             self._mark(key, taken=False)
 
     def _mark(self, key: str, *, taken: bool) -> None:
-        pool: _Pool
-        offset: int | None
         if key.startswith(IP_PREFIX):
             address = key.removeprefix(IP_PREFIX)
-            found = self._addresses.get(family_of(address))
-            if found is None:
-                return
-            pool, offset = found, found.offset(address)
-        elif not key.startswith(PORT_PREFIX):
-            return  # kube-apiserver's own records lie beside ours
-        else:
-            pool, port = self._ports, int(key.removeprefix(PORT_PREFIX))
-            offset = port - self._ports.ports.start if port in self._ports.ports else None
-        if offset is not None:
-            (pool.taken.add if taken else pool.taken.discard)(offset)
+            with contextlib.suppress(ValueError):  # the API takes no other names; whoever else wrote it has taken nothing
+                self._addresses[family_of(address)].mark(int(ip_address(address)), taken=taken)
+        elif key.startswith(PORT_PREFIX):
+            self._ports.mark(int(key.removeprefix(PORT_PREFIX)), taken=taken)
+        # kube-apiserver's own records lie beside ours
 
 
 def _shared(port: Json, ports: list[Json]) -> int:

@@ -47,9 +47,10 @@ class Api:
     def __init__(self, store: Store, config: ServerConfig) -> None:
         self._store, self._config = store, config
         ranges = ServiceRanges(config.service_cidrs, config.node_ports)
-        self._allocator = ServiceAllocator(ranges, config.choose)
-        self.hub = Hub(store, REGISTRY, config.now, ledgers(self._allocator))
-        self.objects = Objects(store, config.now, {"services": ServiceClaims(self._allocator, self.hub.up_to_date)})
+        allocator = ServiceAllocator(ranges, config.choose)
+        self.hub = Hub(store, REGISTRY, config.now, ledgers(allocator))
+        claims = ServiceClaims(allocator, self.hub.up_to_date, config.now)
+        self.objects = Objects(store, config.now, {"services": claims})
         self._verbs = Verbs(store, self.hub, self.objects, config.bookmark_seconds)
         self._authenticator = Authenticator(config.tokens, config.signing_key)
         self._proxy = NodeProxy(self.objects, config.kubelet)
@@ -66,7 +67,7 @@ class Api:
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
         """Everything that runs beside the requests (an aiohttp cleanup context)."""
-        await repair_claims(self._store, self._allocator)
+        await repair_claims(self._store, self._config.now())
         following = asyncio.create_task(self.hub.run(), name="api server: follow the store")
         tasks = [following]
         try:

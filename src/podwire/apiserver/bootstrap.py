@@ -37,14 +37,20 @@ async def publish(objects: Objects, config: ServerConfig, addresses: Iterable[IP
 
 
 async def _publish_ranges(objects: Objects, config: ServerConfig) -> None:
-    """Ranges do not change, so where the server is started with others the object is made anew."""
+    """Ranges do not change, so where the server is started with others the object is made anew. It need not wait for the
+    addresses in the old ranges: their Services keep them."""
     cidrs = [str(network) for network in config.service_cidrs]
     obj = {"metadata": {"name": SERVICE}, "spec": {"cidrs": cidrs}}
     if await _ensure(objects, SERVICECIDRS, "", obj):
         return
     place = Place(_kind(SERVICECIDRS), "", SERVICE)
     if (await objects.read(place))["spec"]["cidrs"] != cidrs:
-        await objects.delete(place, DeleteOptions())
+        await objects.update(place, lambda old: {**old, "metadata": {**old["metadata"], "finalizers": []}})
+        try:
+            await objects.delete(place, DeleteOptions())
+        except StatusError as error:
+            if error.code != 404:
+                raise  # not there: its deletion had waited for the finalizer
         await _ensure(objects, SERVICECIDRS, "", obj)
 
 

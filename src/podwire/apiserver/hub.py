@@ -345,7 +345,8 @@ class Ledger(Protocol):
 
 
 class Hub:
-    """Every kind's shelf, and `ledgers` by their prefix below ROOT (`ranges/serviceips`), kept up with the store by `run`."""
+    """Every kind's shelf, and `ledgers` by their prefix below ROOT (`ranges/servicenodeports`; a shelf may be there, too),
+    kept up with the store by `run`."""
 
     def __init__(
         self,
@@ -356,7 +357,9 @@ class Hub:
     ) -> None:
         self._store = store
         self._shelves = {_shelf_name(k.resource): Shelf(k, now) for k in kinds if k.storage == k.resource}
-        self._ledgers = dict(ledgers or {})
+        self._followers: dict[str, list[Ledger]] = defaultdict(list)
+        for name, part in (*self._shelves.items(), *(ledgers or {}).items()):
+            self._followers[name].append(part)
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self.revision = 0
         self.oldest = 0
@@ -436,8 +439,9 @@ class Hub:
         by_shelf: dict[str, list[KeyValue]] = defaultdict(list)
         for item in page.items:
             by_shelf[self._name_for(item.key)].append(item)
-        for name, part in (*self._shelves.items(), *self._ledgers.items()):
-            part.reset(by_shelf.get(name, ()))
+        for name, parts in self._followers.items():
+            for part in parts:
+                part.reset(by_shelf.get(name, ()))
         self.oldest = page.revision
         self._advance(page.revision)
 
@@ -448,9 +452,7 @@ class Hub:
 
     def _apply(self, batch: Sequence[Event]) -> None:
         for event in batch:
-            name = self._name_for(event.key)
-            part = self._shelves.get(name) or self._ledgers.get(name)
-            if part is not None:
+            for part in self._followers.get(self._name_for(event.key), ()):
                 part.apply(event)
         self._advance(batch[-1].revision)
 

@@ -7,6 +7,7 @@ import base64
 import hmac
 import ipaddress
 import re
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -22,7 +23,9 @@ from podwire.apiserver.noderules import NODE_PREFIX, node_of
 from podwire.apiserver.pki import Authority
 from podwire.apiserver.storage import encode, key_of
 from podwire.model import resources
+from podwire.model.addr import IPNetwork
 from podwire.model.meta import Json
+from podwire.model.servicecidr import ServiceCIDR
 from podwire.model.timestamps import parse_time
 
 CA_PATH, JOIN_PATH, RENEW_PATH = "/podwire/v1/ca", "/podwire/v1/join", "/podwire/v1/renew"
@@ -103,13 +106,18 @@ class Joining:
         }
         return web.Response(body=encode(document), content_type="application/json")
 
+    def _service_ranges(self) -> Iterator[IPNetwork]:
+        yield from self._config.service_cidrs
+        for entry in self._hub.shelf(_kind(resources.SERVICECIDRS)).all():
+            yield from msgspec.json.decode(entry.raw, type=ServiceCIDR).networks
+
     def _checked(self, text: str) -> str:
         """A node may serve at its own addresses, not in the API server's name."""
         try:
             address = ipaddress.ip_address(text)
         except ValueError as error:
             raise status.bad_request(f"{text!r} is no address") from error
-        if address in self._config.advertise or any(address in network for network in self._config.service_cidrs):
+        if address in self._config.advertise or any(address in network for network in self._service_ranges()):
             raise _forbidden(f"{text} is the API server's address or a Service's")
         return str(address)
 

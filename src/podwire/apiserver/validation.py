@@ -229,6 +229,13 @@ def cidr(value: str) -> list[str]:
     return ["must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)"]
 
 
+def path_segment(value: str) -> list[str]:
+    """Why `value` cannot be a part of a URL's path."""
+    if value in (".", ".."):
+        return [f"may not be '{value}'"]
+    return [f"may not contain '{mark}'" for mark in "/%" if mark in value]
+
+
 def each(path: Path, value: Any, problems: Iterable[str]) -> list[FieldError]:
     """One `Invalid value` for each problem."""
     return [invalid(path, value, problem) for problem in problems]

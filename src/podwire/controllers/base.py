@@ -22,13 +22,16 @@ from podwire.model.objects import ApiObject, Lease, Node, Service
 from podwire.model.resources import (
     DEPLOYMENTS,
     ENDPOINTSLICES,
+    IPADDRESSES,
     LEASES,
     NAMESPACES,
     NODES,
     PODS,
     REPLICASETS,
+    SERVICECIDRS,
     SERVICES,
 )
+from podwire.model.servicecidr import IPAddressObject, ServiceCIDR
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,8 @@ class Cluster:
         self.deployments = Informer(client, DEPLOYMENTS, DeploymentDoc, rng=rng)
         self.replica_sets = Informer(client, REPLICASETS, ReplicaSetDoc, rng=rng)
         self.namespaces = Informer(client, NAMESPACES, NamespaceDoc, rng=rng)
+        self.service_cidrs = Informer(client, SERVICECIDRS, ServiceCIDR, rng=rng)
+        self.ip_addresses = Informer(client, IPADDRESSES, IPAddressObject, rng=rng)
         self.leases = Informer(client, LEASES, Lease, namespace="kube-node-lease", rng=rng)
         self.pods_by_controller = Index(self.pods, _controller_uid)
         self.pods_by_label = Index(self.pods, _label_values)
@@ -66,6 +71,8 @@ class Cluster:
             self.deployments,
             self.replica_sets,
             self.namespaces,
+            self.service_cidrs,
+            self.ip_addresses,
             self.leases,
         )
 

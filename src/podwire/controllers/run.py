@@ -20,6 +20,7 @@ from podwire.controllers.nodeipam import NodeIpam
 from podwire.controllers.nodelifecycle import NodeLifecycle
 from podwire.controllers.replicasets import ReplicaSets
 from podwire.controllers.scheduler import Scheduler
+from podwire.controllers.serviceaddresses import ServiceAddresses
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ CONTROLLERS: tuple[LoopMaker, ...] = (
     ReplicaSets,
     Deployments,
     LoadBalancers,
+    ServiceAddresses,
     NamespaceContents,
     NamespaceDeletion,
     GarbageCollector,

@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from podwire.apiserver.addressranges import Source, static_band
 from podwire.apiserver.allocation import (
     Allocation,
     AllocationFailed,
@@ -18,12 +19,12 @@ from podwire.apiserver.allocation import (
     held,
     ip_key,
     port_key,
-    static_band,
 )
 from podwire.apiserver.kinds.services import ServiceKind
 
 V4, V6 = ip_network("10.96.0.0/12"), ip_network("fd00:10:96::/112")
 PORTS = range(30000, 32768)
+DEFAULT = Source("kubernetes", 7)
 
 
 def first(span: int) -> int:
@@ -31,7 +32,9 @@ def first(span: int) -> int:
 
 
 def allocator(*networks: Any, ports: range = PORTS) -> ServiceAllocator:
-    return ServiceAllocator(ServiceRanges(networks or (V4,), ports), first)
+    decide = ServiceAllocator(ServiceRanges(networks or (V4,), ports), first)
+    decide.set_range(DEFAULT, networks or (V4,))
+    return decide
 
 
 def service(kind: str = "ClusterIP", ports: list[dict[str, Any]] | None = None, **spec: Any) -> dict[str, Any]:
@@ -205,13 +208,54 @@ def test_upgrade_to_dual_stack_and_back() -> None:
     assert down.release == (ip_key("fd00:10:96::101"),)
 
 
-def test_repair_makes_keys_and_services_agree() -> None:
-    kept = service(clusterIPs=["10.96.1.1"], clusterIP="10.96.1.1")
-    decide = allocator()
-    stored = [ip_key("10.96.1.2"), port_key(30100)]
-    decide.load(stored)
-    assert decide.repair(stored, [kept]) == ([ip_key("10.96.1.1")], sorted(stored))
-    assert given_to(decide.plan(service()))["clusterIP"] == "10.96.1.2"
+def more(name: str, revision: int = 9) -> Source:
+    return Source(name, revision, (True, "2026-11-24T12:00:00Z", name))
+
+
+def test_a_second_range_serves_when_the_first_ones_dynamic_band_is_full() -> None:
+    decide = allocator(ip_network("10.0.0.0/27"))
+    decide.set_range(more("more"), [ip_network("10.9.0.0/28")])
+    plans = [decide.plan(service()) for _ in range(14 + 14)]
+    assert [str(given_to(plan)["clusterIP"]).rpartition(".")[0] for plan in plans] == ["10.0.0"] * 14 + ["10.9.0"] * 14
+    assert [plan.sources for plan in plans[13:15]] == [(DEFAULT,), (more("more"),)], "the commit holds where it is from"
+    assert given_to(decide.plan(service()))["clusterIP"] == "10.0.0.1", "the static band comes last"
+    assert given_to(decide.plan(service(clusterIPs=["10.0.0.9"])))["clusterIP"] == "10.0.0.9"
+
+
+def test_wishes_are_met_within_any_range_that_serves() -> None:
+    decide = allocator(ip_network("10.0.0.0/27"))
+    assert "The range of valid IPs is 10.0.0.0/27" in refused(decide, service(clusterIPs=["10.9.0.3"]))
+    decide.set_range(more("more"), [ip_network("10.9.0.0/28"), V6])
+    assert decide.plan(service(clusterIPs=["10.9.0.3"])).sources == (more("more"),)
+    assert "The range of valid IPs is 10.0.0.0/27, 10.9.0.0/28" in refused(decide, service(clusterIPs=["10.8.0.3"]))
+    decide.set_range(more("more", 10), [])
+    assert "is not in the valid range" in refused(decide, service(clusterIPs=["10.9.0.4"]))
+    assert decide.plan(service(ports=[{"port": 81}])).sources == (DEFAULT,)
+
+
+def test_an_address_of_overlapping_ranges_is_taken_in_all_of_them() -> None:
+    decide = allocator(ip_network("10.0.0.0/29"))
+    decide.plan(service(clusterIPs=["10.0.0.3"]))
+    decide.set_range(more("wider"), [ip_network("10.0.0.0/28")])
+    decide.set_range(more("wider", 12), [ip_network("10.0.0.0/28")])
+    rest = [given_to(decide.plan(service()))["clusterIP"] for _ in range(13)]
+    assert sorted([*rest, "10.0.0.3"], key=ip_address) == [f"10.0.0.{n}" for n in range(1, 15)]
+    with pytest.raises(RangeFull):
+        decide.plan(service())
+    decide.settle(decide.release(service(clusterIPs=["10.0.0.8"], clusterIP="10.0.0.8")))
+    assert decide.plan(service()).sources == (more("wider", 12),)
+
+
+def test_what_was_taken_before_its_range_came_is_taken() -> None:
+    decide = ServiceAllocator(ServiceRanges((V4,), PORTS), first)
+    with pytest.raises(RangeFull):
+        decide.plan(service())
+    decide.load([ip_key("10.0.0.1"), ip_key("10.0.0.2")])
+    decide.set_range(DEFAULT, [ip_network("10.0.0.0/29")])
+    assert [given_to(decide.plan(service()))["clusterIP"] for _ in range(4)] == [f"10.0.0.{n}" for n in range(3, 7)]
+    decide.drop_ranges()
+    with pytest.raises(RangeFull):
+        decide.plan(service())
 
 
 class Allocations(RuleBasedStateMachine):
@@ -221,7 +265,8 @@ class Allocations(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.decide = ServiceAllocator(ServiceRanges((ip_network("10.0.0.0/27"), V6), range(30000, 30020)), first)
+        self.decide = allocator(ip_network("10.0.0.0/27"), V6, ports=range(30000, 30020))
+        self.wider = False
         self.live: dict[int, dict[str, Any]] = {}
         self.keys: set[str] = set()
         self.count = 0
@@ -273,6 +318,11 @@ class Allocations(RuleBasedStateMachine):
             return
         self.commit(plan)
         self.live[one] = plan.service
+
+    @rule(wider=st.booleans())
+    def resize(self, wider: bool) -> None:
+        self.wider = wider
+        self.decide.set_range(more("more"), [ip_network("10.0.0.0/26")] if wider else [])
 
     @rule(one=consumes(services))
     def delete(self, one: int) -> None:

@@ -1,6 +1,7 @@
 """Service addresses and node ports through the API: no duplicates, whatever runs in parallel or restarts."""
 
 import asyncio
+import json
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from apirig import Api, Serve
 
 from podwire.apiserver.config import ServerConfig
+from podwire.model.servicecidr import address_document
 from podwire.store.memory import MemoryStore
 from podwire.store.port import Delete, Put
 from podwire.store.sqlite import SqliteStore
@@ -21,7 +23,8 @@ def service(name: str, **spec: Any) -> Any:
 
 
 async def allocation_keys(api: Api) -> set[str]:
-    return {item.key.removeprefix("/registry/ranges/") for item in (await api.store.list("/registry/ranges/")).items}
+    kept = [*(await api.store.list("/registry/ranges/")).items, *(await api.store.list("/registry/ipaddresses/")).items]
+    return {item.key.removeprefix("/registry/") for item in kept}
 
 
 async def test_the_api_server_has_the_first_address(serve: Serve) -> None:
@@ -123,13 +126,37 @@ async def test_allocations_survive_a_restart(serve: Serve, tmp_path: Path) -> No
 async def test_lost_and_stale_allocations_are_repaired_at_start(serve: Serve) -> None:
     store = MemoryStore()
     first = await serve(store)
+    made = await first.ok("POST", SERVICES, service("a", type="NodePort"))
+    address, port = made["spec"]["clusterIP"], made["spec"]["ports"][0]["nodePort"]
+    leaked = address_document("10.96.0.99", "default", "gone")
+    leaked["metadata"] |= {"uid": "u1", "creationTimestamp": "2026-11-24T12:00:00Z"}
+    await store.commit(
+        [
+            Delete(f"/registry/ipaddresses/{address}"),
+            Delete(f"/registry/ranges/servicenodeports/{port}"),
+            Put("/registry/ranges/servicenodeports/30999", b"{}"),
+            Put("/registry/ipaddresses/10.96.0.99", json.dumps(leaked).encode()),
+            Put("/registry/ipaddresses/10.96.0.98", b"{}"),
+        ]
+    )
+    kept = await allocation_keys(await serve(store))
+    assert {f"ipaddresses/{address}", f"ranges/servicenodeports/{port}", "ipaddresses/10.96.0.98"} <= kept
+    assert not kept & {"ipaddresses/10.96.0.99", "ranges/servicenodeports/30999"}
+
+
+async def test_a_data_directory_from_before_there_were_ipaddresses(serve: Serve) -> None:
+    store = MemoryStore()
+    first = await serve(store)
     made = await first.ok("POST", SERVICES, service("a"))
-    key = f"/registry/ranges/serviceips/{made['spec']['clusterIP']}"
-    await store.commit([Delete(key), Put("/registry/ranges/serviceips/10.96.0.99", b"{}")])
+    address = made["spec"]["clusterIP"]
+    await store.commit(
+        [Delete(f"/registry/ipaddresses/{address}"), Put(f"/registry/ranges/serviceips/{address}", b'{"service":"default/a"}')]
+    )
     second = await serve(store)
-    keys = await allocation_keys(second)
-    assert f"serviceips/{made['spec']['clusterIP']}" in keys
-    assert "serviceips/10.96.0.99" not in keys
+    found = await second.ok("GET", f"/apis/networking.k8s.io/v1/ipaddresses/{address}")
+    assert found["spec"]["parentRef"] == {"resource": "services", "namespace": "default", "name": "a"}
+    assert not {key for key in await allocation_keys(second) if "serviceips" in key}
+    await second.fails(422, "POST", SERVICES, service("b", clusterIP=address))
 
 
 async def test_dual_stack(serve: Serve) -> None:

@@ -1,4 +1,5 @@
-"""ServiceCIDR."""
+"""ServiceCIDR and IPAddress: where ClusterIPs come from, and who has which. What keeps them in step with the Services is in
+claims.py, and in the controllers."""
 
 import ipaddress
 from datetime import datetime
@@ -6,13 +7,14 @@ from typing import Any
 
 from podwire.apiserver.kinds.base import AGE, NAME, STATUS, Column, Kind
 from podwire.apiserver.tables import age
-from podwire.apiserver.validation import FieldError, Path, forbidden, immutable, invalid, required
+from podwire.apiserver.validation import FieldError, Path, dns_subdomain, each, immutable, invalid, path_segment, required
 from podwire.model import resources
 from podwire.model.meta import Json
+from podwire.model.servicecidr import FINALIZER, ready_condition
 from podwire.model.timestamps import format_time
 
 DEFAULT = "kubernetes"
-"""The one there is: the ranges that the server was started with."""
+"""The ServiceCIDR of the ranges that the server was started with."""
 
 
 class ServiceCIDRKind(Kind):
@@ -22,14 +24,12 @@ class ServiceCIDRKind(Kind):
     columns = (NAME, Column("CIDRs", "The ranges that ClusterIPs come from."), AGE)
 
     def initialise(self, obj: Json, now: datetime) -> None:
-        message = "Kubernetes default Service CIDR is ready"
-        ready = {"type": "Ready", "status": "True", "reason": "", "message": message, "lastTransitionTime": format_time(now)}
-        obj["status"] = {"conditions": [ready]}
+        meta = obj["metadata"]
+        meta["finalizers"] = [FINALIZER, *(f for f in meta.get("finalizers") or () if f != FINALIZER)]
+        obj["status"] = {"conditions": [ready_condition(str(meta.get("name", "")), format_time(now))]}
 
     def check(self, obj: Json, root: Path) -> list[FieldError]:
-        errors = []
-        if (obj.get("metadata") or {}).get("name") != DEFAULT:
-            errors.append(forbidden(root / "metadata" / "name", f"further ranges are not served, only {DEFAULT}"))
+        errors: list[FieldError] = []
         cidrs, at = (obj.get("spec") or {}).get("cidrs") or [], root / "spec" / "cidrs"
         if not cidrs:
             return [*errors, required(at, "at least one CIDR required")]
@@ -58,3 +58,43 @@ class ServiceCIDRKind(Kind):
     def row(self, obj: Json, now: datetime) -> list[Any]:
         meta, cidrs = obj.get("metadata", {}), (obj.get("spec") or {}).get("cidrs") or []
         return [meta.get("name", ""), ",".join(cidrs), age(meta.get("creationTimestamp"), now)]
+
+
+class IPAddressKind(Kind):
+    """Its name is the address: whoever creates it first has it."""
+
+    resource = resources.IPADDRESSES
+    message = "k8s.io.api.networking.v1.IPAddress"
+    short_names = ("ip",)
+    columns = (NAME, Column("ParentRef", "What has the address."))
+
+    def name_problems(self, name: str) -> list[str]:
+        try:
+            canonical = str(ipaddress.ip_address(name))
+        except ValueError:
+            return ["must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)"]
+        return [] if canonical == name else [f'must be in canonical form ("{canonical}")']
+
+    def check(self, obj: Json, root: Path) -> list[FieldError]:
+        parent, at = (obj.get("spec") or {}).get("parentRef"), root / "spec" / "parentRef"
+        if not parent:
+            return [required(at)]
+        errors = each(at / "group", parent.get("group"), dns_subdomain(parent["group"]) if parent.get("group") else ())
+        for key in ("resource", "name"):
+            value = parent.get(key) or ""
+            errors += each(at / key, value, path_segment(value)) if value else [required(at / key)]
+        namespace = parent.get("namespace") or ""
+        return errors + each(at / "namespace", namespace, path_segment(namespace))
+
+    def check_update(self, new: Json, old: Json, root: Path) -> list[FieldError]:
+        before, after = (old.get("spec") or {}).get("parentRef"), (new.get("spec") or {}).get("parentRef")
+        return immutable(root / "spec" / "parentRef", after, before)
+
+    def row(self, obj: Json, now: datetime) -> list[Any]:
+        return [obj.get("metadata", {}).get("name", ""), _parent((obj.get("spec") or {}).get("parentRef") or {})]
+
+
+def _parent(reference: Json) -> str:
+    """`services/shop/web`, and with its group `gateways.gateway.networking.k8s.io/shop/web`."""
+    resource = ".".join(filter(None, (reference.get("resource"), reference.get("group")))).lower()
+    return "/".join(filter(None, (resource, reference.get("namespace"), reference.get("name")))) or "<none>"

@@ -6,7 +6,7 @@ from podwire.apiserver.kinds.base import Kind
 from podwire.apiserver.kinds.cluster import LeaseKind, NamespaceKind, NodeKind
 from podwire.apiserver.kinds.configs import ConfigMapKind, SecretKind, ServiceAccountKind
 from podwire.apiserver.kinds.events import EventKind, EventV1Kind
-from podwire.apiserver.kinds.networking import ServiceCIDRKind
+from podwire.apiserver.kinds.networking import IPAddressKind, ServiceCIDRKind
 from podwire.apiserver.kinds.pods import PodKind
 from podwire.apiserver.kinds.services import ServiceKind
 from podwire.apiserver.kinds.slices import EndpointSliceKind
@@ -59,6 +59,7 @@ REGISTRY = Registry(
         LeaseKind(),
         EndpointSliceKind(),
         EventV1Kind(),
+        IPAddressKind(),
         ServiceCIDRKind(),
     )
 )
