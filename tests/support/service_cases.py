@@ -39,6 +39,9 @@ from podwire.trace.journey import Packet
 
 CASES = Path(__file__).parents[1] / "cases" / "services"
 
+PARTS = ("packets", "steps", "asks", "flows", "changes")
+"""What a case can be: packets through one state; packets and changes with memory (`Story`); and `service_histories`."""
+
 SOURCES = {
     "local-pod": "10.244.1.5",
     "other-local-pod": "10.244.1.6",
@@ -112,7 +115,7 @@ class Case:
 
     def feed(self, planner: Fed) -> None:
         for item in self.objects:
-            _feed(planner, item, self.family)
+            feed(planner, item, self.family)
 
 
 Step = tuple[tuple[dict[str, Any], ...], Expectation | None, int]
@@ -129,12 +132,15 @@ class Story:
     steps: tuple[Step, ...]
 
     def feed_one(self, planner: Fed, item: dict[str, Any]) -> None:
-        _feed(planner, item, self.family)
+        feed(planner, item, self.family)
 
 
-def _feed(planner: Fed, item: dict[str, Any], family: Family) -> None:
+def feed(planner: Fed, item: dict[str, Any], family: Family) -> None:
+    """One of a case's objects; `gone: web` and `gone-pod: edge` take one away."""
     if "gone" in item:
         planner.set_service(key(item["gone"]), None)
+    elif "gone-pod" in item:
+        planner.set_host_ports(item["gone-pod"], None)
     elif "service" in item:
         service = service_of(item["service"], family)
         planner.set_service(service.key, service, slices_of(item, family))
@@ -145,10 +151,8 @@ def _feed(planner: Fed, item: dict[str, Any], family: Family) -> None:
 def load_cases(*, special: bool = False) -> Iterator[Case]:
     """Every case of every file, in both families. `special`: also those of a node that is set up in another way, or with
     packets of SCTP, for which a machine may have no sockets."""
-    for name, family, item in _items():
-        if "packets" not in item:
-            continue
-        packets = tuple(_expectation(p, family) for p in item["packets"])
+    for name, family, item in cases_with("packets"):
+        packets = tuple(expectation(p, family) for p in item["packets"])
         case = Case(name, family, tuple(item["objects"]), packets, facts_of(item.get("node", {})))
         if special or (case.facts == FACTS and all(p.packet.protocol != PROTOCOLS["SCTP"] for p in packets)):
             yield case
@@ -156,16 +160,20 @@ def load_cases(*, special: bool = False) -> Iterator[Case]:
 
 def load_stories() -> Iterator[Story]:
     """The cases that have `steps`, which are either `objects` or a packet with the number (`draw`) for a new client."""
-    for name, family, item in _items():
-        if "steps" in item:
-            steps = tuple(
-                (tuple(s.get("objects", ())), _expectation(s, family) if "to" in s else None, s.get("draw", 0))
-                for s in item["steps"]
-            )
-            yield Story(name, family, facts_of(item.get("node", {})), steps)
+    for name, family, item in cases_with("steps"):
+        steps = tuple(
+            (tuple(s.get("objects", ())), expectation(s, family) if "to" in s else None, s.get("draw", 0))
+            for s in item["steps"]
+        )
+        yield Story(name, family, facts_of(item.get("node", {})), steps)
 
 
-def _items() -> Iterator[tuple[str, Family, dict[str, Any]]]:
+def cases_with(part: str) -> Iterator[tuple[str, Family, dict[str, Any]]]:
+    """(name, family, document) of all cases of that sort: which of `PARTS` it has."""
+    return ((name, family, item) for name, family, item in all_cases() if part in item)
+
+
+def all_cases() -> Iterator[tuple[str, Family, dict[str, Any]]]:
     for file in sorted(CASES.glob("*.yaml")):
         text = file.read_text()
         for family, variant in ((Family.IPV4, text), (Family.IPV6, to_ipv6(text))):
@@ -184,7 +192,7 @@ def facts_of(short: dict[str, Any]) -> NodeFacts:
     return replace(FACTS, **changed)
 
 
-def _expectation(item: dict[str, Any], family: Family) -> Expectation:
+def expectation(item: dict[str, Any], family: Family) -> Expectation:
     source = (SOURCES | LOOPBACK).get(item["from"], item["from"])
     address, port = item["to"].split()
     number, protocol = port.split("/")

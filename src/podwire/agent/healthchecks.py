@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
 from aiohttp import web
 
-from podwire.agent.rounds import Round
-from podwire.agent.services import ServiceSync
+from podwire.agent.rounds import Round, Rounds
 from podwire.kernel.port import Kernel
 from podwire.model.ids import ObjectKey
 
@@ -29,17 +29,17 @@ class _Port:
 
 
 class HealthCheckPorts:
-    """Follows a `ServiceSync` and serves the ports that its Services ask for.
+    """Follows rounds of changes and serves the ports that its Services ask for.
 
     The answer is kube-proxy's: 200 while the node has ready endpoints and `healthy`, else 503; how many as JSON, and as the
     weight that balancers may use."""
 
-    def __init__(self, sync: ServiceSync, kernel: Kernel, healthy: Callable[[], bool]) -> None:
+    def __init__(self, rounds: Rounds, kernel: Kernel, healthy: Callable[[], bool]) -> None:
         self._kernel, self._healthy = kernel, healthy
         self._wanted: dict[ObjectKey, tuple[int, int]] = {}
         self._served: dict[int, _Port] = {}
         self._changed = asyncio.Event()
-        sync.subscribe(self._round)
+        rounds.subscribe(self._round)
 
     @property
     def ports(self) -> dict[int, ObjectKey]:
@@ -118,12 +118,14 @@ class HealthCheckPorts:
 
     def _answer(self, port: _Port) -> web.Response:
         healthy = self._healthy()
-        return web.json_response(
-            {
-                "service": {"namespace": port.service.namespace, "name": port.service.name},
-                "localEndpoints": port.ready,
-                "serviceProxyHealthy": healthy,
-            },
-            status=200 if port.ready and healthy else 503,
-            headers={"X-Content-Type-Options": "nosniff", "X-Load-Balancing-Endpoint-Weight": str(port.ready)},
-        )
+        document = {
+            "service": {"namespace": port.service.namespace, "name": port.service.name},
+            "localEndpoints": port.ready,
+            "serviceProxyHealthy": healthy,
+        }
+        headers = {
+            "Content-Type": "application/json",
+            "X-Content-Type-Options": "nosniff",
+            "X-Load-Balancing-Endpoint-Weight": str(port.ready),
+        }
+        return web.Response(body=msgspec.json.encode(document), status=200 if port.ready and healthy else 503, headers=headers)

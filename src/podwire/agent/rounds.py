@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
@@ -47,3 +48,9 @@ class Round:
 
 
 OnRound = Callable[[Round], None]
+
+
+class Rounds(Protocol):
+    """Whoever tells of rounds."""
+
+    def subscribe(self, observer: OnRound) -> None: ...

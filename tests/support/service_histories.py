@@ -1,0 +1,119 @@
+"""Cases of Services in which time goes by: what balancers are told that ask for a node's health, which tracked connections are
+forgotten, and what a node does after one change and after the next. Files and addresses as in `service_cases`."""
+
+import ipaddress
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from service_cases import Expectation, cases_with, expectation, facts_of
+
+from podwire.model.addr import Family
+from podwire.model.flow import FlowTuple
+from podwire.model.servicetable import NodeFacts
+
+Objects = tuple[dict[str, Any], ...]
+"""As `service_cases.feed` takes them."""
+
+
+class Question(NamedTuple):
+    """A balancer's, at a health-check node port, and the answer; `status` 0: nobody listens."""
+
+    port: int
+    status: int
+    service: str = ""
+    endpoints: int = 0
+    healthy: bool = True
+
+
+@dataclass(frozen=True)
+class Interview:
+    """`asks`: objects that change, questions, and whether the proxy is well from then on."""
+
+    name: str
+    family: Family
+    facts: NodeFacts
+    steps: tuple[Objects | Question | bool, ...]
+
+
+def load_interviews() -> Iterator[Interview]:
+    for name, family, item in cases_with("asks"):
+        yield Interview(name, family, facts_of(item.get("node", {})), tuple(map(_asked, item["asks"])))
+
+
+def _asked(step: dict[str, Any]) -> Objects | Question | bool:
+    if "objects" in step:
+        return tuple(step["objects"])
+    if "proxy" in step:
+        return {"well": True, "unwell": False}[step["proxy"]]
+    if step.get("closed"):
+        return Question(step["port"], 0)
+    return Question(**step)
+
+
+@dataclass(frozen=True)
+class TrackedFlow:
+    """A connection that was made before the change: its first packet, the endpoint that it was led to (None: it was not
+    translated), and whether the change makes it be forgotten."""
+
+    sent: Expectation
+    endpoint: tuple[str, int] | None
+    forgotten: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.sent.label} at {self.endpoint}"
+
+    def tuples(self, sport: int) -> tuple[FlowTuple, FlowTuple]:
+        """Its two directions, made from that port."""
+        packet = self.sent.packet
+        target = self.endpoint or (str(packet.dst), packet.dport)
+        there = FlowTuple(packet.src, packet.dst, packet.protocol, sport, packet.dport)
+        return there, FlowTuple(ipaddress.ip_address(target[0]), packet.src, packet.protocol, target[1], sport)
+
+
+@dataclass(frozen=True)
+class FlowCase:
+    """`flows` that were made at the objects of `before`, and `after`, what changed. `unseen`: while no proxy ran, so the next
+    one begins with what there is after."""
+
+    name: str
+    family: Family
+    facts: NodeFacts
+    before: Objects
+    flows: tuple[TrackedFlow, ...]
+    after: Objects
+    unseen: bool
+
+
+def load_flow_cases() -> Iterator[FlowCase]:
+    for name, family, item in cases_with("flows"):
+        flows = tuple(_flow(flow, family) for flow in item["flows"])
+        facts = facts_of(item.get("node", {}))
+        yield FlowCase(name, family, facts, tuple(item["before"]), flows, tuple(item["after"]), item.get("unseen", False))
+
+
+def _flow(item: dict[str, Any], family: Family) -> TrackedFlow:
+    address, port = item["at"].split() if "at" in item else ("", 0)
+    reaches = [item["at"]] if "at" in item else [" ".join(item["to"].partition("/")[0].split())]
+    sent = expectation({"from": item["from"], "to": item["to"], "reaches": reaches}, family)
+    return TrackedFlow(sent, (address, int(port)) if address else None, {"forgotten": True, "kept": False}[item["then"]])
+
+
+@dataclass(frozen=True)
+class ChangeCase:
+    """`changes`: objects, and what becomes of packets once they are programmed, again and again."""
+
+    name: str
+    family: Family
+    facts: NodeFacts
+    steps: tuple[tuple[Objects, tuple[Expectation, ...]], ...]
+
+
+def load_change_cases() -> Iterator[ChangeCase]:
+    for name, family, item in cases_with("changes"):
+        steps = tuple(
+            (tuple(step["objects"]), tuple(expectation(packet, family) for packet in step["packets"]))
+            for step in item["changes"]
+        )
+        yield ChangeCase(name, family, facts_of(item.get("node", {})), steps)
