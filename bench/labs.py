@@ -2,27 +2,31 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 PODWIRE = [sys.executable, "-m", "podwire.cli.main"]
 
 
 @dataclass(frozen=True)
 class Lab:
-    """A running lab: its name, process and kubeconfig file."""
+    """A running lab: its name, process and kubeconfig file, and the environment in which `podwire` finds it."""
 
     name: str
     pid: int
     kubeconfig: str
+    environment: dict[str, str]
 
     def exec(self, target: str, *command: str, timeout: float = 120) -> str:
         """What `command` prints, run in `target` (a pod, a node, `world`). Raises CalledProcessError."""
-        return podwire("lab", "exec", "--name", self.name, target, "--", *command, timeout=timeout)
+        return podwire(self.environment, "lab", "exec", "--name", self.name, target, "--", *command, timeout=timeout)
 
     def processes(self) -> list[int]:
         """The lab's process and all its descendants; whom the kernel made orphans is a child of it again."""
@@ -51,8 +55,9 @@ def _parent(process: Path) -> int:
     return int((process / "stat").read_text().rpartition(")")[2].split()[1])
 
 
-def podwire(*arguments: str, timeout: float = 180) -> str:
-    done = subprocess.run([*PODWIRE, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
+def podwire(environment: dict[str, str], *arguments: str, timeout: float = 180) -> str:
+    command = [*PODWIRE, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"podwire {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -60,11 +65,13 @@ def podwire(*arguments: str, timeout: float = 180) -> str:
 
 @contextlib.contextmanager
 def lab(name: str, *options: str) -> Iterator[Lab]:
-    """A lab that is up and ready, and gone afterwards."""
-    try:
-        podwire("lab", "up", "--name", name, "--wait", *options, timeout=600)
-        labs: list[dict[str, Any]] = json.loads(podwire("lab", "ls", "-o", "json"))
-        entry = next(item for item in labs if item["name"] == name)
-        yield Lab(name, entry["pid"], entry["kubeconfig"])
-    finally:
-        podwire("lab", "down", "--name", name)
+    """A lab that is up and ready, and gone afterwards. Its state is in a place of its own: no other's name is taken."""
+    with tempfile.TemporaryDirectory(prefix="podwire-bench-") as state:
+        environment = {**os.environ, "PODWIRE_STATE_DIR": state}
+        try:
+            podwire(environment, "lab", "up", "--name", name, "--wait", *options, timeout=600)
+            labs: list[dict[str, Any]] = json.loads(podwire(environment, "lab", "ls", "-o", "json"))
+            entry = next(item for item in labs if item["name"] == name)
+            yield Lab(name, entry["pid"], entry["kubeconfig"], environment)
+        finally:
+            podwire(environment, "lab", "down", "--name", name)

@@ -13,13 +13,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-from bench.labs import PODWIRE, Lab, lab
+from bench.labs import PODWIRE, ROOT, lab
 from bench.report import Figures, main, percentiles, say, table
 from podwire.client.api import ApiClient, PatchKind
 from podwire.client.informer import Change, Informer
@@ -78,7 +78,8 @@ def run() -> Figures:
         first.write_text(manifest(PODS, 1))
         with lab("bench-rolling", "--nodes", str(NODES), "-f", str(first)) as running:
             stop = Path(folder) / "stop"
-            with clients(running, stop) as outcomes:
+            address = asyncio.run(_cluster_ip(Path(running.kubeconfig)))
+            with clients(running.name, CLIENT_NODES, address, stop, running.environment) as outcomes:
                 found = asyncio.run(roll(Path(running.kubeconfig), NODES))
             answered = [ms for outcome in outcomes for ms in outcome["answered"]]
             failed: Counter[str] = sum((Counter(outcome["failed"]) for outcome in outcomes), Counter())
@@ -196,17 +197,20 @@ def _rolled(deployment: Json) -> bool:
 
 
 @contextlib.contextmanager
-def clients(running: Lab, stop: Path) -> Iterator[list[Figures]]:
-    """Connections from `CLIENT_NODES` while the body runs; what they met is in the list afterwards."""
-    address = asyncio.run(_cluster_ip(Path(running.kubeconfig)))
+def clients(
+    lab_name: str, nodes: Iterable[str], address: str, stop: Path, environment: Mapping[str, str]
+) -> Iterator[list[Figures]]:
+    """Connections to port 80 of `address` from `nodes` while the body runs, `RATE` a second from each. What became of them
+    is in the list afterwards, as `client` prints it. The file `stop` is made at the end."""
     outcomes: list[Figures] = []
     command = [sys.executable, "-m", "bench.rolling", "--client", address, str(stop)]
     started = [
         subprocess.Popen(
-            [*PODWIRE, "lab", "exec", "--name", running.name, node, "--", *command], stdout=subprocess.PIPE, text=True
+            [*PODWIRE, "lab", "exec", "--name", lab_name, node, "--", *command],
+            stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
         )
-        for node in CLIENT_NODES
-    ]
+        for node in nodes
+    ]  # fmt: skip
     try:
         for process in started:
             assert process.stdout is not None

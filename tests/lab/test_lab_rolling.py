@@ -1,15 +1,13 @@
 """A Service's pods are replaced under traffic: no client notices."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from labcommand import PODWIRE, ROOT, Lab, until
+from bench.rolling import clients
+from labcommand import Lab, until
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
 
@@ -45,34 +43,13 @@ def cluster_ip(lab: Lab) -> Iterator[str]:
     lab.kubectl("delete", "namespace", NAME, "--wait=true")
 
 
-@contextmanager
-def clients(lab: Lab, address: str, stop: Path) -> Iterator[list[dict[str, Any]]]:
-    """Twenty connections a second from each node; what became of them is in the list afterwards."""
-    outcomes: list[dict[str, Any]] = []
-    client = [sys.executable, "-m", "bench.rolling", "--client", address, str(stop)]
-    running = [
-        subprocess.Popen(
-            [*PODWIRE, "lab", "exec", "--name", lab.name, f"node-{number}", "--", *client],
-            stdout=subprocess.PIPE, text=True, cwd=ROOT, env=lab.podwire.environment,
-        )
-        for number in (1, 2, 3)
-    ]  # fmt: skip
-    try:
-        for process in running:
-            assert process.stdout is not None
-            process.stdout.readline()  # it has begun
-        yield outcomes
-    finally:
-        stop.touch()
-        outcomes += [json.loads(process.communicate(timeout=30)[0]) for process in running]
-
-
 def test_a_rolling_update_fails_no_connection(lab: Lab, cluster_ip: str, tmp_path: Path) -> None:
     def alive() -> list[str]:
         found = json.loads(lab.kubectl("get", "pods", "-n", NAME, "-o", "json"))["items"]
         return [pod["spec"]["containers"][0]["image"] for pod in found]
 
-    with clients(lab, cluster_ip, tmp_path / "stop") as outcomes:
+    nodes, environment = ("node-1", "node-2", "node-3"), lab.podwire.environment
+    with clients(lab.name, nodes, cluster_ip, tmp_path / "stop", environment) as outcomes:
         lab.kubectl("set", "image", "-n", NAME, f"deployment/{NAME}", "web=test/web:2")
         lab.kubectl("rollout", "status", "-n", NAME, f"deployment/{NAME}", "--timeout=60s")
         until(lambda: alive() == ["test/web:2"] * PODS, 30)
