@@ -2,15 +2,20 @@
 forgotten, and what a node does after one change and after the next. Files and addresses as in `service_cases`."""
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from service_cases import Expectation, cases_with, expectation, facts_of
+from service_cases import Expectation, cases_with, expectation, facts_of, feed
 
 from podwire.model.addr import Family
 from podwire.model.flow import FlowTuple
-from podwire.model.servicetable import NodeFacts
+from podwire.model.ids import ObjectKey
+from podwire.model.objects import EndpointSlice, Pod, Service
+from podwire.model.servicetable import NodeFacts, ServiceTable
+from podwire.plan.services import ServicePlanner
+from podwire.plan.services_table import host_port_table
+from podwire.plan.staleflows import UDP, StaleFlows
 
 Objects = tuple[dict[str, Any], ...]
 """As `service_cases.feed` takes them."""
@@ -117,3 +122,63 @@ def load_change_cases() -> Iterator[ChangeCase]:
             for step in item["changes"]
         )
         yield ChangeCase(name, family, facts_of(item.get("node", {})), steps)
+
+
+class NotingPlanner:
+    """A planner whose changes are noted for UDP's sake, as an agent does. `stale`: what has been noted."""
+
+    def __init__(self, facts: NodeFacts) -> None:
+        self.planner, self.stale = ServicePlanner(facts), StaleFlows()
+        self._facts = facts
+        self._tables: dict[object, ServiceTable] = {}
+
+    @property
+    def places(self) -> set[tuple[bytes, int]]:
+        """Where UDP is served."""
+        frontends = (frontend for table in self._tables.values() for frontend in table.frontends)
+        return {(frontend.address, frontend.port) for frontend in frontends if frontend.protocol == UDP}
+
+    def set_service(self, key: ObjectKey, service: Service | None, slices: Sequence[EndpointSlice] = ()) -> None:
+        before = self.planner.table(key)
+        self.planner.set_service(key, service, slices)
+        self._tables[key] = after = self.planner.table(key)
+        self.stale.note(before, after, slices)
+
+    def set_host_ports(self, uid: str, pod: Pod | None) -> None:
+        before, after = self._tables.get(uid, ServiceTable()), host_port_table(pod, self._facts)
+        self.planner.set_host_ports(uid, pod)
+        self._tables[uid] = after
+        self.stale.note(before, after)
+
+
+def after_the_change(case: FlowCase) -> NotingPlanner:
+    """What a proxy knows when the objects of `after` are planned: one that saw both, or (`unseen`) one that just began."""
+    old = NotingPlanner(case.facts)
+    for item in case.before:
+        feed(old, item, case.family)
+    if not case.unseen:
+        old.stale.take()
+        for item in case.after:
+            feed(old, item, case.family)
+        old.stale.settle(old.planner.served_at)
+        return old
+    new = NotingPlanner(case.facts)
+    for item in present((*case.before, *case.after)):
+        feed(new, item, case.family)
+    new.stale.note_all(case.facts.service_cidrs, old.places)
+    new.stale.settle(new.planner.served_at)
+    return new
+
+
+def present(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What there is in the end, of objects that came, changed and went in this order."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for item in items:
+        if "gone" in item:
+            found.pop(("service", item["gone"]), None)
+        elif "gone-pod" in item:
+            found.pop(("pod", item["gone-pod"]), None)
+        else:
+            kind = "service" if "service" in item else "pod"
+            found[kind, item[kind]["name"]] = item
+    return list(found.values())

@@ -369,7 +369,7 @@ class ServiceSync:
         if commands:
             self._health.commits += 1
         programmed = asyncio.get_running_loop().time()
-        forgotten = await self._forget_stale() if self._stale else {}
+        forgotten = await self._forget_stale(rules) if self._stale else {}
         reached, self._reached = self._reached, {}
         queued, self._queued = self._queued if self._queued is not None else started, None
         self._tell(
@@ -426,9 +426,10 @@ class ServiceSync:
         log.warning("services: rules were not as left%s; %d commands put them back", why, commands)
         return True
 
-    async def _forget_stale(self) -> Mapping[Family, int]:
+    async def _forget_stale(self, rules: ServiceRules) -> Mapping[Family, int]:
         """After the rules have changed: before, a client's next packet would lead to the old endpoint again."""
         stale = self._stale.take()
+        stale.settle(rules.served_at)
         families: Counter[Family] = Counter()
 
         def wanted(flow: Flow) -> bool:

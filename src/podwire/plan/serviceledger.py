@@ -100,6 +100,10 @@ class ServiceLedger(Generic[S]):
         for frontend in self.table(key).frontends:
             yield self._maps[len(frontend.address)].frontend(frontend_key(frontend))
 
+    def served_at(self, key: bytes) -> Frontend | None:
+        """What is programmed under a frontend's key, whoever has precedence there."""
+        return self._maps_of(key).frontend(key) if key in self._holders else None
+
     # --- owners and their frontends -------------------------------------------------------------------------------
 
     def _set_table(self, owner: str, new: ServiceTable) -> None:

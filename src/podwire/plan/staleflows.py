@@ -6,12 +6,13 @@ that lead to none of them, also where the Service has no endpoint left or is gon
 address with a port: one whose port changed is another. TCP is left alone: its end is seen.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from podwire.model.addr import IPNetwork
 from podwire.model.flow import Flow
 from podwire.model.objects import Endpoint, EndpointSlice
 from podwire.model.servicetable import Backend, Frontend, ServiceTable, backend
+from podwire.plan.services_maps import place_key
 from podwire.plan.services_table import PROTOCOLS, pack_address
 
 UDP = 17
@@ -54,6 +55,14 @@ class StaleFlows:
             frontend = after.get(place)
             kept = serving.get(frontend.port_name, frozenset()) if frontend else frozenset()
             self._allowed[place] = (_backends(frontend) or frozenset()) | kept
+
+    def settle(self, served_at: Callable[[bytes], Frontend | None]) -> None:
+        """All changes are planned, and this is what is served under a frontend's key now. Where two want one address, the one
+        that changed need not be the one that has it."""
+        for (address, port), allowed in self._allowed.items():
+            served = _backends(served_at(place_key(address, UDP, port)))
+            if served is not None:
+                self._allowed[address, port] = allowed | served
 
     def take(self) -> "StaleFlows":
         """What was gathered so far, as a value of its own; this one is empty then."""

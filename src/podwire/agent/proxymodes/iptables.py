@@ -11,7 +11,7 @@ from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.proxymode import ProxyMode
-from podwire.model.servicetable import NodeFacts, ServiceTable
+from podwire.model.servicetable import Frontend, NodeFacts, ServiceTable
 from podwire.plan.iptables import Chains, IptablesPlanner, Restore, invalid_dropped, parse_save, restore, served
 from podwire.plan.iptables_rules import FILTER, MASQUERADE_BIT, NAT
 
@@ -70,6 +70,9 @@ class IptablesRules:
 
     def table(self, key: ObjectKey) -> ServiceTable:
         return self._planner.table(key)
+
+    def served_at(self, key: bytes) -> Frontend | None:
+        return self._planner.served_at(key)
 
     async def program(self) -> int:
         return await self._restore(self._planner.take())

@@ -21,7 +21,7 @@ from podwire.model.nft import Ruleset
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.ops import AddAddress, AddLink, DelAddress, DelLink, Op, SetSysctl
 from podwire.model.proxymode import ProxyMode
-from podwire.model.servicetable import NodeFacts, ServiceTable
+from podwire.model.servicetable import Frontend, NodeFacts, ServiceTable
 from podwire.plan import ipvs as plan
 from podwire.plan.ipvs import DEVICE, TABLE, IpvsPlanner
 
@@ -65,6 +65,9 @@ class IpvsRules:
 
     def table(self, key: ObjectKey) -> ServiceTable:
         return self._planner.table(key)
+
+    def served_at(self, key: bytes) -> Frontend | None:
+        return self._planner.served_at(key)
 
     async def program(self) -> int:
         async with self._lock:

@@ -12,7 +12,7 @@ from podwire.model.nft import Batch, DelTable, TableRef, packed_length
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.ops import CommitNft
 from podwire.model.proxymode import ProxyMode
-from podwire.model.servicetable import NodeFacts, ServiceTable
+from podwire.model.servicetable import Frontend, NodeFacts, ServiceTable
 from podwire.plan.readback import questions
 from podwire.plan.services import TABLE, ServicePlanner
 from podwire.plan.services_rules import sets_of
@@ -43,6 +43,9 @@ class NftRules:
 
     def table(self, key: ObjectKey) -> ServiceTable:
         return self._planner.table(key)
+
+    def served_at(self, key: bytes) -> Frontend | None:
+        return self._planner.served_at(key)
 
     async def program(self) -> int:
         return await commit(self._kernel, self._planner.take_batch())

@@ -8,7 +8,7 @@ from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.proxymode import ProxyMode
-from podwire.model.servicetable import Backend, NodeFacts, ServiceTable
+from podwire.model.servicetable import Backend, Frontend, NodeFacts, ServiceTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,10 @@ class ServiceRules(Protocol):
 
     def table(self, key: ObjectKey) -> ServiceTable:
         """What is planned for a Service; empty for one that is not known."""
+        ...
+
+    def served_at(self, key: bytes) -> Frontend | None:
+        """What is planned under a frontend's key (`services_maps.frontend_key`), whoever has precedence there."""
         ...
 
     async def program(self) -> int:
