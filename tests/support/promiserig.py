@@ -16,6 +16,7 @@ from podwire.model.ops import SetSysctl
 from podwire.trace.oracle import Cluster, Connection, Outcome, promise
 
 SOURCES = {"p2": "10.244.1.2", "p4": "10.244.1.4", "far": "10.244.2.2", "node": "198.18.0.11", "world": "198.18.1.1"}
+INTERFACES = {"p2": "cni0", "p4": "cni0", "far": "far0", "world": "eth0"}
 PLACES = {ipaddress.ip_address(turn(ip)): name for name, ip in SOURCES.items() for turn in (str, to_ipv6)}
 _SWITCHES = {
     "net/ipv4/conf/all/route_localnet": "1",
@@ -105,7 +106,7 @@ async def broken_promises(rig: ServiceRig, rules: ServiceRules, worlds: list[Clu
         await rules.compare()
         await rig.kernel.forget_flows(lambda flow: True)
         asked = []
-        for connection in connections(cluster, SOURCES):
+        for connection in connections(cluster, SOURCES, INTERFACES):
             outcome = promise(cluster, connection).outcome
             if outcome is not Outcome.UNTOUCHED and (connection.made_here or not connection.dst.is_loopback):
                 tried[outcome] += 1

@@ -5,13 +5,13 @@ its servers listen, so that the same worlds can be tried with packets.
 """
 
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
 import msgspec
-from service_cases import FACTS, SOURCES, Fed, to_ipv6
+from service_cases import FACTS, INTERFACES, SOURCES, Fed, to_ipv6
 
 from podwire.model.addr import Family, IPAddress
 from podwire.model.nft import Ruleset, TableRef, TableState
@@ -44,12 +44,13 @@ REAL = (
 
 LOOPBACK = ipaddress.IPv4Address("127.0.0.1")
 
+_LEAVING = {"ready": False, "serving": True, "terminating": True}
 _CONDITIONS: tuple[dict[str, bool], ...] = (
     {},
     {"ready": True},
     {"ready": True, "serving": True, "terminating": False},
     {"ready": False},
-    {"ready": False, "serving": True, "terminating": True},
+    _LEAVING,
     {"ready": False, "serving": False, "terminating": True},
     {"ready": False, "terminating": True},
     {"ready": True, "serving": True, "terminating": True},  # publishNotReadyAddresses
@@ -57,6 +58,19 @@ _CONDITIONS: tuple[dict[str, bool], ...] = (
 _PORTS = (("TCP", 80), ("UDP", 53), ("TCP", 443), ("SCTP", 36412))
 
 
+_SHARED = "203.0.113.99"
+"""An external address that several Services may claim, as they may claim the node's."""
+_BALANCERS: tuple[Callable[[str], list[dict[str, str]]], ...] = (
+    lambda own: [{"ip": own}],
+    lambda own: [{"ip": own, "ipMode": "VIP"}, {"ip": _SHARED}],
+    lambda own: [{"ip": own, "ipMode": "Proxy"}],
+    lambda own: [{"hostname": "balancer.example"}],
+)
+_NOT_FOR_NODES: tuple[dict[str, Any], ...] = (
+    {"spec": {"clusterIP": "None"}},
+    {"spec": {"type": "ExternalName", "externalName": "elsewhere.example"}},
+    {"metadata": {"labels": {"service.kubernetes.io/service-proxy-name": "another"}}},
+)
 _AFFINITIES: tuple[dict[str, Any], ...] = (
     {},
     {"sessionAffinity": "None"},
@@ -66,42 +80,52 @@ _AFFINITIES: tuple[dict[str, Any], ...] = (
 
 
 @st.composite
-def endpoints(draw: st.DrawFn, places: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
-    hinted = draw(st.sampled_from(("none", "none", "zones", "nodes", "some")))
-    chosen = draw(st.lists(st.sampled_from(places), unique=True, max_size=5))
+def endpoints(draw: st.DrawFn, places: Sequence[tuple[str, str, str]], hinted: str, leaving: str) -> list[dict[str, Any]]:
+    """`hinted`: "none", "zones", "nodes" (and zones), "some" of them. `leaving`: the node whose endpoints terminate."""
     found = []
-    for ip, node, zone in chosen:
+    for ip, node, zone in draw(st.lists(st.sampled_from(places), unique=True, max_size=5)):
         endpoint: dict[str, Any] = {"addresses": [ip], "conditions": draw(st.sampled_from(_CONDITIONS))}
         if node:
             endpoint |= {"nodeName": node, "zone": zone}
-        if zone and (hinted in ("zones", "nodes") or (hinted == "some" and draw(st.booleans()))):
-            endpoint["hints"] = {"forZones": [{"name": zone}]}
+        if leaving in (node, "all"):
+            endpoint["conditions"] = _LEAVING
+        if hinted in ("zones", "nodes") or (hinted == "some" and draw(st.booleans())):
+            endpoint["hints"] = {"forZones": [{"name": zone or "z2"}]}
             if hinted == "nodes":
-                endpoint["hints"]["forNodes"] = [{"name": node}]
+                endpoint["hints"]["forNodes"] = [{"name": node or "n2"}]
         found.append(endpoint)
     return found
 
 
 @st.composite
 def slices(draw: st.DrawFn, name: str, ports: list[dict[str, Any]], real: bool) -> list[dict[str, Any]]:
-    """Up to three, in any order; one may repeat what another lists, lack a port, or have it under another number."""
+    """Up to three, in any order; one may repeat what another lists, lack a port, have it elsewhere, or be for no node."""
     pieces = []
+    hinted, leaving = (
+        draw(st.sampled_from(("zones", "none", "nodes", "some", "zones"))),
+        draw(st.sampled_from(("", "", "", "n1", "all"))),
+    )
     for number in range(draw(st.integers(0, 3))):
         resolved = [
             {"name": p["name"], "protocol": p["protocol"], "port": 8080 if real else draw(st.sampled_from((8080, 9090)))}
             for p in ports
             if draw(st.integers(0, 9))
         ]
-        piece = {
+        piece: dict[str, Any] = {
             "metadata": {
                 "name": f"{name}-{number}",
                 "namespace": "shop",
                 "labels": {"kubernetes.io/service-name": name},
             },
             "addressType": "IPv4",
-            "endpoints": draw(endpoints(REAL if real else IMAGINED)),
+            "endpoints": draw(endpoints(REAL if real else IMAGINED, hinted, leaving)),
             "ports": resolved,
         }
+        match draw(st.integers(0, 11)):
+            case 10:
+                piece["metadata"]["labels"]["service.kubernetes.io/headless"] = ""
+            case 11:
+                piece |= {"addressType": "FQDN", "endpoints": [{"addresses": ["pod.example"]}]}
         pieces.append(piece)
     return draw(st.permutations(pieces))
 
@@ -125,36 +149,47 @@ def services(draw: st.DrawFn, number: int, real: bool) -> tuple[dict[str, Any], 
             "ports": ports,
             "internalTrafficPolicy": draw(st.sampled_from(("Cluster", "Cluster", "Local"))),
             "externalTrafficPolicy": draw(st.sampled_from(("Local", "Cluster"))),
-            "externalIPs": draw(st.sampled_from(([], [], [f"203.0.113.{100 + number}"]))),
+            "externalIPs": draw(st.sampled_from(([], [], [f"203.0.113.{100 + number}"], [_SHARED], ["198.18.0.11"]))),
             **draw(st.sampled_from(_AFFINITIES)),
             "loadBalancerSourceRanges": draw(st.sampled_from(([], [], [FRIENDS], [STRANGERS], [STRANGERS, NODES]))),
         },
-        "status": {
-            "loadBalancer": {
-                "ingress": draw(
-                    st.sampled_from(
-                        ([{"ip": f"203.0.113.{10 + number}"}], [{"ip": f"203.0.113.{10 + number}", "ipMode": "Proxy"}])
-                    )
-                )
-            }
-        },
+        "status": {"loadBalancer": {"ingress": draw(st.sampled_from(_BALANCERS))(f"203.0.113.{10 + number}")}},
     }
+    if draw(st.integers(0, 11)) == 11:
+        for part, fields in draw(st.sampled_from(_NOT_FOR_NODES)).items():
+            service[part] |= fields
     return service, draw(slices(name, ports, real))
 
 
 @st.composite
 def host_pods(draw: st.DrawFn, real: bool) -> list[dict[str, Any]]:
-    if not draw(st.booleans()):
-        return []
-    ports = [{"containerPort": 8080, "hostPort": 8888, "hostIP": draw(st.sampled_from(("", "0.0.0.0", "198.18.0.11")))}]
-    ip = (REAL if real else IMAGINED)[0][0]
-    return [
-        {
-            "metadata": {"name": "edge", "namespace": "shop", "uid": "edge"},
-            "spec": {"containers": [{"name": "main", "ports": ports}], "hostNetwork": draw(st.integers(0, 5)) == 0},
-            "status": {"podIP": ip, "podIPs": [{"ip": ip}]},
-        }
-    ]
+    """Up to two, which may want the same ports, of pods that may be finished, on the host's network, or of both families."""
+    pods = []
+    for name, (ip, *_) in zip(("edge", "rim"), REAL if real else IMAGINED, strict=False):
+        if draw(st.integers(0, 2)):
+            continue
+        ports = [
+            {
+                "containerPort": 8080,
+                "hostPort": draw(st.sampled_from((8888, 8888, 80, 30000))),
+                "hostIP": draw(st.sampled_from(("", "0.0.0.0", "198.18.0.11"))),
+                "protocol": protocol,
+            }
+            for protocol in draw(st.lists(st.sampled_from(("TCP", "UDP")), min_size=1, unique=True))
+        ]
+        ips = draw(st.sampled_from(([ip], [ip, to_ipv6(ip)])))
+        pods.append(
+            {
+                "metadata": {"name": name, "namespace": "shop", "uid": name},
+                "spec": {"containers": [{"name": "main", "ports": ports}], "hostNetwork": draw(st.integers(0, 5)) == 5},
+                "status": {
+                    "podIP": ip,
+                    "podIPs": [{"ip": one} for one in ips],
+                    "phase": draw(st.sampled_from(("Running", "Running", "Running", "Succeeded"))),
+                },
+            }
+        )
+    return pods
 
 
 @st.composite
@@ -162,9 +197,10 @@ def node_facts(draw: st.DrawFn) -> NodeFacts:
     """The node of the address plan, as it may be set up."""
     return replace(
         FACTS,
-        zone=draw(st.sampled_from(("z1", "z1", "z3", ""))),
+        zone=draw(st.sampled_from(("z1", "z1", "z1", "z3", ""))),
         local_sources=draw(st.sampled_from(((), (), FACTS.cluster_cidrs))),
         masquerade_all=draw(st.integers(0, 4)) == 4,
+        local_interfaces=draw(st.sampled_from(((), (), (), ("cni0",), ("veth*", "cni*")))),
         loopback=draw(st.booleans()),
         cluster_cidrs=draw(st.sampled_from((FACTS.cluster_cidrs, FACTS.cluster_cidrs, ()))),
         service_cidrs=draw(st.sampled_from((FACTS.service_cidrs, FACTS.service_cidrs, ()))),
@@ -207,13 +243,15 @@ def _turned(value: Any) -> Any:
     return to_ipv6(value) if isinstance(value, str) else value
 
 
-def connections(cluster: Cluster, sources: dict[str, str] = SOURCES) -> Iterator[Connection]:
+def connections(
+    cluster: Cluster, sources: dict[str, str] = SOURCES, interfaces: dict[str, str] = INTERFACES
+) -> Iterator[Connection]:
     """From every kind of source to every address that means something, and to some that mean nothing. `sources`: in IPv4;
-    the one called "node" is made by the node itself."""
+    the one called "node" is made by the node itself. `interfaces`: by which the others come in."""
     for dst, protocol, port in sorted(_destinations(cluster), key=str):
         for name, text in sources.items():
             src = ipaddress.ip_address(text if dst.version == 4 else to_ipv6(text))
-            yield Connection(src, dst, protocol, port, made_here=name == "node")
+            yield Connection(src, dst, protocol, port, made_here=name == "node", interface=interfaces.get(name, ""))
             if name == "node" and cluster.node.loopback and dst == cluster.node.node_ips[0]:
                 yield Connection(LOOPBACK, LOOPBACK, protocol, port, made_here=True)
                 yield Connection(src, LOOPBACK, protocol, port)
@@ -223,16 +261,17 @@ def _destinations(cluster: Cluster) -> set[tuple[IPAddress, str, int]]:
     found: set[tuple[IPAddress, str, int]] = set()
     for service, _ in cluster.services:
         spec = service.spec
-        externals = [*spec.external_ips, *(i.ip for i in service.status.load_balancer.ingress)]
+        cluster_ips = [ip for ip in spec.cluster_ips if ip != "None"]
+        externals = [*spec.external_ips, *(i.ip for i in service.status.load_balancer.ingress if i.ip)]
         for port in spec.ports:
-            found |= {(ipaddress.ip_address(ip), port.protocol, port.port) for ip in (*spec.cluster_ips, *externals)}
+            found |= {(ipaddress.ip_address(ip), port.protocol, port.port) for ip in (*cluster_ips, *externals)}
             if port.node_port:
                 found |= {(ip, port.protocol, port.node_port) for ip in cluster.node.node_ips}
-        found |= {(ipaddress.ip_address(ip), "TCP", 4711) for ip in spec.cluster_ips}
+        found |= {(ipaddress.ip_address(ip), "TCP", 4711) for ip in cluster_ips}
     for text in ("10.96.0.99", "10.244.2.9", "198.18.1.77"):
         found |= {(ipaddress.ip_address(text), "TCP", 80), (ipaddress.ip_address(to_ipv6(text)), "TCP", 80)}
-    if cluster.pods:
-        found |= {(ip, "TCP", 8888) for ip in cluster.node.node_ips}
+    for opened in (opened for pod in cluster.pods for container in pod.spec.containers for opened in container.ports):
+        found |= {(ip, opened.protocol, opened.host_port) for ip in cluster.node.node_ips}
     return found
 
 
@@ -273,7 +312,9 @@ def canonical(ruleset: Ruleset) -> dict[TableRef, tuple[object, object]]:
 
 def walks(ruleset: Ruleset, connection: Connection, node: NodeFacts, learned: Learned | None = None) -> list[Result]:
     """The connection's fate for every number that `numgen` could draw. `learned`: what an earlier one has left."""
-    packet = Packet(connection.src, connection.dst, PROTOCOLS[connection.protocol], 40000, connection.port)
+    packet = Packet(
+        connection.src, connection.dst, PROTOCOLS[connection.protocol], 40000, connection.port, iif=connection.interface
+    )
     sizes: list[int] = []
     results: list[Result] = []
 
