@@ -1,6 +1,7 @@
 """The evaluator: chains, verdicts, several tables, sets that packets write to."""
 
 import ipaddress
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -28,6 +29,7 @@ from podwire.model.nft import (
 from podwire.model.nftexpr import (
     ACCEPT,
     DROP,
+    REGISTERS,
     RETURN,
     Cmp,
     CmpOp,
@@ -39,6 +41,7 @@ from podwire.model.nftexpr import (
     MetaKey,
     Payload,
     PayloadBase,
+    Reject,
     SetMeta,
     Unknown,
     goto,
@@ -150,6 +153,86 @@ def test_the_first_table_that_rewrites_wins() -> None:
         ruleset = ruleset.apply(Batch(commands))
     result = run_hook(ruleset, Hook.PREROUTING, PACKET, Machine())
     assert (str(result.packet.dst), result.packet.dport, result.rewritten) == ("10.0.0.7", 8080, True)
+
+
+def test_a_packet_passes_the_hooks_of_its_way() -> None:
+    ruleset = Ruleset().apply(Batch((AddTable(TABLE),)))
+    for hook in Hook:
+        chain = Chain(hook.name.lower(), BaseHook("filter", hook, 0))
+        ruleset = ruleset.apply(Batch((AddChain(TABLE, chain), SetRules(TABLE, chain.name, (Rule((), "seen"),)))))
+
+    def way(machine: Machine, *, locally_made: bool) -> list[str]:
+        return [step.chain for step in follow(ruleset, PACKET, machine, locally_made=locally_made).steps]
+
+    assert way(Machine(), locally_made=False) == ["prerouting", "forward", "postrouting"]
+    assert way(Machine(frozenset({PACKET.dst})), locally_made=False) == ["prerouting", "input"]
+    assert way(Machine(), locally_made=True) == ["output", "postrouting"]
+
+
+def test_the_first_refusal_is_final() -> None:
+    late = Chain("late", BaseHook("filter", Hook.PREROUTING, 10))
+    ruleset = rules(base=(Rule((Reject(True, False),), "a"),)).apply(
+        Batch((AddChain(TABLE, late), SetRules(TABLE, "late", (verdict(DROP, "b"),))))
+    )
+    assert walked(ruleset) == (Fate.RESET, ["a"])
+    inside = rules(base=(verdict(jump("x"), "a"), verdict(ACCEPT, "b")), x=(verdict(DROP, "c"),))
+    assert walked(inside) == (Fate.DROP, ["a", "c"])
+
+
+def test_a_filter_sees_what_was_rewritten_at_the_same_hook() -> None:
+    rewrite = Rule((Constant(bytes((10, 0, 0, 7)), 0), Constant(b"\x1f\x90\0\0", 1), Dnat(False, 0, 1)))
+    ruleset = rules(base=(Rule((Payload(PayloadBase.TRANSPORT, 2, 2, 0), Cmp(CmpOp.EQ, 0, b"\x1f\x90"), Immediate(DROP))),))
+    nat = Chain("nat", BaseHook("nat", Hook.PREROUTING, -100))
+    ruleset = ruleset.apply(Batch((AddChain(TABLE, nat), SetRules(TABLE, "nat", (rewrite,)))))
+    assert walked(ruleset)[0] is Fate.DROP
+
+
+def test_rules_may_jump_sixteen_deep_any_number_of_times() -> None:
+    def deep(count: int) -> Ruleset:
+        chains = {f"c{n}": (verdict(jump(f"c{n + 1}")),) if n < count else () for n in range(1, count + 1)}
+        return rules(base=(verdict(jump("c1")),) * 3, **chains)
+
+    assert walked(deep(16))[0] is Fate.PASS
+    with pytest.raises(ValueError, match="deeper than 16 chains, to c17"):
+        walked(deep(17))
+
+
+def test_what_a_packet_does_not_have_matches_nothing() -> None:
+    for missing in (Payload(PayloadBase.TRANSPORT, 13, 1, 0), Payload(PayloadBase.LINK, 0, 6, 0)):
+        assert walked(rules(base=(Rule((missing, Immediate(DROP))),))) == (Fate.PASS, [])
+
+
+def test_every_register_holds_what_is_put_there() -> None:
+    last = REGISTERS - 1
+    rule = Rule((Meta(MetaKey.L4PROTO, last), Constant(b"\1\2\3\4", 0), Cmp(CmpOp.EQ, last, b"\6"), Immediate(DROP)))
+    assert walked(rules(base=(rule,)))[0] is Fate.DROP
+
+
+def test_maps_of_verdicts_and_maps_that_are_only_asked_whether_they_know() -> None:
+    port = Payload(PayloadBase.TRANSPORT, 2, 2, 0)
+    leads, names = NftSet("leads", (FieldType.PORT,), verdicts=True), NftSet("names", (FieldType.PORT,), data=(FieldType.IPV4,))
+    key = b"\0\x50\0\0"
+    made = rules(base=(), x=(verdict(DROP, "x"),)).apply(
+        Batch(
+            (
+                AddSet(TABLE, leads),
+                AddSet(TABLE, names),
+                AddElements(TABLE, leads, ((key, goto("x")),)),
+                AddElements(TABLE, names, ((key, bytes((10, 0, 0, 7))),)),
+            )
+        )
+    )
+
+    def with_rule(*expressions: Any) -> Ruleset:
+        return made.apply(Batch((SetRules(TABLE, "base", (Rule(expressions, "a"),)),)))
+
+    other = replace(PACKET, dport=81)
+    by_verdict = with_rule(port, Lookup("leads", 0, verdict=True))
+    assert walked(by_verdict) == (Fate.DROP, ["a", "x"])
+    assert walked(by_verdict, other) == (Fate.PASS, [])
+    known = with_rule(port, Lookup("names", 0), Immediate(DROP))
+    assert walked(known)[0] is Fate.DROP
+    assert walked(known, other)[0] is Fate.PASS
 
 
 @pytest.mark.parametrize("key", [MetaKey.PRIORITY, MetaKey.MARK])
