@@ -17,6 +17,7 @@ class AgentConfig:
     node_ips: the node's addresses on the underlay, at most one of each family, the preferred first.
     state_dir: holds the record of address reservations; belongs to this node alone and must survive agent restarts.
     nameservers: what pods get as resolvers (the cluster DNS Service's addresses); empty: the node's own.
+    service_cidrs: where ClusterIPs come from, while the API server tells no other ranges (ServiceCIDRs).
     routed_pods: route between the node's pods even where the kernel could bridge (see `plan.node.bridge_switches`).
     cni_socket: where container engines are served, through the CNI plugin (cniserver.DEFAULT_SOCKET); None: they are not.
     guest: the node is a kubelet's, which has registered it and runs its pods; the agent is its network only.

@@ -36,6 +36,7 @@ from podwire.agent.proxymodes.modes import ProxyModes
 from podwire.agent.registration import NodeState, own_attrs, read_machine
 from podwire.agent.repair import Repair
 from podwire.agent.reservations import Reservations
+from podwire.agent.serviceranges import ServiceRanges
 from podwire.agent.services import BY_NAME_SELECTOR, SERVICE_SELECTOR, SLICE_SELECTOR, ServiceSync
 from podwire.agent.source import ApiConfigSource
 from podwire.agent.subnets.kube import KubeSubnets
@@ -125,6 +126,8 @@ class NodeAgent:
         services, slices = (SERVICE_SELECTOR, SLICE_SELECTOR) if self.config.services else (BY_NAME_SELECTOR, BY_NAME_SELECTOR)
         self._services = Informer(client, SERVICES, Service, label_selector=services, rng=self._rng)
         self._slices = Informer(client, ENDPOINTSLICES, EndpointSlice, label_selector=slices, rng=self._rng)
+        self._ranges_changed = asyncio.Event()
+        self._ranges = ServiceRanges(client, self.config.service_cidrs, self._rng, self._ranges_changed.set)
 
     async def ready(self) -> None:
         """Returns once the node's network and Services are programmed for the first time."""
@@ -205,6 +208,8 @@ class NodeAgent:
                 group.create_task(informer.run())
             if not self.config.guest:
                 group.create_task(self._pod_informer.run())
+            if self.config.services:
+                group.create_task(self._ranges.run())
             group.create_task(events.run())
             group.create_task(pods.follow_reports())
             group.create_task(self._serve(env, pods, engines, sync, overlay))
@@ -261,7 +266,9 @@ class NodeAgent:
             await self._begin_by_memory(joining, env.reservations, engines, overlay)
             network = await joining
             group.create_task(overlay.run())
-            network = await self._adopt(network, pods, engines)
+            if self.config.services:
+                await self._ranges.known()
+            network = await self._adopt(replace(network, service_cidrs=self._ranges.networks), pods, engines)
             group.create_task(overlay.carry())
             env.reservations.withheld = overlay.withheld
             env.network.set_result(network)
@@ -276,6 +283,7 @@ class NodeAgent:
             self._presence.set_state(NodeState(network=True, message="Services are not programmed yet"))
             repair = Repair(self._kernel, self._plumbing, sync, self._health, self._rng)
             group.create_task(repair.run())
+            group.create_task(self._follow_ranges(network, repair))
             group.create_task(self._peers.run(repair))
             await self._services.synced()
             await self._slices.synced()
@@ -306,7 +314,7 @@ class NodeAgent:
             name=config.node_name,
             node_ips=config.node_ips,
             pod_cidrs=cidrs,
-            service_cidrs=config.service_cidrs,
+            service_cidrs=self._ranges.networks,
             uplink=config.uplink,
             underlay_mtu=config.underlay_mtu,
             vni=config.vni,
@@ -385,10 +393,28 @@ class NodeAgent:
             node_ips=self.config.node_ips,
             pod_cidrs=network.pod_cidrs,
             cluster_cidrs=self.config.cluster_cidrs,
-            service_cidrs=self.config.service_cidrs,
+            service_cidrs=self._ranges.networks,
             zone=labels.get(ZONE_LABEL, ""),
             loopback=True,
         )
+
+    async def _follow_ranges(self, network: NodeNetwork, repair: Repair) -> None:
+        """Where ClusterIPs come from may change: the way to them follows, and what becomes of packets to unused ones."""
+        while True:
+            await self._ranges_changed.wait()
+            self._ranges_changed.clear()
+            old, network = network, replace(network, service_cidrs=self._ranges.networks)
+            if network == old:
+                continue
+            log.info("node %s: ClusterIPs come from %s now", self.config.node_name, ", ".join(map(str, network.service_cidrs)))
+            if self._sync is not None and self._served is not None:
+                self._sync.set_facts(self._facts(network))
+            try:
+                await self._plumbing.set_base(plan_base(network))
+            except PodwireError as error:
+                log.warning("node %s: %s", self.config.node_name, error)
+                self._health.failed("links", error)
+                repair.request_check()
 
     def _node_changed(self, change: Change[Node]) -> None:
         name = change.key.name

@@ -19,7 +19,7 @@ CNI_SOCKET = Path("/run/podwire/cni.sock")
 @click.option("--cluster-cidr", "cluster_cidrs", type=NETWORK, multiple=True, required=True, envvar="CLUSTER_CIDR",
               help="The pods' network of the whole cluster, one per family.")  # fmt: skip
 @click.option("--service-cidr", "service_cidrs", type=NETWORK, multiple=True, envvar="SERVICE_CIDR",
-              help="The Services' network, one per family.")  # fmt: skip
+              help="Where ClusterIPs come from, one per family, for API servers without ServiceCIDR objects.")  # fmt: skip
 @click.option("--address", "addresses", type=ADDRESS, multiple=True,
               help="This node's address for the others, one per family. [default: the Node's InternalIPs]")  # fmt: skip
 @click.option("--services/--no-services", default=True, show_default=True, envvar="SERVICES",

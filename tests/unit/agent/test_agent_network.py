@@ -14,7 +14,7 @@ from podwire.model.kernelstate import Route
 from podwire.model.meta import Json
 from podwire.model.nft import Batch, DelTable
 from podwire.model.ops import CommitNft, DelAddress, DelLink, DelNeighbour, DelRoute, SetRoute, SetSysctl
-from podwire.model.resources import ENDPOINTSLICES, LEASES, NODES, SERVICES
+from podwire.model.resources import ENDPOINTSLICES, LEASES, NODES, SERVICECIDRS, SERVICES
 from podwire.plan.naming import host_veth
 from podwire.testing.fakekernel import FakeKernel
 from podwire.testing.memorycluster import CLUSTER, DUAL, Machine, MemoryCluster, condition
@@ -95,6 +95,28 @@ async def test_rules_that_someone_flushes_come_back(cluster: MemoryCluster) -> N
         assert not (await machine.kernel.observe_nft(TABLE)).tables
         await cluster.until(lambda: _same_rules(machine, whole))
         assert agent.status().degraded == {}
+
+
+async def test_where_cluster_ips_come_from_is_followed(cluster: MemoryCluster) -> None:
+    machine = cluster.machine(1, service_route=True)
+    default = {"10.96.0.0/12": "cni0", "fd00:10:96::/112": "cni0"}
+    async with cluster.agent(machine):
+        assert await routes(machine) == default
+        await cluster.client.create(SERVICECIDRS, {"metadata": {"name": "more"}, "spec": {"cidrs": ["10.112.0.0/24"]}})
+        await cluster.until(lambda: _has(routes(machine), "10.112.0.0/24"))
+        await cluster.until(lambda: _range_is_closed(machine, "10.112.0.0/24"))
+        machine.kernel.fail_next("SetRoute", errno.ENOBUFS, times=2)
+        await cluster.client.create(SERVICECIDRS, {"metadata": {"name": "third"}, "spec": {"cidrs": ["10.113.0.0/24"]}})
+        await cluster.until(lambda: _has(routes(machine), "10.113.0.0/24"))
+    async with cluster.agent(machine) as agent:
+        assert set(await routes(machine)) == {*default, "10.112.0.0/24", "10.113.0.0/24"}
+        assert await _range_is_closed(machine, "10.112.0.0/24")
+        assert agent.status().commits == 0, "all was there already"
+        for name in ("more", "third"):
+            await cluster.client.patch(SERVICECIDRS, name, {"metadata": {"finalizers": None}})
+            await cluster.client.delete(SERVICECIDRS, name)
+        await cluster.until(lambda: _are(routes(machine), default))
+        await cluster.until(lambda: _range_is_open(machine, "10.112.0.0/24"))
 
 
 async def test_a_service_is_programmed_and_follows_its_endpoints(cluster: MemoryCluster) -> None:
@@ -298,6 +320,20 @@ async def _rules_name(machine: Machine[FakeKernel], address: str) -> bool:
     rules = await machine.kernel.observe_nft(TABLE)
     elements = [e for table in rules.tables.values() for state in table.sets.values() for e in state.elements.items()]
     return any(packed in key or (isinstance(data, bytes) and packed in data) for key, data in elements)
+
+
+async def _are(found: Any, wanted: dict[str, str]) -> bool:
+    return bool(await found == wanted)
+
+
+async def _range_is_closed(machine: Machine[FakeKernel], network: str) -> bool:
+    """Whether rules speak of the range: packets to its unused addresses are dropped."""
+    packed = ipaddress.ip_network(network).network_address.packed
+    return repr(packed) in repr((await machine.kernel.observe_nft(TABLE)).tables)
+
+
+async def _range_is_open(machine: Machine[FakeKernel], network: str) -> bool:
+    return not await _range_is_closed(machine, network)
 
 
 async def _no_rules_name(machine: Machine[FakeKernel], address: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from scripted_server import ScriptedServer
 
-from podwire.agent.proxy.serviceranges import ServiceRanges
+from podwire.agent.serviceranges import ServiceRanges
 
 PATH = "/apis/networking.k8s.io/v1/servicecidrs"
 CONFIGURED = (ipaddress.ip_network("10.0.0.0/24"),)

@@ -23,9 +23,9 @@ from podwire.agent.process import process_text
 from podwire.agent.proxy.connections import endpoint_connections, invalid_packets, localhost_connections, service_connections
 from podwire.agent.proxy.metrics import ProxyMetrics, rule_counts
 from podwire.agent.proxy.nodename import likely_names
-from podwire.agent.proxy.serviceranges import ServiceRanges
 from podwire.agent.proxy.status import ProxyHealth
 from podwire.agent.proxymodes.port import CountsRules, MakeRules, OtherModes, ServiceRules
+from podwire.agent.serviceranges import ServiceRanges
 from podwire.agent.services import SERVICE_SELECTOR, SLICE_SELECTOR, ServiceSync
 from podwire.client.api import ApiClient
 from podwire.client.informer import Change, Informer

@@ -1,7 +1,6 @@
 """Where ClusterIPs come from: the cluster's ServiceCIDR objects (Kubernetes 1.33), followed while they change."""
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import Callable
 from random import Random
@@ -11,21 +10,13 @@ from podwire.client.backoff import Backoff
 from podwire.client.errors import ApiError, Forbidden, NotFound
 from podwire.client.informer import Change, Informer
 from podwire.model.addr import IPNetwork
-from podwire.model.objects import ApiObject, View
 from podwire.model.resources import SERVICECIDRS
+from podwire.model.servicecidr import ServiceCIDR
 
 log = logging.getLogger(__name__)
 
 ASK_AGAIN_SECONDS = 600.0
 """How often a server is asked that had no such objects, or would not show them: it may have been upgraded."""
-
-
-class ServiceCIDRSpec(View, frozen=True):
-    cidrs: tuple[str, ...] = ()
-
-
-class ServiceCIDR(ApiObject, frozen=True):
-    spec: ServiceCIDRSpec = ServiceCIDRSpec()
 
 
 class ServiceRanges:
@@ -39,7 +30,7 @@ class ServiceRanges:
     @property
     def networks(self) -> tuple[IPNetwork, ...]:
         held = self._informer.items().values() if self._informer else ()
-        found = {network for item in held for text in item.spec.cidrs if (network := _network(text))}
+        found = {network for item in held for network in item.networks}
         return tuple(sorted(found, key=lambda network: (network.version, network))) or self._otherwise
 
     async def known(self) -> None:
@@ -77,10 +68,3 @@ class ServiceRanges:
                 await asyncio.sleep(backoff.next())
             else:
                 return
-
-
-def _network(text: str) -> IPNetwork | None:
-    try:
-        return ipaddress.ip_network(text)
-    except ValueError:
-        return None
