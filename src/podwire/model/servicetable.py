@@ -83,7 +83,8 @@ class Frontend(msgspec.Struct, frozen=True, gc=False):
     `outside`: for all other, None where it is the same. `masquerade`: the source is rewritten for everyone.
     `affinity_s`: clients stay with their backend for so long after the last connection; 0: they do not.
     `source_ranges`: (first, last) packed addresses of those who may come in; None: anyone. `port_name`: the Service's port;
-    with `protocol` it tells which frontends are the same port at different addresses."""
+    with `protocol` it tells which frontends are the same port at different addresses. `inside_local`: `inside` are this node's
+    backends only; those of `outside` always are."""
 
     address: bytes
     protocol: int
@@ -95,6 +96,7 @@ class Frontend(msgspec.Struct, frozen=True, gc=False):
     affinity_s: int = 0
     source_ranges: tuple[tuple[bytes, bytes], ...] | None = None
     port_name: str = ""
+    inside_local: bool = False
 
 
 class ServiceTable(msgspec.Struct, frozen=True, gc=False):
