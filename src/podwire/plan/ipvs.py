@@ -27,10 +27,11 @@ from podwire.model.nftexpr import (
     jump,
 )
 from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFacts, Pool
+from podwire.plan.elementbooks import CountedBook
 from podwire.plan.nftdiff import diff_ruleset, order_changes
 from podwire.plan.nftexprs import Fields, is_protocol
 from podwire.plan.serviceledger import ServiceLedger
-from podwire.plan.services_maps import CountedBook, FamilyMaps, Programmed, place_of
+from podwire.plan.services_maps import FamilyMaps, place_of
 from podwire.plan.services_rules import LEFT, PICK, PICK_LOCAL, REFUSE, Number, Sets, pack_number, sets_of
 from podwire.plan.services_table import LOOPBACK
 
@@ -169,7 +170,7 @@ class IpvsMaps(FamilyMaps):
         if self.servers.get(key) != held:
             self._changed[key] = self.servers.get(key)
 
-    def _lead(self, key: bytes, new: Programmed, old: Programmed | None) -> None:
+    def _lead(self, key: bytes, new: Frontend, old: Frontend | None) -> None:
         super()._lead(key, new, old)
         if key in self._left:
             self._books[self._left[key]].put(key, pack_number(LEFT))

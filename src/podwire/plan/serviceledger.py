@@ -130,15 +130,14 @@ class ServiceLedger(Generic[S]):
 
     def _claim(self, key: bytes, owner: str, frontend: Frontend) -> None:
         holder = self._holders.get(key)
-        rivals = self._rivals.get(key)
-        if rivals is None and (holder is None or holder == owner):
+        if holder is None or (holder == owner and key not in self._rivals):
             self._win(key, owner, frontend)
             return
-        if rivals is None and holder is not None:
+        rivals = self._rivals.get(key)
+        if rivals is None:
             rivals = self._rivals[key] = {holder: self._maps_of(key).frontend(key)}
-        if rivals is not None:
-            rivals[owner] = frontend
-            self._settle(key, rivals)
+        rivals[owner] = frontend
+        self._settle(key, rivals)
 
     def _withdraw(self, key: bytes, owner: str) -> None:
         rivals = self._rivals.get(key)
@@ -172,9 +171,10 @@ class ServiceLedger(Generic[S]):
             for address in old.local_addresses - new.local_addresses:
                 self._maps[len(address)].hairpin.release(address + address)
         if new.cluster_ips != old.cluster_ips:
-            for address in set(new.cluster_ips).difference(old.cluster_ips):
+            held, wanted = set(old.cluster_ips), set(new.cluster_ips)
+            for address in wanted - held:
                 self._maps[len(address)].cluster_ips.want(address)
-            for address in set(old.cluster_ips).difference(new.cluster_ips):
+            for address in held - wanted:
                 self._maps[len(address)].cluster_ips.release(address)
 
 

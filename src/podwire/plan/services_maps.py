@@ -1,16 +1,9 @@
-"""`Frontend`s → elements of the maps, kept as they stand and as they changed: one family's half of the planner.
+"""`Frontend`s → elements of the maps and the rules for the numbers in use: one family's half of the planner."""
 
-A pool's backends sit at indices 0 … N−1 under the frontend's key. When one leaves, the last takes its place; a new one goes
-to the end: a change of one endpoint moves two or three elements, whatever the pool's size.
-"""
-
-import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
-from typing import Final, NamedTuple
-
-import msgspec
+from typing import NamedTuple
 
 from podwire.model.addr import Family
 from podwire.model.nft import (
@@ -20,8 +13,6 @@ from podwire.model.nft import (
     Afterwards,
     ChainState,
     Command,
-    Data,
-    NftSet,
     Prune,
     Rule,
     Ruleset,
@@ -31,6 +22,7 @@ from podwire.model.nft import (
     TableState,
 )
 from podwire.model.servicetable import Frontend, FrontendKind, NodeFacts
+from podwire.plan.elementbooks import CountedBook, ElementBook, PoolBook
 from podwire.plan.nftdiff import ElementChanges, RuleChanges
 from podwire.plan.services_rules import (
     EXACT,
@@ -50,8 +42,6 @@ from podwire.plan.services_rules import (
     table_ref,
 )
 
-_ABSENT: Final = object()
-
 _DEPARTED_MOST = 512
 """So many endpoints may have left before the kernel forgets what was counted of them. One that comes back by then counts on,
 and the change that reaches the number costs some milliseconds instead of each a little more."""
@@ -60,11 +50,6 @@ and the change that reaches the number costs some milliseconds instead of each a
 @lru_cache(maxsize=1 << 16)
 def _pack_port(port: int) -> bytes:
     return port.to_bytes(2, "big") + b"\0\0"
-
-
-@lru_cache(maxsize=1 << 12)
-def _pack_index(index: int) -> bytes:
-    return index.to_bytes(4, sys.byteorder)
 
 
 _PROTOCOLS = tuple(bytes((number, 0, 0, 0)) for number in range(256))
@@ -90,75 +75,6 @@ def place_key(address: bytes, protocol: int, port: int) -> bytes:
 def place_of(key: bytes) -> Place:
     """What `place_key` made the key of."""
     return Place(key[:-8], key[-8], int.from_bytes(key[-4:-2], "big"))
-
-
-class ElementBook:
-    """One set's elements, and what they were when changes were last taken."""
-
-    def __init__(self, of: NftSet) -> None:
-        self.set = of
-        self.elements: dict[bytes, Data] = {}
-        self.comments: dict[bytes, str] = {}
-        self._before: dict[bytes, object] | None = None
-        """None: nothing has been taken, so all elements are new."""
-
-    def put(self, key: bytes, data: Data = None) -> None:
-        old = self.elements.get(key, _ABSENT)
-        if old is data or old == data:
-            return
-        if self._before is not None:
-            self._before.setdefault(key, old)
-        self.elements[key] = data
-
-    def put_pool(self, key: bytes, backends: Sequence[bytes]) -> None:
-        """The indexed elements of a frontend that has none so far."""
-        for index, data in enumerate(backends):
-            indexed = key + _pack_index(index)
-            if self._before is not None:
-                self._before.setdefault(indexed, _ABSENT)
-            self.elements[indexed] = data
-
-    def drop(self, key: bytes) -> None:
-        old = self.elements.pop(key, _ABSENT)
-        if old is not _ABSENT and self._before is not None:
-            self._before.setdefault(key, old)
-
-    def take(self) -> ElementChanges:
-        """What changed since the last call."""
-        changes = ElementChanges(self.set, comments=self.comments)
-        if self._before is None:
-            changes.added = list(self.elements.items())
-        for key, old in (self._before or {}).items():
-            new = self.elements.get(key, _ABSENT)
-            if new is _ABSENT:
-                if old is not _ABSENT:
-                    changes.gone.append((key, None))
-            elif old is _ABSENT:
-                changes.added.append((key, self.elements[key]))
-            elif old != new:
-                changes.replaced.append((key, self.elements[key]))
-        self._before = {}
-        return changes
-
-
-class CountedBook(ElementBook):
-    """Elements that several owners may want: each is there while anyone does."""
-
-    def __init__(self, of: NftSet) -> None:
-        super().__init__(of)
-        self._wanted: dict[bytes, int] = {}
-
-    def want(self, key: bytes) -> None:
-        count = self._wanted.get(key, 0)
-        self._wanted[key] = count + 1
-        if not count:
-            self.put(key)
-
-    def release(self, key: bytes) -> None:
-        self._wanted[key] -= 1
-        if not self._wanted[key]:
-            del self._wanted[key]
-            self.drop(key)
 
 
 class NumberBook:
@@ -203,50 +119,25 @@ def _numbered_rules(family: Family, numbers: frozenset[Number]) -> dict[str, tup
     return numbered_rules(family, in_use)
 
 
-class Programmed(msgspec.Struct, gc=False):
-    """A frontend as it stands in the maps: its backends' elements in index order."""
+def _numbers_of(frontend: Frontend) -> Iterator[Number]:
+    """Those that need a rule which is not always there."""
+    if (backends := len(frontend.inside.backends)) > EXACT:
+        yield _number(PICK, pool_size(backends))
+    if frontend.outside is not None and (backends := len(frontend.outside.backends)) > EXACT:
+        yield _number(PICK_LOCAL, pool_size(backends))
+    if frontend.affinity_s:
+        yield _number(REMEMBER, frontend.affinity_s)
 
-    frontend: Frontend
-    cluster: Sequence[bytes]
-    local: Sequence[bytes]
 
-    def numbers(self) -> Iterator[Number]:
-        """Those that need a rule."""
-        if self.cluster:
-            yield _number(PICK, pool_size(len(self.cluster)))
-        if self.local:
-            yield _number(PICK_LOCAL, pool_size(len(self.local)))
-        if self.frontend.affinity_s:
-            yield _number(REMEMBER, self.frontend.affinity_s)
+def _backends(frontend: Frontend) -> tuple[bytes, ...]:
+    """Of both pools."""
+    inside, outside = frontend.inside, frontend.outside
+    return (*inside.backends, *outside.backends) if outside is not None else inside.backends
 
 
 @lru_cache(maxsize=4096)
 def _number(chain: str, value: int) -> Number:
     return Number(chain, value)
-
-
-def arrange(order: Sequence[bytes], wanted: Sequence[bytes]) -> Sequence[bytes]:
-    """`wanted` so that as few as possible are elsewhere than in `order`: holes are filled with new ones, then from the end."""
-    if not order:
-        return wanted
-    keep = set(wanted)
-    known = set(order)
-    new = [w for w in wanted if w not in known]
-    holes = [index for index, item in enumerate(order) if item not in keep]
-    arranged = list(order)
-    for index, item in zip(holes, new, strict=False):
-        arranged[index] = item
-    del new[: len(holes)]
-    arranged += new
-    index = 0
-    while index < len(arranged):
-        if arranged[index] in keep:
-            index += 1
-        elif index == len(arranged) - 1:
-            arranged.pop()
-        else:
-            arranged[index] = arranged.pop()
-    return arranged
 
 
 class FamilyMaps:
@@ -256,15 +147,17 @@ class FamilyMaps:
         self.family, self.table = family, table_ref(family)
         self._facts = facts
         self._sets: Sets = sets or sets_of(family)
-        self._books = {of.name: ElementBook(of) for of in self._sets.all() if not of.dynamic}
         self.hairpin, self.cluster_ips = CountedBook(self._sets.hairpin), CountedBook(self._sets.cluster_ips)
+        self._endpoints, self._local = PoolBook(self._sets.endpoints), PoolBook(self._sets.local_endpoints)
+        self._pool_books = {book.set.name: book for book in (self._endpoints, self._local)}
+        plain = [of for of in self._sets.all() if not of.dynamic and of.name not in self._pool_books]
+        self._books = {of.name: ElementBook(of) for of in plain}
         self._books |= {b.set.name: b for b in (self.hairpin, self.cluster_ips)}
         self._services, self._outside = self._books["services"], self._books["outside"]
-        self._endpoints, self._local = self._books["endpoints"], self._books["local-endpoints"]
         self._pools, self._local_pools = self._books["pools"], self._books["local-pools"]
         self._sticky = self._books["sticky"]
         self._numbers = NumberBook(family)
-        self._programmed: dict[bytes, Programmed] = {}
+        self._frontends: dict[bytes, Frontend] = {}
         self._prune: dict[bytes, Collection[bytes]] = {}
         self._departed: dict[bytes, None] = {}
         """Keys of `connections` of which nothing is programmed any more."""
@@ -274,73 +167,64 @@ class FamilyMaps:
 
     def frontend(self, key: bytes) -> Frontend:
         """What is served under `key`."""
-        return self._programmed[key].frontend
+        return self._frontends[key]
 
     def program(self, key: bytes, frontend: Frontend | None, owner: str = "") -> None:
         """Make the maps serve `frontend` under `key`; None: nothing any more. `owner` is shown to humans."""
-        old = self._programmed.get(key)
+        old = self._frontends.get(key)
         if frontend is None:
             if old is not None:
                 self._clear(key, old)
             return
         self._services.comments[key] = owner
-        outside = frontend.outside.backends if frontend.outside else ()
-        if old is None:
-            new = Programmed(frontend, frontend.inside.backends, outside)
-            self._endpoints.put_pool(key, new.cluster)
-            self._local.put_pool(key, new.local)
-        elif old.frontend == frontend:
+        if old == frontend:
             return
-        else:
-            new = Programmed(frontend, arrange(old.cluster, frontend.inside.backends), arrange(old.local, outside))
-            self._move(self._endpoints, key, old.cluster, new.cluster)
-            self._move(self._local, key, old.local, new.local)
-        for number in new.numbers():
+        self._endpoints.put(key, frontend.inside.backends)
+        for number in _numbers_of(frontend):
             self._numbers.use(number)
-        self._lead(key, new, old)
-        self._flags(key, old.frontend if old else None, frontend)
+        self._lead(key, frontend, old)
         if old is not None:
-            self._release(old)
-            self._depart(key, {*old.cluster, *old.local}.difference(new.cluster, new.local))
-            if old.frontend.affinity_s:
-                self._forget(key, old, new)
+            self._leave(key, old, frontend)
+        if old is not None or frontend.kind is not FrontendKind.CLUSTER_IP:
+            self._flags(key, old, frontend)
+        self._frontends[key] = frontend
         if self._departed:
-            for data in (*new.cluster, *new.local):
+            for data in _backends(frontend):
                 self._departed.pop(key + data, None)
-        self._programmed[key] = new
+
+    def _leave(self, key: bytes, old: Frontend, new: Frontend) -> None:
+        """What the frontend has no more as it is now."""
+        self._release(old)
+        self._depart(key, set(_backends(old)).difference(_backends(new)))
+        if old.affinity_s:
+            self._forget(key, old, new)
 
     def _depart(self, key: bytes, backends: Iterable[bytes]) -> None:
         for data in backends:
             self._departed[key + data] = None
 
-    def _move(self, book: ElementBook, key: bytes, old: Sequence[bytes], new: Sequence[bytes]) -> None:
-        for index, data in enumerate(new):
-            if index >= len(old) or old[index] != data:
-                book.put(key + _pack_index(index), data)
-        for index in range(len(new), len(old)):
-            book.drop(key + _pack_index(index))
-
-    def _lead(self, key: bytes, new: Programmed, old: Programmed | None) -> None:
+    def _lead(self, key: bytes, new: Frontend, old: Frontend | None) -> None:
         """Where packets to this frontend go."""
-        frontend = new.frontend
-        self._pools.put(key, pool_number(frontend.inside))
+        self._pools.put(key, pool_number(new.inside))
         self._services.put(key)
-        if frontend.outside is not None:
-            self._local_pools.put(key, pool_number(frontend.outside))
+        if new.outside is not None:
+            self._local.put(key, new.outside.backends)
+            self._local_pools.put(key, pool_number(new.outside))
             self._outside.put(key)
         elif old is not None:
             self._outside.drop(key)
             self._local_pools.drop(key)
-        if frontend.affinity_s:
-            self._sticky.put(key, pack_number(frontend.affinity_s))
+            self._local.put(key, ())
+        if new.affinity_s:
+            self._sticky.put(key, pack_number(new.affinity_s))
         elif old is not None:
             self._sticky.drop(key)
 
-    def _forget(self, key: bytes, old: Programmed, new: Programmed) -> None:
+    def _forget(self, key: bytes, old: Frontend, new: Frontend) -> None:
         """Clients must not go on to backends that are gone, nor by an answer given under another traffic policy."""
-        same_kind = new.frontend.affinity_s and (old.frontend.outside is None) == (new.frontend.outside is None)
-        kept = frozenset((*new.cluster, *new.local)) if same_kind else frozenset()
-        if not kept.issuperset((*old.cluster, *old.local)):
+        same_kind = new.affinity_s and (old.outside is None) == (new.outside is None)
+        kept = frozenset(_backends(new)) if same_kind else frozenset()
+        if not kept.issuperset(_backends(old)):
             self._prune[key] = kept
 
     def _flags(self, key: bytes, old: Frontend | None, new: Frontend) -> None:
@@ -358,43 +242,30 @@ class FamilyMaps:
         for first, last in new.source_ranges or ():
             book.put(key + first + key + last)
 
-    def _clear(self, key: bytes, old: Programmed) -> None:
+    def _clear(self, key: bytes, old: Frontend) -> None:
         del self._services.comments[key]
         for leads in (self._services, self._outside, self._pools, self._local_pools, self._sticky):
             leads.drop(key)
-        for book, order in ((self._endpoints, old.cluster), (self._local, old.local)):
-            for index in range(len(order)):
-                book.drop(key + _pack_index(index))
-        for name in _flags_of(old.frontend):
+        for pools in (self._endpoints, self._local):
+            pools.put(key, ())
+        for name in _flags_of(old):
             self._books[name].drop(key)
-        for first, last in old.frontend.source_ranges or ():
+        for first, last in old.source_ranges or ():
             self._books["source-ranges"].drop(key + first + key + last)
-        if old.frontend.affinity_s:
+        if old.affinity_s:
             self._prune[key] = frozenset()
-        self._depart(key, (*old.cluster, *old.local))
+        self._depart(key, _backends(old))
         self._release(old)
-        del self._programmed[key]
+        del self._frontends[key]
 
-    def _release(self, old: Programmed) -> None:
-        for number in old.numbers():
+    def _release(self, old: Frontend) -> None:
+        for number in _numbers_of(old):
             self._numbers.release(number)
 
     def adopt_order(self, observed: Ruleset) -> None:
         """Give every pool the indices that its backends have in the kernel, so that nothing is moved for nothing."""
-        table = observed.tables.get(self.table)
-        if table is None:
-            return
-        for book, attribute in ((self._endpoints, "cluster"), (self._local, "local")):
-            state = table.sets.get(book.set.name)
-            if state is None or state.set != book.set:
-                continue
-            for key, programmed in self._programmed.items():
-                held: Sequence[bytes] = getattr(programmed, attribute)
-                arranged = arrange(_observed_order(state, key), held)
-                if tuple(arranged) != tuple(held):
-                    setattr(programmed, attribute, arranged)
-                    for index, data in enumerate(arranged):
-                        book.put(key + _pack_index(index), data)
+        for pools in (self._endpoints, self._local):
+            pools.adopt_order(observed, self.table)
 
     # --- results ----------------------------------------------------------------------------------------------
 
@@ -406,7 +277,8 @@ class FamilyMaps:
         if not self._built:
             self._built = True
             creates, rules = self._commands(), RuleChanges()
-        changes = [self._books[of.name].take() for of in self._sets.all() if not of.dynamic]
+        books = self._all_books()
+        changes = [books[of.name].take() for of in self._sets.all() if of.name in books]
         return creates, rules, [c for c in changes if c]
 
     def _rules(self) -> dict[str, tuple[Rule, ...]]:
@@ -433,8 +305,8 @@ class FamilyMaps:
         if everything or len(departed) >= _DEPARTED_MOST:
             self._departed = {}
         if everything:
-            served = {key: (*p.cluster, *p.local) if p.local else p.cluster for key, p in self._programmed.items()}
-            sticky = {key: served[key] for key, p in self._programmed.items() if p.frontend.affinity_s}
+            served = {key: _backends(frontend) for key, frontend in self._frontends.items()}
+            sticky = {key: served[key] for key, frontend in self._frontends.items() if frontend.affinity_s}
             return [Prune(table, affinity, offset, sticky, others=True), Prune(table, connections, 0, served, others=True)]
         leavings: list[Afterwards] = [Prune(table, affinity, offset, prune)] if prune else []
         if len(departed) >= _DEPARTED_MOST:
@@ -445,8 +317,11 @@ class FamilyMaps:
         chains = {c.name: ChainState(c) for c in fixed_chains()}
         for name, rules in self._rules().items():
             chains[name] = ChainState(chains[name].chain, rules)
-        books = {name: SetState(b.set, dict(b.elements), dict(b.comments)) for name, b in self._books.items()}
-        return TableState(chains, {of.name: books.get(of.name, SetState(of)) for of in self._sets.all()})
+        states = {name: book.state() for name, book in self._all_books().items()}
+        return TableState(chains, {of.name: states.get(of.name, SetState(of)) for of in self._sets.all()})
+
+    def _all_books(self) -> dict[str, ElementBook | PoolBook]:
+        return {**self._books, **self._pool_books}
 
 
 def _flags_of(frontend: Frontend) -> tuple[str, ...]:
@@ -459,10 +334,3 @@ def _flags_of(frontend: Frontend) -> tuple[str, ...]:
         ("restricted", frontend.source_ranges is not None),
     )
     return tuple(name for name, wanted in flags if wanted)
-
-
-def _observed_order(state: SetState, key: bytes) -> list[bytes]:
-    order: list[bytes] = []
-    while isinstance(data := state.elements.get(key + _pack_index(len(order))), bytes):
-        order.append(data)
-    return order

@@ -77,40 +77,43 @@ class _Source(NamedTuple):
     hints: list[EndpointHints]
 
 
-def _sources(slices: Sequence[EndpointSlice], here: str) -> Iterator[_Source]:
+def _source(piece: EndpointSlice, here: str) -> _Source | None:
+    """None for a slice that is not for nodes."""
     # A node plans for all endpoints of the cluster: this and `_pools` are most of the time that it takes.
+    length = _ADDRESS_BYTES.get(piece.address_type, 0)
+    if not length or _HEADLESS_LABEL in piece.metadata.labels:
+        return None
     pack = pack_address
-    for piece in slices:
-        length = _ADDRESS_BYTES.get(piece.address_type, 0)
-        if not length or _HEADLESS_LABEL in piece.metadata.labels:
+    ready: list[bytes] = []
+    leaving: list[bytes] = []
+    ready_here: list[bytes] = []
+    leaving_here: list[bytes] = []
+    anywhere: list[bytes] = []
+    hints: list[EndpointHints] = []
+    for endpoint in piece.endpoints:
+        addresses = endpoint.addresses
+        if not addresses or not (address := pack(addresses[0])) or len(address) != length:
             continue
-        source = _Source(piece, length, [], [], [], [], [], [])
-        for endpoint in piece.endpoints:
-            addresses = endpoint.addresses
-            if not addresses or not (address := pack(addresses[0])) or len(address) != length:
-                continue
-            conditions = endpoint.conditions
-            if conditions.ready is not False:
-                source.ready.append(address)
-                if endpoint.node_name == here:
-                    source.ready_here.append(address)
-                elif not endpoint.node_name:
-                    source.anywhere.append(address)
-                if endpoint.hints is not None:
-                    source.hints.append(endpoint.hints)
-            elif conditions.serving and conditions.terminating:
-                source.leaving.append(address)
-                if endpoint.node_name == here:
-                    source.leaving_here.append(address)
-                elif not endpoint.node_name:
-                    source.anywhere.append(address)
-        yield source
+        conditions, node = endpoint.conditions, endpoint.node_name
+        if conditions.ready is not False:
+            ready.append(address)
+            if node == here:
+                ready_here.append(address)
+            if endpoint.hints is not None:
+                hints.append(endpoint.hints)
+        elif conditions.serving and conditions.terminating:
+            leaving.append(address)
+            if node == here:
+                leaving_here.append(address)
+        else:
+            continue
+        if not node:
+            anywhere.append(address)
+    return _Source(piece, length, ready, leaving, ready_here, leaving_here, anywhere, hints)
 
 
 def _by_topology(ready: list[Backend], hints: list[EndpointHints], facts: NodeFacts) -> list[Backend]:
-    """PreferSameNode, else PreferSameZone, else all. Only ever for the whole list: every ready endpoint must have a hint."""
-    if len(hints) < len(ready):
-        return ready
+    """PreferSameNode, else PreferSameZone, else all."""
     for value, names in (
         (facts.name, [[n.name for n in h.for_nodes] for h in hints]),
         (facts.zone, [[z.name for z in h.for_zones] for h in hints]),
@@ -141,7 +144,8 @@ def _pools(port: ServicePort, sources: list[_Source], facts: NodeFacts, needs_lo
     ]
     chosen = [address + tail for source, tail in offers for address in source.ready]
     if chosen:
-        chosen = _by_topology(chosen, [hint for source, _ in offers for hint in source.hints], facts)
+        hints = [hint for source, _ in offers for hint in source.hints]
+        chosen = _by_topology(chosen, hints, facts) if len(hints) == len(chosen) else chosen
     else:
         chosen = [address + tail for source, tail in offers for address in source.leaving]
     cluster = _pool(chosen)
@@ -171,20 +175,24 @@ def service_table(service: Service | None, slices: Sequence[EndpointSlice], fact
     spec = service.spec
     inside_local = spec.internal_traffic_policy == "Local"
     outside_local = spec.external_traffic_policy == "Local" and _reached_from_outside(service)
-    sources = list(_sources(slices, facts.name))
+    sources = [source for piece in slices if (source := _source(piece, facts.name)) is not None]
     frontends: dict[tuple[bytes, int, int], Frontend] = {}
     cluster_ips: list[bytes] = []
-    for length in _address_lengths(service):
+    for length in _address_lengths(spec):
         of_family = [source for source in sources if source.length == length]
-        places = list(_places(service, facts, length))
+        places = _places(service, facts, length)
         cluster_ips += [p.address for p in places if p.kind is FrontendKind.CLUSTER_IP]
         for port in spec.ports:
             pools = _pools(port, of_family, facts, inside_local or outside_local)
             inside = pools.local if inside_local else pools.cluster
             for frontend in _frontends(service, port, places, inside, pools, outside_local):
                 frontends.setdefault((frontend.address, frontend.protocol, frontend.port), frontend)
-    ready = {address for source in sources for address in source.ready_here}
-    others = [address for source in sources for found in (source.leaving_here, source.anywhere) for address in found]
+    ready: set[bytes] = set()
+    others: list[bytes] = []
+    for source in sources:
+        ready.update(source.ready_here)
+        others += source.leaving_here
+        others += source.anywhere
     return ServiceTable(
         tuple(frontends.values()),
         frozenset(ready.union(others)) if ready or others else _NOBODY,
@@ -199,29 +207,33 @@ def _reached_from_outside(service: Service) -> bool:
     return service.spec.type in ("NodePort", "LoadBalancer") or bool(service.spec.external_ips)
 
 
-def _address_lengths(service: Service) -> tuple[int, ...]:
-    families = service.spec.ip_families
+def _address_lengths(spec: ServiceSpec) -> tuple[int, ...]:
+    families = spec.ip_families
     if not families:
-        ips = service.spec.cluster_ips or (service.spec.cluster_ip,)
+        ips = spec.cluster_ips or (spec.cluster_ip,)
         families = tuple(dict.fromkeys("IPv6" if ":" in ip else "IPv4" for ip in ips if ip))
+    return _lengths_of(families)
+
+
+@lru_cache(maxsize=16)
+def _lengths_of(families: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(_ADDRESS_BYTES[f] for f in families if f in _ADDRESS_BYTES)
 
 
-def _places(service: Service, facts: NodeFacts, length: int) -> Iterator[_Place]:
+def _places(service: Service, facts: NodeFacts, length: int) -> list[_Place]:
     """A Service's addresses of one family."""
     spec = service.spec
-    for address in _packed_of(spec.cluster_ips or (spec.cluster_ip,), length):
-        yield _Place(address, FrontendKind.CLUSTER_IP)
+    places = [_Place(a, FrontendKind.CLUSTER_IP) for a in _packed_of(spec.cluster_ips or (spec.cluster_ip,), length)]
     if spec.type in ("NodePort", "LoadBalancer"):
-        for address in _node_addresses(facts, length):
-            yield _Place(address, FrontendKind.NODE_PORT)
+        places += [_Place(address, FrontendKind.NODE_PORT) for address in _node_addresses(facts, length)]
     if spec.type == "LoadBalancer":
         # ipMode Proxy: the balancer itself answers on that address, so packets to it have to leave the node.
         texts = [i.ip for i in service.status.load_balancer.ingress if i.ip_mode != "Proxy"]
         for address in _packed_of(texts, length):
-            yield _Place(address, FrontendKind.LOAD_BALANCER, _source_ranges(spec, facts, address))
-    for address in _packed_of(spec.external_ips, length):
-        yield _Place(address, FrontendKind.EXTERNAL_IP)
+            places.append(_Place(address, FrontendKind.LOAD_BALANCER, _source_ranges(spec, facts, address)))
+    if spec.external_ips:
+        places += [_Place(address, FrontendKind.EXTERNAL_IP) for address in _packed_of(spec.external_ips, length)]
+    return places
 
 
 def _node_addresses(facts: NodeFacts, length: int) -> tuple[bytes, ...]:
@@ -230,11 +242,8 @@ def _node_addresses(facts: NodeFacts, length: int) -> tuple[bytes, ...]:
     return (*addresses, LOOPBACK) if facts.loopback and length == len(LOOPBACK) else addresses
 
 
-def _packed_of(texts: Sequence[str], length: int) -> Iterator[bytes]:
-    for text in texts:
-        packed = pack_address(text)
-        if packed is not None and len(packed) == length:
-            yield packed
+def _packed_of(texts: Sequence[str], length: int) -> list[bytes]:
+    return [packed for text in texts if (packed := pack_address(text)) is not None and len(packed) == length]
 
 
 def _frontends(
@@ -247,7 +256,10 @@ def _frontends(
     affinity = spec.session_affinity_config.client_ip.timeout_seconds if spec.session_affinity == "ClientIP" else 0
     for address, kind, ranges in places:
         if kind is FrontendKind.CLUSTER_IP:
-            yield Frontend(address, protocol, port.port, kind, inside, affinity_s=affinity, port_name=port.name)
+            local = spec.internal_traffic_policy == "Local"
+            yield Frontend(
+                address, protocol, port.port, kind, inside, affinity_s=affinity, port_name=port.name, inside_local=local
+            )
             continue
         number = port.node_port if kind is FrontendKind.NODE_PORT else port.port
         if number:

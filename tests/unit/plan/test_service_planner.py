@@ -2,6 +2,7 @@
 
 import ipaddress
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import hypothesis.strategies as st
@@ -25,8 +26,8 @@ from podwire.model.nft import (
 )
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.servicetable import NodeFacts
+from podwire.plan.elementbooks import arrange
 from podwire.plan.services import TABLE, ServicePlanner
-from podwire.plan.services_maps import arrange
 from podwire.plan.services_rules import EXACT, pack_number, pool_size, sets_of
 
 IPV4, IPV6 = TableRef(Family.IPV4, TABLE), TableRef(Family.IPV6, TABLE)
@@ -122,6 +123,19 @@ def test_commands_stand_in_an_order_that_is_safe_to_cut() -> None:
         "delete element ip podwire endpoints",
         "flush chain ip podwire pick",
     ]
+
+
+def test_what_leads_packets_goes_before_what_it_leads_to() -> None:
+    planner = ServicePlanner(FACTS)
+    spec: dict[str, Any] = {"type": "NodePort", "externalTrafficPolicy": "Local", "ports": [{"port": 80, "nodePort": 30080}]}
+    planner.set_service(key("web"), *web(2, **spec))
+    planner.take_batch()
+    planner.set_service(key("web"), None)
+    order = [c.set.name for c in planner.take_batch().commands if isinstance(c, DelElements)]
+    for first, then in pairwise(("outside", "services", "local-pools", "local-endpoints")):
+        assert order.index(first) < order.index(then)
+    for first, then in pairwise(("services", "pools", "endpoints")):
+        assert order.index(first) < order.index(then)
 
 
 def heads(batch: Batch) -> list[str]:
