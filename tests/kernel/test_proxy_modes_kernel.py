@@ -1,24 +1,21 @@
 """Every back end gives the same verdict for the same packet: the case files, with real packets, in each of them."""
 
-import functools
 import ipaddress
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import pytest_asyncio
+from backends import BACK_ENDS
 from packetrig import PacketRig, packet_rig, sendable
 from service_cases import FACTS, SOURCES, Case, Expectation, key, load_cases, load_stories, service_of, slice_of
 
-from podwire.agent.proxymodes.iptables import IptablesRules
-from podwire.agent.proxymodes.nft import NftRules
 from podwire.agent.proxymodes.port import ServiceRules
-from podwire.kernel.iptables import Flavour, find_programs
 from podwire.model.addr import Family
 from podwire.model.objects import EndpointSlice, Service
-from podwire.model.servicetable import NodeFacts, backend_address, backend_port
+from podwire.model.servicetable import backend_address, backend_port
 from podwire.plan.services_maps import frontend_key, place_key
 from podwire.trace.journey import Packet
 
@@ -26,21 +23,6 @@ pytestmark = [
     pytest.mark.kernel,
     pytest.mark.needs("nftables", "bridge devices", "netfilter on bridges (br_netfilter)", "IPv6"),
 ]
-
-MakeHere = Callable[[PacketRig, NodeFacts], ServiceRules]
-
-
-def _iptables(flavour: Flavour, rig: PacketRig, facts: NodeFacts) -> ServiceRules:
-    if find_programs(flavour) is None:
-        pytest.skip(f"iptables ({flavour}) is not installed")
-    return IptablesRules(rig.node, facts, flavour=flavour)
-
-
-BACK_ENDS: dict[str, MakeHere] = {
-    "nftables": lambda rig, facts: NftRules(rig.kernel, facts),
-    "iptables-nft": functools.partial(_iptables, Flavour.NFT),
-    "iptables-legacy": functools.partial(_iptables, Flavour.LEGACY),
-}
 
 
 @pytest_asyncio.fixture

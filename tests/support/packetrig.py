@@ -47,6 +47,7 @@ _FROM = {
 _NODE = ("198.18.0.11", "198.18.0.99", "10.244.1.1", "172.31.0.1")
 _FAR_GATEWAY = {Family.IPV4: ("172.31.0.1", "172.31.0.2"), Family.IPV6: ("fd00:ffff::1", "fd00:ffff::2")}
 _MOST_PODS = 10
+_CONVERSATION_S = 2.0
 _OUTGOING = 4
 _ETH_P_ALL = 3
 _SYN_ONLY, _SYN_ACK_RST = 0x02, 0x16
@@ -122,6 +123,29 @@ class Seen:
     source: str = ""
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """The two ends of a connection."""
+
+    client: socket.socket
+    server: socket.socket
+
+    def goes_on(self) -> bool:
+        """Whether both hear each other."""
+        try:
+            for sender, receiver in ((self.client, self.server), (self.server, self.client)):
+                sender.sendall(b"!")
+                if receiver.recv(1) != b"!":
+                    return False
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        self.client.close()
+        self.server.close()
+
+
 class PacketRig:
     """The namespaces, and what can be sent through them. `patience_s`: how long nothing has to be seen to mean "dropped"."""
 
@@ -156,6 +180,23 @@ class PacketRig:
                 error = _send(sock)
             client = str(packet.src), sock.getsockname()[1]
             return self._look(sock, listeners, packet.protocol, client, error)
+
+    def connect(self, opened: Expectation) -> "Conversation":
+        """A TCP connection to a pod of this node that listens for it."""
+        family, (address, port) = opened.packet.family, min(opened.reaches)
+        holder = next(place for place, texts in _HOLDERS.items() if address in {_in(family, text) for text in texts})
+        listener = run_in_netns(self.fds[holder], lambda: socket.create_server((address, port), family=_domain(family)))
+        place = _FROM.get(_name_of(opened), "world")
+        client = run_in_netns(self.fds[place], lambda: socket.socket(_domain(family), socket.SOCK_STREAM))
+        with listener:
+            for end in (listener, client):
+                end.settimeout(_CONVERSATION_S)
+            if place != "node":
+                client.bind((str(opened.packet.src), 0))
+            client.connect((str(opened.packet.dst), opened.packet.dport))
+            server, _ = listener.accept()
+        server.settimeout(_CONVERSATION_S)
+        return Conversation(client, server)
 
     def _listen(self, stack: ExitStack, kind: socket.SocketKind, address: str, port: int) -> socket.socket:
         def opened() -> socket.socket:

@@ -105,23 +105,33 @@ def _flow(item: dict[str, Any], family: Family) -> TrackedFlow:
     return TrackedFlow(sent, (address, int(port)) if address else None, {"forgotten": True, "kept": False}[item["then"]])
 
 
+class Change(NamedTuple):
+    """Objects, what becomes of packets once they are programmed, and the TCP connections that are opened then."""
+
+    objects: Objects
+    packets: tuple[Expectation, ...]
+    opens: tuple[Expectation, ...]
+
+
 @dataclass(frozen=True)
 class ChangeCase:
-    """`changes`: objects, and what becomes of packets once they are programmed, again and again."""
-
     name: str
     family: Family
     facts: NodeFacts
-    steps: tuple[tuple[Objects, tuple[Expectation, ...]], ...]
+    changes: tuple[Change, ...]
 
 
 def load_change_cases() -> Iterator[ChangeCase]:
     for name, family, item in cases_with("changes"):
-        steps = tuple(
-            (tuple(step["objects"]), tuple(expectation(packet, family) for packet in step["packets"]))
+        changes = tuple(
+            Change(
+                tuple(step["objects"]),
+                tuple(expectation(packet, family) for packet in step["packets"]),
+                tuple(expectation(packet, family) for packet in step.get("opens", ())),
+            )
             for step in item["changes"]
         )
-        yield ChangeCase(name, family, facts_of(item.get("node", {})), steps)
+        yield ChangeCase(name, family, facts_of(item.get("node", {})), changes)
 
 
 class NotingPlanner:

@@ -147,7 +147,10 @@ def _file(name: str, *more: str, text: str) -> Callable[[F], F]:
 @click.option(
     "--metrics-port", type=int, metavar="PORT", default=None, help="Older than --metrics-bind-address; 0: not served."
 )
-@switch("--cleanup", text="Remove the rules of all modes, and end. Established connections go on.")
+@switch(
+    "--cleanup",
+    text="Remove the rules of all modes, and end. Open connections go on where others' rules translate, too.",
+)
 @switch(
     "--cleanup-kube-proxy", text="Remove what kube-proxy left (iptables and nftables), and end. Also beside a podwire proxy."
 )

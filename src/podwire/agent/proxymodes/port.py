@@ -69,7 +69,8 @@ class ServiceRules(Protocol):
         ...
 
     async def remove(self) -> None:
-        """Take everything of this back end out of the kernel; connections that are tracked go on."""
+        """Take everything of this back end out of the kernel. Tracked connections go on while anybody else's rules
+        translate and look at connections: else the kernel does neither."""
         ...
 
     async def connections(self, *, endpoints: bool) -> Connections:
