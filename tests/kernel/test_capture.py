@@ -60,6 +60,30 @@ async def test_a_packet_is_seen_at_both_ends(
     assert not any(hop.rewritten for hop in hops)
 
 
+async def test_packets_are_in_order_from_the_first_on(
+    linux_kernel: LinuxKernel, netns: int, make_netns: Callable[[], int]
+) -> None:
+    """Also where nobody has asked the kernel for time stamps before: it begins to give them a moment later."""
+    other = make_netns()
+    await join(linux_kernel, other, "192.0.2.1/24", "192.0.2.2/24")
+
+    def socket_here() -> socket.socket:
+        return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+    with await in_netns(other, socket_here) as server, await in_netns(netns, socket_here) as client:
+        server.bind(("192.0.2.2", PORT))
+        for _ in range(20):
+            async with Capture() as capture:
+                await capture.open({"near": netns, "far": other})
+                capture.expect(NONCE)
+                client.sendto(NONCE, ("192.0.2.2", PORT))
+                server.sendto(*server.recvfrom(100))
+                client.recv(100)
+                frames = [(frame.place, frame.outgoing) for frame in capture.collect()]
+            assert frames == [("near", True), ("far", False), ("far", True), ("near", False)]
+            await asyncio.sleep(0.02)  # until the kernel has switched its stamps off again
+
+
 async def test_a_capture_leaves_no_socket(netns: int) -> None:
     capture = Capture()
     await capture.open({"here": netns})

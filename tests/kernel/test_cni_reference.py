@@ -110,10 +110,11 @@ async def test_loopback_is_raised_as_by_theirs(node: CniNode, netns: str) -> Non
     assert not node.reservations.all()
 
 
-async def test_ours_first_theirs_after_it(node: CniNode, netns: str) -> None:
+async def test_ours_first_theirs_after_it(node: CniNode, netns: str, tmp_path: Path) -> None:
     """Plugins that change what another has made understand our result, and their CHECK agrees with it."""
     ours = await run(node, "ADD", netns, config("1.0.0"))
     tuning = {"cniVersion": "1.0.0", "name": "podwire", "type": "tuning", "mtu": 1300, "prevResult": ours.document}
+    tuning["dataDir"] = str(tmp_path)  # the default one is the machine's
     tuned = await run(node, "ADD", netns, tuning, "tuning")
     assert tuned.status == 0, tuned.document
     assert tuned.document["ips"] == ours.document["ips"]

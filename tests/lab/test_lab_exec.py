@@ -28,6 +28,15 @@ def test_a_command_that_does_not_exist(lab: Lab, target: str) -> None:
     assert "no-such-command" in done.err
 
 
+def test_an_ordinary_users_path_is_completed(lab: Lab) -> None:
+    """As on Debian: without the directories where ip, nft and iptables are."""
+    done = subprocess.run(
+        [*PODWIRE, "lab", "exec", "--name", lab.name, "node-1", "--", "sh", "-c", "echo $PATH"],
+        env={**lab.podwire.environment, "PATH": "/usr/bin:/bin"}, cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin\n"
+
+
 def test_a_signal_becomes_a_status_as_in_a_shell(lab: Lab) -> None:
     assert lab.exec("world", "sh", "-c", "kill -9 $$").status == 137
 

@@ -101,7 +101,14 @@ async def start_cluster_agent(host: Host, kubeconfig: Path, *arguments: str, ser
 
 
 async def cni_ready(host: Host) -> None:
-    """Returns once an agent listens there for the plugin."""
-    async with asyncio.timeout(10):
-        while not host.cni_socket.exists():  # noqa: ASYNC110 - another process makes it
-            await asyncio.sleep(0.02)
+    """Returns once an agent says there that it can attach containers."""
+    environment = {"PATH": os.environ["PATH"], "CNI_COMMAND": "STATUS", "PODWIRE_CNI_SOCKET": str(host.cni_socket)}
+    config = json.dumps({"cniVersion": "1.1.0", "name": "podwire", "type": "podwire"}).encode()
+
+    def ask() -> bool:
+        command = ["python3", "-IS", str(PLUGIN)]
+        return not subprocess.run(command, input=config, env=environment, capture_output=True, check=False).returncode
+
+    async with asyncio.timeout(20):
+        while not await asyncio.to_thread(ask):  # noqa: ASYNC110 - another process gets ready
+            await asyncio.sleep(0.05)

@@ -5,8 +5,10 @@ time stamps put the frames of all namespaces in order: it is one kernel, hence o
 """
 
 import asyncio
+import contextlib
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
@@ -24,6 +26,8 @@ _SNAPLEN = 65536
 _RECEIVE_BUFFER = 4 << 20
 _BATCH = 256
 """Frames read from one socket before the event loop gets its turn."""
+_STAMPS_SECONDS = 10.0
+_MOMENT_SECONDS = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +53,14 @@ class Capture:
         self._sockets: list[tuple[str, socket.socket]] = []
 
     async def open(self, places: Mapping[str, int]) -> Self:
-        """Start capturing in every namespace of `places` (a name for reports → descriptor). Raises OSError."""
+        """Start capturing in every namespace of `places` (a name for reports → descriptor). Raises OSError, also where neither
+        the caller's namespace nor any of these has its `lo` up."""
         try:
             for place, fd in places.items():
                 sock = await in_netns(fd, _packet_socket)
                 self._sockets.append((place, sock))
                 asyncio.get_running_loop().add_reader(sock, self._drain, place, sock)
+            await _stamps_have_begun(places)
         except BaseException:
             self.close()
             raise
@@ -103,6 +109,44 @@ def _packet_socket() -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
     sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
     sock.setblocking(False)
+    return sock
+
+
+async def _stamps_have_begun(places: Mapping[str, int]) -> None:
+    """Returns when the kernel stamps frames, which it begins to do a moment after the first socket has asked for it. A frame
+    without a stamp gets one when it is read, and hops would be in the order of our reading."""
+    with await _own_line(places) as sock:
+        async with asyncio.timeout(_STAMPS_SECONDS):
+            while True:
+                sock.send(b"?")
+                sent = time.time_ns()
+                await asyncio.sleep(_MOMENT_SECONDS)
+                with contextlib.suppress(BlockingIOError):
+                    if _stamp(sock.recvmsg(1, 64)[1]) <= sent:
+                        return
+
+
+async def _own_line(places: Mapping[str, int]) -> socket.socket:
+    """A UDP socket that sends to itself, through some namespace's `lo`."""
+    try:
+        return _to_itself()
+    except OSError as error:
+        refused = error
+    for fd in places.values():
+        with contextlib.suppress(OSError):
+            return await in_netns(fd, _to_itself)
+    raise refused
+
+
+def _to_itself() -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        sock.bind(("127.0.0.1", 0))
+        sock.connect(sock.getsockname())
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 

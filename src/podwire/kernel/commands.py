@@ -1,13 +1,15 @@
 """Other programs run in a network namespace, such as iptables: argument vectors only, never through a shell."""
 
 import os
+import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from podwire.kernel.netns import in_netns
 
 _LONGEST_SECONDS = 30.0
+_ADMINISTRATORS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,17 @@ class Outcome:
     status: int
     out: str
     err: str
+
+
+def administrators_path(environ: Mapping[str, str]) -> str:
+    """PATH with the administrators' directories, where iptables, nft and others are: not every account has them in it."""
+    path = environ.get("PATH", os.defpath).split(os.pathsep)
+    return os.pathsep.join((*path, *(directory for directory in _ADMINISTRATORS if directory not in path)))
+
+
+def find_program(name: str) -> str:
+    """The program's whole path; "" where the machine has none of that name."""
+    return shutil.which(name, path=administrators_path(os.environ)) or ""
 
 
 async def run_command(netns_fd: int, argv: Sequence[str], stdin: str = "") -> Outcome:
@@ -32,7 +45,7 @@ async def run_command(netns_fd: int, argv: Sequence[str], stdin: str = "") -> Ou
                 text=True,
                 timeout=_LONGEST_SECONDS,
                 check=False,
-                env=os.environ | {"LC_ALL": "C"},
+                env=os.environ | {"LC_ALL": "C", "PATH": administrators_path(os.environ)},
             )
         except subprocess.TimeoutExpired as error:
             raise TimeoutError(f"{argv[0]} did not end within {_LONGEST_SECONDS:.0f} s") from error

@@ -9,7 +9,6 @@ import ctypes
 import enum
 import errno
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -17,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from podwire.kernel.commands import find_program
 from podwire.kernel.netns import netns_inode, run_in_netns
 from podwire.kernel.port import KernelError
 from podwire.model.addr import Family
@@ -60,16 +60,10 @@ def find_programs(flavour: Flavour) -> Programs | None:
     """That flavour's programs on this machine; None if it has none for IPv4."""
     save, restore = {}, {}
     for family, name in ((Family.IPV4, "iptables"), (Family.IPV6, "ip6tables")):
-        found = [_which(f"{name}-{flavour}-{what}") for what in ("save", "restore")]
+        found = [find_program(f"{name}-{flavour}-{what}") for what in ("save", "restore")]
         if all(found):
             save[family], restore[family] = found
     return Programs(flavour, save, restore) if Family.IPV4 in save else None
-
-
-def _which(name: str) -> str:
-    # Not every account's PATH has the administrators' directories.
-    path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
-    return shutil.which(name, path=path) or ""
 
 
 def choose_programs(netns_fd: int, wanted: Flavour | None = None) -> Programs:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from podwire.kernel import syscalls
+from podwire.kernel.commands import administrators_path
 from podwire.lab.boot import NETNS_DIR
 from podwire.lab.errors import LabError
 
@@ -63,7 +64,8 @@ def _execute(command: Sequence[str], directory: str) -> None:
     except OSError:
         os.chdir("/")
     try:
-        os.execvp(command[0], list(command))
+        # Who has entered is root there, and finds what root finds: nft, say.
+        os.execvpe(command[0], list(command), os.environ | {"PATH": administrators_path(os.environ)})
     except OSError as error:
         sys.stderr.write(f"{command[0]}: {error.strerror}\n")
         sys.stderr.flush()

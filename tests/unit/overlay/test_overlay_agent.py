@@ -190,7 +190,7 @@ class Iptables:
 
 
 async def test_forward_rules_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda program: f"/sbin/{program}")
+    monkeypatch.setattr("podwire.agent.overlayd.rules.find_program", lambda program: f"/sbin/{program}")
     tables, health = Iptables(), Health()
     tables.fails = 1
     network = ipaddress.ip_network("10.5.0.0/16")

@@ -6,13 +6,12 @@ table says. It is flannel's chain by name and content, so that either can follow
 
 import asyncio
 import logging
-import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from random import Random
 
 from podwire.agent.health import Health
 from podwire.client.backoff import Backoff
-from podwire.kernel.commands import Outcome, run_command
+from podwire.kernel.commands import Outcome, find_program, run_command
 from podwire.kernel.port import Kernel, KernelError
 from podwire.model.addr import IPNetwork
 from podwire.model.nft import Ruleset
@@ -116,7 +115,7 @@ class ForwardRules:
 
     async def _keep(self, network: IPNetwork) -> None:
         program = _PROGRAMS[network.version]
-        if shutil.which(program) is None:
+        if not find_program(program):
             return
         listed = await self._call(program, "-S", CHAIN)
         changed = False
