@@ -26,7 +26,7 @@ from podwire.model.nft import (
     SetRules,
     TableRef,
 )
-from podwire.model.nftexpr import DROP, Immediate, goto
+from podwire.model.nftexpr import DROP, Immediate, Unknown, goto
 from podwire.plan.nftdiff import diff_ruleset
 
 TABLE = TableRef(Family.IPV4, "t")
@@ -137,3 +137,42 @@ def test_damage_is_repaired_and_others_tables_stay(damage: tuple[Command, ...]) 
 def test_what_is_right_is_not_touched() -> None:
     damaged = BASE.apply(Batch((AddElements(TABLE, NAMES, ((TWO, B),)),)))
     assert diff_ruleset(BASE, damaged) == Batch((DelElements(TABLE, NAMES, ((TWO, None),)),))
+
+
+def test_elements_come_with_what_is_said_of_them() -> None:
+    said = BASE.apply(Batch((AddElements(TABLE, NAMES, ((TWO, B),), {TWO: "two"}),)))
+    assert diff_ruleset(said, BASE) == Batch((AddElements(TABLE, NAMES, ((TWO, B),), {TWO: "two"}),))
+    both = BASE.apply(Batch((ReplaceElements(TABLE, NAMES, ((ONE, B),)), AddElements(TABLE, NAMES, ((TWO, A),)))))
+    other = diff_ruleset(said, both)
+    assert other == Batch((ReplaceElements(TABLE, NAMES, ((ONE, A), (TWO, B)), {TWO: "two"}),))
+
+
+def test_what_packets_left_in_dynamic_sets_stays() -> None:
+    seen = NftSet("seen", (FieldType.IPV4,), timeout_s=60, dynamic=True)
+    desired = BASE.apply(Batch((AddSet(TABLE, seen),)))
+    assert not diff_ruleset(desired, desired.apply(Batch((AddElements(TABLE, seen, ((A, None),)),))))
+
+
+ZERO, SECOND, THIRD = (Rule((Immediate(DROP),), text) for text in ("zero", "second", "third"))
+STRANGE = Rule((Unknown("quota"),), "strange")
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "before", "after"),
+    [
+        ((ZERO,), (ZERO, SECOND), (ZERO, SECOND), None),
+        ((ZERO, SECOND), (ZERO,), None, (ZERO,)),
+        ((ZERO, STRANGE, SECOND), (ZERO, THIRD), (ZERO, SECOND, THIRD), (ZERO, THIRD)),
+        ((STRANGE, ZERO), (ZERO,), (ZERO,), None),
+        ((ZERO, SECOND, THIRD), (SECOND, THIRD), None, (SECOND, THIRD)),
+    ],
+)
+def test_rules_for_what_was_and_what_will_be_are_there_while_elements_change(
+    held: tuple[Rule, ...], wanted: tuple[Rule, ...], before: tuple[Rule, ...] | None, after: tuple[Rule, ...] | None
+) -> None:
+    """Those of others that could not be written again are not kept meanwhile."""
+    add = AddElements(TABLE, NAMES, ((TWO, B),))
+    desired = BASE.apply(Batch((SetRules(TABLE, "c", wanted), add)))
+    observed = BASE.apply(Batch((SetRules(TABLE, "c", held),)))
+    first, last = ([SetRules(TABLE, "c", rules)] if rules is not None else [] for rules in (before, after))
+    assert diff_ruleset(desired, observed) == Batch((*first, add, *last))

@@ -1,5 +1,8 @@
 import ipaddress
 
+import msgspec
+
+from podwire.model.addr import IPAddress
 from podwire.model.flow import DST_NAT, Flow, FlowTuple
 from podwire.model.objects import Endpoint, EndpointConditions, EndpointPort, EndpointSlice
 from podwire.model.servicetable import Frontend, FrontendKind, Pool, ServiceTable, backend
@@ -7,17 +10,18 @@ from podwire.plan.staleflows import StaleFlows, serving_endpoints
 
 CLIENT = ipaddress.ip_address("10.244.1.9")
 DNS = ipaddress.ip_address("10.96.0.10")
-ONE, TWO = (ipaddress.ip_address(f"10.244.2.{n}") for n in (1, 2))
+OTHER = ipaddress.ip_address("198.18.0.11")
+ONE, TWO, THREE = (ipaddress.ip_address(f"10.244.2.{n}") for n in (1, 2, 3))
 
 
-def table(*endpoints: object, protocol: int = 17, port: int = 5353) -> ServiceTable:
+def table(*endpoints: object, protocol: int = 17, port: int = 5353, at: IPAddress = DNS) -> ServiceTable:
     pool = Pool(tuple(backend(ipaddress.ip_address(str(ip)).packed, port) for ip in endpoints))
-    return ServiceTable((Frontend(DNS.packed, protocol, 53, FrontendKind.CLUSTER_IP, pool),))
+    return ServiceTable((Frontend(at.packed, protocol, 53, FrontendKind.CLUSTER_IP, pool),))
 
 
-def flow(endpoint: object, protocol: int = 17, port: int = 53) -> Flow:
+def flow(endpoint: object, protocol: int = 17, port: int = 53, at: IPAddress = DNS) -> Flow:
     target = ipaddress.ip_address(str(endpoint))
-    original = FlowTuple(CLIENT, DNS, protocol, 4000, port)
+    original = FlowTuple(CLIENT, at, protocol, 4000, port)
     return Flow(original, FlowTuple(target, CLIENT, protocol, 5353, 4000), status=DST_NAT)
 
 
@@ -71,13 +75,55 @@ def test_what_could_not_be_done_is_kept_but_newer_wins() -> None:
     assert not stale.matches(flow(ONE))
 
 
+def test_what_could_not_be_done_is_done_later() -> None:
+    stale = StaleFlows()
+    stale.note(table(ONE, TWO), table(TWO))
+    stale.note_all([ipaddress.ip_network("10.96.0.0/12")])
+    taken = stale.take()
+    stale.note(table(TWO, at=OTHER), table(at=OTHER))
+    stale.restore(taken)
+    assert stale.matches(flow(ONE))
+    assert stale.matches(flow(ONE, port=54)), "and so are those to Services that went before"
+    assert stale.matches(flow(TWO, at=OTHER))
+    retaken = stale.take()
+    stale.note_all([ipaddress.ip_network("10.112.0.0/16")])
+    stale.restore(retaken)
+    assert not stale.matches(flow(ONE, port=54)), "ranges that were noted since are newer"
+
+
+def test_endpoints_for_those_outside_keep_their_connections() -> None:
+    """Where externalTrafficPolicy sends clients outside to other endpoints than those inside."""
+
+    def both(*outside: object) -> ServiceTable:
+        (frontend,) = table(ONE).frontends
+        return ServiceTable((msgspec.structs.replace(frontend, outside=table(*outside).frontends[0].inside),))
+
+    stale = StaleFlows()
+    stale.note(both(TWO, THREE), both(TWO))
+    assert not stale.matches(flow(ONE))
+    assert not stale.matches(flow(TWO))
+    assert stale.matches(flow(THREE))
+
+
+def test_ranges_alone_are_worth_a_look() -> None:
+    stale = StaleFlows()
+    stale.note_all(iter([ipaddress.ip_network("10.96.0.0/12")]))
+    assert stale
+    assert stale.matches(flow(ONE))
+    assert stale.matches(flow(TWO)), "each of many"
+
+
 def test_serving_follows_ready_where_it_is_not_said() -> None:
     def endpoint(number: int, **conditions: bool) -> Endpoint:
         return Endpoint(addresses=(f"10.0.0.{number}",), conditions=EndpointConditions(**conditions))
 
     part = EndpointSlice(
         endpoints=(endpoint(1), endpoint(2, ready=False), endpoint(3, ready=False, serving=True)),
-        ports=(EndpointPort(name="dns", port=53, protocol="UDP"), EndpointPort(name="dns-tcp", port=53)),
+        ports=(
+            EndpointPort(name="dns", port=53, protocol="UDP"),
+            EndpointPort(name="dns-tcp", port=53),
+            EndpointPort(name="any", protocol="UDP"),  # every port: nobody's in particular
+        ),
     )
     odd = EndpointSlice(endpoints=(Endpoint(addresses=("example.com",)),), ports=part.ports)
     expected = frozenset(backend(ipaddress.ip_address(f"10.0.0.{n}").packed, 53) for n in (1, 3))
