@@ -17,7 +17,7 @@ from hostrig import answering, until
 from podwire.client.api import ApiClient
 from podwire.client.etcd import EtcdClient
 from podwire.model.meta import Json
-from podwire.model.resources import DEPLOYMENTS, ENDPOINTSLICES, LEASES, REPLICASETS, SERVICES
+from podwire.model.resources import DEPLOYMENTS, ENDPOINTSLICES, IPADDRESSES, LEASES, REPLICASETS, SERVICECIDRS, SERVICES
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -104,7 +104,17 @@ async def test_two_servers_are_one_cluster_and_outlive_each_other(tmp_path: Path
         made = await asyncio.gather(
             *(client.create(SERVICES, service(f"s{n}{k}")) for n in range(20) for k, client in enumerate(clients))
         )
-        assert len({s["spec"]["clusterIP"] for s in made}) == 40
+        addresses = {s["spec"]["clusterIP"] for s in made}
+        assert len(addresses) == 40
+        assert addresses < {a["metadata"]["name"] for a in (await two.client.list(IPADDRESSES)).items}
+        await one.client.create(SERVICECIDRS, {"metadata": {"name": "more"}, "spec": {"cidrs": ["192.168.9.0/28"]}})
+        wish = service("wish")
+        wish["spec"]["clusterIP"] = "192.168.9.3"
+        await two.client.create(SERVICES, wish)
+        await one.client.delete(SERVICECIDRS, "more")
+        await until(two.client, SERVICECIDRS, lambda found: any(_reason(cidr) == "Terminating" for cidr in found))
+        await one.client.delete(SERVICES, "wish", "default")
+        await until(two.client, SERVICECIDRS, lambda found: len(found) == 1)
         own = await until(two.client, ENDPOINTSLICES, _both_answer)
         assert own
         by_identity = {(s.data / "identity").read_text().strip(): s for s in (one, two)}
@@ -125,10 +135,15 @@ async def test_two_servers_are_one_cluster_and_outlive_each_other(tmp_path: Path
         # Laid out as kube-apiserver has it, so that one can take over.
         keys = {kv.key.rpartition("/")[0] for kv in (await etcd.read("/registry/", prefix=True)).kvs}
         assert {"/registry/services/specs/default", "/registry/deployments/default", "/registry/replicasets/default"} <= keys
+        assert {"/registry/ipaddresses", "/registry/servicecidrs"} <= keys
         stored = await etcd.get("/registry/deployments/default/a")
         assert stored is not None
         assert json.loads(stored.value)["apiVersion"] == "apps/v1"
         await etcd.close()
+
+
+def _reason(cidr: Json) -> str:
+    return str(cidr["status"]["conditions"][0]["reason"])
 
 
 def _both_answer(slices: list[Json]) -> bool:

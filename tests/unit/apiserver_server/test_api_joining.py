@@ -30,6 +30,7 @@ from podwire.model.resources import (
     NODES,
     PODS,
     SECRETS,
+    SERVICECIDRS,
     SERVICES,
 )
 from podwire.store.memory import MemoryStore
@@ -153,8 +154,11 @@ async def test_a_living_nodes_name_is_not_given_away(cluster: Cluster) -> None:
         await cluster.join("node-a")
 
 
-@pytest.mark.parametrize("address", ["192.0.2.1", "10.96.0.1", "nowhere"])
-async def test_a_certificate_in_the_servers_name_is_refused(cluster: Cluster, address: str) -> None:
+@pytest.mark.parametrize("address", ["192.0.2.1", "10.96.0.1", "10.112.0.9", "nowhere"])
+async def test_a_certificate_in_the_servers_or_a_services_name_is_refused(cluster: Cluster, address: str) -> None:
+    admin = await cluster.client("admin")
+    await admin.create(SERVICECIDRS, {"metadata": {"name": "more"}, "spec": {"cidrs": ["10.112.0.0/24"]}})
+    await admin.list(SERVICECIDRS)
     with pytest.raises(ApiError):
         await cluster.join("node-a", address)
 

@@ -3,12 +3,13 @@
 import asyncio
 import ipaddress
 import json
+import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import pytest
-from apirig import Api, Serve
+from apirig import Answer, Api, Serve
 
 from podwire.apiserver.config import ServerConfig
 from podwire.store.memory import MemoryStore
@@ -154,6 +155,59 @@ async def test_an_address_that_somebody_reserved_is_not_given(api: Api) -> None:
     assert "provided IP is already allocated" in (await api.fails(422, "POST", SERVICES, wish))["message"]
     await api.ok("DELETE", ADDRESSES + "/10.96.0.77")
     assert await cluster_ip(api, "a", clusterIP="10.96.0.77") == "10.96.0.77"
+
+
+async def everything_agrees(store: MemoryStore) -> int:
+    """How many addresses Services have, once it is clear that each has its object, and one holder."""
+    services = await store.list("/registry/services/specs/")
+    held = {
+        address: json.loads(item.value)["metadata"]["name"]
+        for item in services.items
+        for address in json.loads(item.value)["spec"]["clusterIPs"]
+    }
+    kept = (await store.list("/registry/ipaddresses/", revision=services.revision)).items
+    assert {item.key.rpartition("/")[2]: json.loads(item.value)["spec"]["parentRef"]["name"] for item in kept} == held
+    assert len(held) == sum(len(json.loads(item.value)["spec"]["clusterIPs"]) for item in services.items)
+    return len(held)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_addresses_and_services_agree_whatever_two_servers_are_asked_at_once(serve: Serve, seed: int) -> None:
+    store, dice = MemoryStore(), random.Random(seed)
+    config = ranges("10.96.0.0/28", "fd00:10:96::/124")
+    servers = [await serve(store, config), await serve(store, config)]
+    names, cidrs = [f"s{n}" for n in range(20)], ["10.96.0.0/27", "10.97.0.0/29", "10.97.0.0/28"]
+
+    answers: list[Answer] = []
+
+    async def ask(method: str, path: str, body: object = None, **headers: str) -> None:
+        answers.append(await dice.choice(servers)(method, path, body, **headers))
+
+    async def act() -> None:
+        name, number = dice.choice(names), dice.randrange(len(cidrs))
+        policy = {"ipFamilyPolicy": dice.choice(["SingleStack", "PreferDualStack"])}
+        wish = {"clusterIP": f"10.96.0.{dice.randrange(1, 32)}"} if dice.random() < 0.3 else {}
+        match dice.randrange(6):
+            case 0 | 1:
+                spec = {"ports": [{"port": 80}], **policy, **wish}
+                await ask("POST", SERVICES, {"metadata": {"name": name}, "spec": spec})
+            case 2:
+                await ask("PATCH", f"{SERVICES}/{name}", {"spec": policy}, **MERGE)
+            case 3:
+                await ask("DELETE", f"{SERVICES}/{name}")
+            case 4:
+                await ask("POST", PATH, {"metadata": {"name": f"r{number}"}, "spec": {"cidrs": [cidrs[number]]}})
+            case 5:
+                await ask("DELETE", f"{PATH}/r{number}")
+                await ask("PATCH", f"{PATH}/r{number}", {"metadata": {"finalizers": None}}, **MERGE)
+
+    most = 0
+    for _ in range(12):
+        await asyncio.gather(*(act() for _ in range(16)))
+        most = max(most, await everything_agrees(store))
+    assert most > 10
+    assert {answer.code for answer in answers} <= {200, 201, 404, 409, 422, 500}
+    assert all(b"range is full" in answer.body for answer in answers if answer.code == 500)
 
 
 PARENT = {"resource": "services", "namespace": "default", "name": "web"}
