@@ -18,7 +18,7 @@ from podwire.agent.proxy.agent import ProxyAgent, ProxyEnvironment
 from podwire.agent.proxy.nodename import likely_names, node_name
 from podwire.agent.proxy.status import health_app, metrics_app
 from podwire.agent.proxymodes.nft import NftRules
-from podwire.client.api import ApiClient
+from podwire.client.api import ApiClient, RawList
 from podwire.kernel.port import KernelError
 from podwire.model.acknowledgement import NAMESPACE, Acknowledgement, lease_name, read_lease
 from podwire.model.addr import Family
@@ -29,7 +29,7 @@ from podwire.model.nft import Batch, DelTable, TableRef
 from podwire.model.objects import EndpointSlice, Lease, Service
 from podwire.model.ops import Applied, CommitNft, Plan
 from podwire.model.proxyconfig import parse_proxy_config
-from podwire.model.resources import ENDPOINTSLICES, LEASES, NODES, SERVICES
+from podwire.model.resources import ENDPOINTSLICES, LEASES, NODES, SERVICES, Resource
 from podwire.plan.services import TABLE
 from podwire.testing import FakeKernel
 from podwire.testing.memorycluster import MemoryCluster, memory_cluster
@@ -71,8 +71,10 @@ async def endpoints(cluster: MemoryCluster, *nodes: int, service: str = "web") -
 
 
 @asynccontextmanager
-async def proxy(cluster: MemoryCluster, kernel: FakeKernel, config: str = "", **more: Any) -> AsyncIterator[ProxyAgent]:
-    async with ApiClient(cluster.url) as client:
+async def proxy(
+    cluster: MemoryCluster, kernel: FakeKernel, config: str = "", client: ApiClient | None = None, **more: Any
+) -> AsyncIterator[ProxyAgent]:
+    async with client or ApiClient(cluster.url) as client:
         agent = ProxyAgent(
             ProxyEnvironment(
                 node="n1",
@@ -127,6 +129,42 @@ async def test_services_are_programmed_and_acknowledged(cluster: MemoryCluster) 
         await cluster.until(lambda: acknowledged(cluster))
         assert elements(kernel, "endpoints") == 3
     assert elements(kernel, "endpoints") == 3, "rules stay when the proxy ends"
+
+
+class Withholding(ApiClient):
+    """Gets no list of one kind for as long as `given` is not set. `asked`: for which kinds it was asked."""
+
+    def __init__(self, url: str, kind: Resource) -> None:
+        super().__init__(url)
+        self._kind, self.given = kind, asyncio.Event()
+        self.asked: set[Resource] = set()
+
+    async def list_raw(self, resource: Resource, namespace: str | None = None, **options: Any) -> RawList:
+        self.asked.add(resource)
+        if resource is self._kind:
+            await self.given.wait()
+        return await super().list_raw(resource, namespace, **options)
+
+
+@pytest.mark.parametrize("kind", [SERVICES, ENDPOINTSLICES], ids=lambda kind: kind.plural)
+async def test_until_services_and_slices_were_listed_what_an_earlier_life_made_stays(
+    cluster: MemoryCluster, kind: Resource
+) -> None:
+    """Half of what there is would take away what serves."""
+    kernel = FakeKernel()
+    async with proxy(cluster, kernel):
+        pass
+    held = kernel.host.ruleset
+    await endpoints(cluster, 1)
+    client = Withholding(cluster.url, kind)
+    starting = asyncio.create_task(_start(cluster, kernel, client))
+    await cluster.until(lambda: client.asked >= {SERVICES, ENDPOINTSLICES, NODES})
+    await acknowledged(cluster)  # the server has had time to answer all but that
+    assert kernel.host.ruleset == held
+    assert not starting.done()
+    client.given.set()
+    await starting
+    assert elements(kernel, "endpoints") == 1
 
 
 async def test_no_word_is_given_for_what_the_kernel_lost(cluster: MemoryCluster) -> None:
@@ -324,8 +362,8 @@ async def test_a_proxy_waits_for_its_node(cluster: MemoryCluster, caplog: pytest
     assert "going on" not in caplog.text
 
 
-async def _start(cluster: MemoryCluster, kernel: FakeKernel) -> None:
-    async with proxy(cluster, kernel):
+async def _start(cluster: MemoryCluster, kernel: FakeKernel, client: ApiClient | None = None) -> None:
+    async with proxy(cluster, kernel, client=client):
         pass
 
 
