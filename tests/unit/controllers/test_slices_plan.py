@@ -1,3 +1,4 @@
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -9,10 +10,12 @@ from podwire.controllers.documents import SliceDoc
 from podwire.controllers.slices import (
     HEADLESS,
     LAST_CHANGE,
+    MANAGER,
     MAX_ENDPOINTS,
     SERVICE_NAME,
     SliceWrites,
     endpoint_of,
+    families,
     plan_slices,
     resolved_ports,
 )
@@ -75,22 +78,25 @@ def addresses(slices: list[SliceDoc]) -> list[str]:
     return sorted(endpoint["addresses"][0] for item in slices for endpoint in item.endpoints)
 
 
-pods_strategy = st.lists(
-    st.builds(
-        pod,
-        st.integers(1, 400),
-        ready=st.booleans(),
-        port=st.sampled_from([8080, 9090]),
-        node=st.sampled_from(["n1", "n2"]),
-        deleted=st.booleans(),
-    ),
-    max_size=260,
-    unique_by=lambda p: p.key,
-)
+@st.composite
+def many_pods(draw: st.DrawFn) -> list[Pod]:
+    """Up to 260 in a row, every so many with something else: they fill slices, which lists drawn one by one hardly do."""
+    first = draw(st.integers(1, 150))
+    other_port, unready, leaving, elsewhere = draw(st.tuples(*[st.sampled_from((2, 7, 1000))] * 4))
+    return [
+        pod(
+            number,
+            ready=number % unready != 0,
+            port=9090 if number % other_port == 0 else 8080,
+            node="n2" if number % elsewhere == 0 else "n1",
+            deleted=number % leaving == 0,
+        )
+        for number in range(first, first + draw(st.integers(0, 260)))
+    ]
 
 
-@settings(deadline=None)
-@given(st.lists(pods_strategy, min_size=1, max_size=4))
+@settings(deadline=None, max_examples=40)
+@given(st.lists(many_pods(), min_size=1, max_size=4))
 def test_whatever_was_there_before_the_slices_end_up_right_and_stay(histories: list[list[Pod]]) -> None:
     slices: list[SliceDoc] = []
     for pods in histories:
@@ -117,6 +123,28 @@ def test_one_endpoint_more_is_one_write() -> None:
     assert (len(writes.create), len(writes.update), len(writes.delete)) == (0, 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "writes"),
+    [
+        (range(150), range(100), (0, 0, 1)),  # a slice that has lost all of its endpoints goes
+        (range(150), range(1, 151), (0, 1, 0)),  # who is new takes the place of who left
+        (range(150), range(210), (1, 0, 0)),  # too many for any slice that is there: one of their own, others untouched
+        (range(150), range(200), (0, 1, 0)),
+        (range(150), range(200, 350), (0, 2, 0)),  # slices are used again
+        (range(150), (*range(99), *range(200, 252)), (0, 2, 0)),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_as_few_slices_as_possible_are_written(
+    before: Iterable[int], after: Iterable[int], writes: tuple[int, int, int]
+) -> None:
+    slices = applied([], plan([], [pod(n) for n in before]))
+    found = plan(slices, [pod(n) for n in after])
+    assert found
+    assert (len(found.create), len(found.update), len(found.delete)) == writes
+    assert addresses(applied(slices, found)) == sorted(pod(n).ips[0] for n in after)
+
+
 def test_conditions_of_endpoints() -> None:
     def conditions(of: Pod, **spec: Any) -> Json:
         endpoint = endpoint_of(service(**spec), of, "IPv4", {})
@@ -139,6 +167,9 @@ def test_an_endpoint_shows_where_its_pod_is() -> None:
     assert endpoint["addresses"] == ["fd00::7"]
     assert (endpoint["nodeName"], endpoint["zone"], endpoint["hostname"]) == ("n1", "z1", "db-0")
     assert endpoint["targetRef"] == {"kind": "Pod", "namespace": "shop", "name": "web-00007", "uid": "pod-7"}
+    nowhere = endpoint_of(service(), pod(7, node="", spec={"subdomain": "web"}), "IPv4", {"": "z1"})
+    assert nowhere is not None
+    assert nowhere.keys() == {"addresses", "conditions", "targetRef"}
 
 
 @pytest.mark.parametrize(
@@ -175,6 +206,12 @@ def test_target_ports() -> None:
     sidecar = {"name": "s", "restartPolicy": "Always", "ports": [{"name": "nobody", "containerPort": 7}]}
     assert ("unknown", 7) in ports(service(ports=several), pod(1, spec={"initContainers": [sidecar]}))
     assert ports(service(ports=[], clusterIP="None"), pod(1)) == []
+    assert ports(service(ports=[{"name": "empty", "port": 85, "targetPort": ""}]), pod(1)) == [("empty", 85)]
+    spoken = service(ports=[{"name": "http", "port": 80, "appProtocol": "kubernetes.io/h2c"}])
+    assert [dict(port).get("appProtocol") for of in (service(), spoken) for port in resolved_ports(of, pod(1))] == [
+        None,
+        "kubernetes.io/h2c",
+    ]
 
 
 def test_dual_stack_has_slices_of_both_families_and_a_dropped_family_loses_them() -> None:
@@ -188,6 +225,43 @@ def test_dual_stack_has_slices_of_both_families_and_a_dropped_family_loses_them(
     assert [s.address_type for s in slices] == ["IPv4"]
 
 
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({"clusterIP": "10.96.0.1", "clusterIPs": ["fd00::1", "10.96.0.1"]}, ("IPv6", "IPv4")),
+        ({"clusterIP": "fd00::1"}, ("IPv6",)),
+        ({"clusterIP": "None"}, ("IPv4",)),
+        ({}, ("IPv4",)),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_service_that_names_no_families_has_those_of_its_addresses(spec: Json, expected: tuple[str, ...]) -> None:
+    assert families(service(ipFamilies=[], **spec)) == expected
+
+
+def test_what_others_wrote_and_means_the_same_stays() -> None:
+    (item,) = applied([], plan([], [pod(1)], service(ports=[{"port": 8080}])))
+    terse = msgspec.structs.replace(
+        item,
+        ports=({"port": 8080},),
+        metadata=msgspec.structs.replace(item.metadata, owner_references=()),
+    )
+    assert not plan([terse], [pod(1)], service(ports=[{"port": 8080}]))
+
+
+def test_labels_that_a_service_lost_are_taken_off_its_slices_and_none_is_called_headless_that_is_not() -> None:
+    (item,) = applied([], plan([], [pod(1)]))
+    meta = msgspec.structs.replace(item.metadata, resource_version="7")
+    of = service()
+    of = msgspec.structs.replace(of, metadata=msgspec.structs.replace(of.metadata, labels={HEADLESS: ""}))
+    ((_, patch),) = plan([msgspec.structs.replace(item, metadata=meta)], [pod(1)], of).update
+    assert patch["metadata"] == {
+        "resourceVersion": "7",
+        "labels": {"team": None, SERVICE_NAME: "web", "endpointslice.kubernetes.io/managed-by": MANAGER},
+        "annotations": {"endpoints.kubernetes.io/last-change-trigger-time": "now"},
+    }
+
+
 def test_labels_and_owner() -> None:
     (document,) = plan([], [pod(1)], service(clusterIP="None")).create
     labels = document["metadata"]["labels"]
@@ -196,6 +270,8 @@ def test_labels_and_owner() -> None:
     assert labels["team"] == "a"
     assert document["metadata"]["annotations"] == {LAST_CHANGE: "now"}
     assert document["metadata"]["ownerReferences"][0]["uid"] == "svc"
+    assert (document["metadata"]["namespace"], document["kind"]) == ("shop", "EndpointSlice")
+    assert labels["endpointslice.kubernetes.io/managed-by"] == "endpointslice-controller.k8s.io"
 
 
 def test_slices_of_a_service_that_was_deleted_and_made_anew_are_replaced() -> None:
