@@ -1,6 +1,6 @@
 """What nodes' words say of a Service, and how a word is written."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
@@ -43,6 +43,17 @@ def test_a_service_is_programmed_where_the_word_covers_it_and_its_slices() -> No
     assert found.absent == ("n4",)
     assert found.at == NOW
     assert not found.everywhere
+
+
+def test_it_is_programmed_since_the_last_nodes_word() -> None:
+    unknown = Acknowledgement(node="n3", services="10", slices="20")
+    words = {
+        "n1": word("n1", "10", "20"),
+        "n2": msgspec.structs.replace(word("n2", "10", "20"), at=NOW - timedelta(hours=1)),
+        "n3": unknown,
+    }
+    found = programmed(service("10"), iter([piece("20")]), [node(name) for name in words], words)
+    assert (found.on, found.at) == (("n1", "n2", "n3"), NOW)
 
 
 def test_who_may_not_know_of_a_removal_is_late() -> None:
