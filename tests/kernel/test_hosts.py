@@ -2,20 +2,24 @@
 
 import asyncio
 import signal
+import socket
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from hostrig import Host, answering, deployment, machines, ready, until
+from overlayrig import until as eventually
 from sandboxrig import Container
 
 from podwire.client.api import ApiClient
 from podwire.client.errors import AlreadyExists
 from podwire.kernel.linux import LinuxKernel
+from podwire.kernel.netns import run_in_netns
 from podwire.model.cni import TRY_LATER
 from podwire.model.meta import Json
-from podwire.model.resources import DEPLOYMENTS, NODES, PODS, SERVICES
+from podwire.model.resources import DEPLOYMENTS, NODES, PODS, SERVICECIDRS, SERVICES
 from podwire.plan.services_rules import TABLE
 
 pytestmark = [
@@ -91,6 +95,39 @@ async def test_pods_on_two_machines_behind_one_service(site: Site) -> None:
         assert len(seen - {""}) > 1
     log = await site.client.request("GET", f"/api/v1/namespaces/default/pods/{pods[0]['metadata']['name']}/log", accept="*/*")
     assert log is not None  # through the node's own API, by its own token
+
+
+async def test_nodes_find_the_way_to_a_range_that_is_added_and_forget_it_with_the_range(site: Site) -> None:
+    """They have no default route: without one to the range, their own processes could not reach its Services."""
+    await _web(site, 2)
+    await site.client.create(SERVICECIDRS, {"metadata": {"name": "more"}, "spec": {"cidrs": ["172.30.0.0/24"]}})
+    spec = {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}], "clusterIP": "172.30.0.9"}
+    await site.client.create(SERVICES, {"metadata": {"name": "more", "namespace": "default"}, "spec": spec})
+    for node in site.nodes:
+        await eventually(partial(_answers, node, "172.30.0.9"))
+    await site.client.delete(SERVICECIDRS, "more")
+    await site.client.delete(SERVICES, "more", "default")
+    await until(site.client, SERVICECIDRS, lambda found: len(found) == 1)
+    for node in site.nodes:
+        await eventually(partial(_has_no_way, node, "172.30.0.9"))
+
+
+async def _answers(node: Host, address: str) -> bool:
+    return (await asyncio.to_thread(node.fetch, address, 80)).startswith("HTTP/1.1 200")
+
+
+def _has_no_way(node: Host, address: str) -> bool:
+    """Whether no packet to `address` could leave the machine."""
+
+    def refused() -> bool:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((address, 9))
+            except OSError:
+                return True
+        return False
+
+    return run_in_netns(node.netns, refused)
 
 
 async def test_an_agent_killed_and_a_server_killed_take_nothing_with_them(site: Site) -> None:
