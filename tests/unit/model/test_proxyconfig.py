@@ -73,10 +73,61 @@ def test_what_kubeadm_writes_is_understood() -> None:
     }
 
 
+# By the names of v1alpha1, with the values of its SetDefaults_KubeProxyConfiguration; `mode` is ours.
+DEFAULTS = """
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+clientConnection: {kubeconfig: "", acceptContentTypes: "", contentType: "", qps: 0, burst: 0}
+hostnameOverride: ""
+bindAddress: 0.0.0.0
+healthzBindAddress: 0.0.0.0:10256
+metricsBindAddress: 127.0.0.1:10249
+bindAddressHardFail: false
+mode: nftables
+iptables: {masqueradeBit: 14, masqueradeAll: false, localhostNodePorts: true, syncPeriod: 30s, minSyncPeriod: 1s}
+nftables: {masqueradeBit: 14, masqueradeAll: false, syncPeriod: 30s, minSyncPeriod: 1s}
+ipvs: {scheduler: "", strictARP: false, excludeCIDRs: [], masqueradeAll: false, syncPeriod: 30s, minSyncPeriod: 0s,
+       tcpTimeout: 0s, tcpFinTimeout: 0s, udpTimeout: 0s}
+detectLocalMode: ""
+detectLocal: {bridgeInterface: "", interfaceNamePrefix: ""}
+clusterCIDR: ""
+nodePortAddresses: []
+conntrack: {maxPerCore: 32768, min: 131072, tcpEstablishedTimeout: 24h, tcpCloseWaitTimeout: 1h, tcpBeLiberal: false,
+            udpTimeout: 0s, udpStreamTimeout: 0s}
+"""
+
+
 def test_an_empty_file_is_kube_proxys_defaults() -> None:
     config, _ = parse_proxy_config("", "flags")
     assert config.healthz_at == ("0.0.0.0", 10256)
     assert config.metrics_at == ("127.0.0.1", 10249)
+    assert yaml.safe_load(yaml.safe_dump(config_document(config))) == yaml.safe_load(DEFAULTS)
+
+
+def test_what_is_written_of_addresses_that_are_not_listened_on() -> None:
+    off = "{healthzBindAddress: '0.0.0.0:0', metricsBindAddress: '[::1]:0'}"
+    document = config_document(parse_proxy_config(off, "f")[0])
+    assert (document["healthzBindAddress"], document["metricsBindAddress"]) == ("0.0.0.0:0", "127.0.0.1:0")
+    assert config_document(parse_proxy_config("bindAddress: '::'", "f")[0])["healthzBindAddress"] == "[::]:10256"
+
+
+@pytest.mark.parametrize("bit", [0, 31])
+def test_every_bit_of_a_mark_may_be_the_one_to_masquerade_by(bit: int) -> None:
+    config, _ = parse_proxy_config(f"iptables: {{masqueradeBit: {bit}}}", "f")
+    assert config.iptables.masquerade_bit == bit
+
+
+def test_every_scheduler_of_the_kernel_is_known() -> None:
+    for name in ("rr", "wrr", "lc", "wlc", "lblc", "lblcr", "sh", "dh", "sed", "nq", "mh", "fo", "ovf", "twos"):
+        assert parse_proxy_config(f"ipvs: {{scheduler: {name}}}", "f")[0].ipvs.scheduler == name
+
+
+def test_known_fields_without_effect_are_taken_in_silence() -> None:
+    text = """
+    {featureGates: {A: true}, logging: {format: text}, enableProfiling: true, showHiddenMetricsForVersion: "1.33",
+     winkernel: {}, oomScoreAdj: -999, configSyncPeriod: 15m, portRange: "", udpIdleTimeout: 250ms, windowsRunAsService: false}
+    """
+    assert parse_proxy_config(text, "f")[1] == []
 
 
 @pytest.mark.parametrize(
