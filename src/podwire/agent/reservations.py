@@ -31,6 +31,9 @@ CREATE TABLE IF NOT EXISTS attachment (uid TEXT PRIMARY KEY, record BLOB NOT NUL
 CREATE TABLE IF NOT EXISTS network (one INTEGER PRIMARY KEY CHECK (one = 1), record BLOB NOT NULL);
 """
 
+_GIVEN = "INSERT OR REPLACE INTO last_given VALUES (?, ?)"
+_ATTACHED = "INSERT OR REPLACE INTO attachment VALUES (?, ?)"
+
 _Statement = tuple[str, tuple[str | bytes, ...]]
 
 
@@ -151,38 +154,32 @@ class Reservations:
         transaction. Raises AddressesExhausted, AddressesWithheld, and AddressTaken for a wanted one that cannot be had. An
         owner's addresses outside `prefixes` (the node's subnet has changed) are given up.
         """
-        uid, namespace, name = owner
+        uid = owner.uid
         for address in wanted:
             self._check_wanted(address, uid, prefixes)
         held = [r for r in self._by_address.values() if r.uid == uid and not _ousted(r.address, wanted)]
-        by_prefix = {prefix: r for prefix in prefixes for r in held if r.address in prefix}
-        statements: list[_Statement] = []
-        fresh: list[Reservation] = []
-        since = now.isoformat()
-        for prefix in prefixes:
-            if prefix in by_prefix:
-                continue
-            asked = [address for address in wanted if address in prefix]
-            address = asked[0] if asked else self._pick(prefix)
-            fresh.append(Reservation(address, uid, namespace, name, since))
-            if not asked:
-                statements.append(("INSERT OR REPLACE INTO last_given VALUES (?, ?)", (str(prefix), str(address))))
-            statements.append(("INSERT INTO reservation VALUES (?, ?, ?, ?, ?)", (str(address), uid, namespace, name, since)))
+        kept = {prefix: r for prefix in prefixes for r in held if r.address in prefix}
+        fresh = {
+            prefix: Reservation(_within(prefix, wanted) or self._pick(prefix), *owner, now.isoformat())
+            for prefix in prefixes
+            if prefix not in kept
+        }
         if fresh and (why := self.withheld()):
             raise AddressesWithheld(why)
-        stale = [r for r in self._by_address.values() if r.uid == uid and r not in by_prefix.values()]
+        picked = {prefix: r.address for prefix, r in fresh.items() if r.address not in wanted}
+        stale = [r for r in self._by_address.values() if r.uid == uid and r not in kept.values()]
+        statements: list[_Statement] = [(_GIVEN, (str(prefix), str(address))) for prefix, address in picked.items()]
+        statements += [_insertion(r) for r in fresh.values()]
         statements += [("DELETE FROM reservation WHERE address = ?", (str(r.address),)) for r in stale]
         if record is not None and self._records.get(uid) != record:
-            statements.append(("INSERT OR REPLACE INTO attachment VALUES (?, ?)", (uid, record)))
+            statements.append((_ATTACHED, (uid, record)))
         # In memory first, before anything is awaited: nobody else may pick these addresses meanwhile.
-        for reservation in fresh:
-            self._by_address[reservation.address] = reservation
-        given = (r for r in fresh if r.address not in wanted)
-        self._last |= {prefix: r.address for r in given for prefix in prefixes if r.address in prefix}
+        self._by_address |= {r.address: r for r in fresh.values()}
+        self._last |= picked
         try:
             await self._write(statements)
         except sqlite3.Error:
-            for reservation in fresh:
+            for reservation in fresh.values():
                 self._by_address.pop(reservation.address, None)
             raise
         for reservation in stale:
@@ -199,10 +196,7 @@ class Reservations:
             if holder is not None and holder.uid != owner.uid:
                 raise AddressTaken(f"address {address} is held by {holder.namespace}/{holder.name} since {holder.since}")
         fresh = [Reservation(address, *owner, now.isoformat()) for address in addresses if address not in self._by_address]
-        statements: list[_Statement] = [("INSERT OR REPLACE INTO attachment VALUES (?, ?)", (owner.uid, record))]
-        insert = "INSERT INTO reservation VALUES (?, ?, ?, ?, ?)"
-        statements += [(insert, (str(r.address), r.uid, r.namespace, r.name, r.since)) for r in fresh]
-        await self._write(statements)
+        await self._write([(_ATTACHED, (owner.uid, record)), *map(_insertion, fresh)])
         self._by_address |= {r.address: r for r in fresh}
         self._records[owner.uid] = record
 
@@ -283,6 +277,14 @@ class Reservations:
                 with contextlib.suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
                 raise
+
+
+def _insertion(r: Reservation) -> _Statement:
+    return "INSERT INTO reservation VALUES (?, ?, ?, ?, ?)", (str(r.address), r.uid, r.namespace, r.name, r.since)
+
+
+def _within(prefix: IPNetwork, addresses: Collection[IPAddress]) -> IPAddress | None:
+    return next((address for address in addresses if address in prefix), None)
 
 
 def _ousted(address: IPAddress, wanted: Collection[IPAddress]) -> bool:
