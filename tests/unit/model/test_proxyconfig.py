@@ -111,6 +111,29 @@ def test_what_is_written_of_addresses_that_are_not_listened_on() -> None:
     assert config_document(parse_proxy_config("bindAddress: '::'", "f")[0])["healthzBindAddress"] == "[::]:10256"
 
 
+def test_the_connection_trackers_switches_have_the_kernels_names() -> None:
+    text = """
+    conntrack: {maxPerCore: 10, min: 7, tcpEstablishedTimeout: 1m, tcpCloseWaitTimeout: 2m, udpTimeout: 3m,
+                udpStreamTimeout: 4m, tcpBeLiberal: true}
+    """
+    conntrack = parse_proxy_config(text, "f")[0].conntrack
+    switches = {
+        name.removeprefix("net/netfilter/nf_conntrack_"): value for name, value in conntrack_switches(conntrack, cpus=2).items()
+    }
+    assert switches == {
+        "max": "20",
+        "tcp_timeout_established": "60",
+        "tcp_timeout_close_wait": "120",
+        "udp_timeout": "180",
+        "udp_timeout_stream": "240",
+        "tcp_be_liberal": "1",
+    }
+    nothing = parse_proxy_config("conntrack: {maxPerCore: 0, tcpEstablishedTimeout: '', tcpCloseWaitTimeout: 0s}", "f")[
+        0
+    ].conntrack
+    assert conntrack_switches(nothing, cpus=2) == {}
+
+
 @pytest.mark.parametrize("bit", [0, 31])
 def test_every_bit_of_a_mark_may_be_the_one_to_masquerade_by(bit: int) -> None:
     config, _ = parse_proxy_config(f"iptables: {{masqueradeBit: {bit}}}", "f")
@@ -137,6 +160,7 @@ def test_known_fields_without_effect_are_taken_in_silence() -> None:
         ("{healthzBindAddress: 192.0.2.1, metricsBindAddress: 0.0.0.0}", ("192.0.2.1", 10256), ("0.0.0.0", 10249)),
         ("{healthzBindAddress: '::1', metricsBindAddress: '[::]:1'}", ("::1", 10256), ("::", 1)),
         ("{healthzBindAddress: '0.0.0.0:0', metricsBindAddress: '[::]:0'}", None, None),
+        ("{healthzBindAddress: '0.0.0.0:65535', metricsBindAddress: '127.0.0.1:1'}", ("0.0.0.0", 65535), ("127.0.0.1", 1)),
     ],
 )
 def test_where_it_listens(text: str, healthz: tuple[str, int] | None, metrics: tuple[str, int] | None) -> None:
@@ -177,6 +201,9 @@ def test_unknown_fields_are_said() -> None:
         ("healthzBindAddress: here", "healthzBindAddress: 'here' is no address and port"),
         ("metricsBindAddress: '::1:10249x'", "is no address and port"),
         ("metricsBindAddress: '[127.0.0.1]:1'", "is no address and port"),
+        ("healthzBindAddress: '0.0.0.0:65536'", "is no address and port"),
+        ("healthzBindAddress: '0.0.0.0:１'", "is no address and port"),
+        ("healthzBindAddress: '0.0.0.0:'", "is no address and port"),
         ("bindAddress: here", "bindAddress: 'here' is no IP address"),
         ("iptables: []", r"\$\.iptables"),
         ("iptables: 3", r"\$\.iptables"),
@@ -201,7 +228,7 @@ def test_what_is_wrong_is_said(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("1h30m", 5400.0), ("500ms", 0.5), ("0s", 0.0), ("0", 0.0), ("1.5s", 1.5), ("2us", 2e-6)]
+    ("text", "seconds"), [("", 0.0), ("1h30m", 5400.0), ("500ms", 0.5), ("0s", 0.0), ("0", 0.0), ("1.5s", 1.5), ("2us", 2e-6)]
 )
 def test_durations(text: str, seconds: float) -> None:
     assert duration_seconds(text, "x") == pytest.approx(seconds)
