@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 # Programs that tests compare podwire with; podwire itself needs none of them.
 TEST_PACKAGES := nftables iptables iproute2 iperf3 etcd-server etcd-client containernetworking-plugins gcc libc6-dev podman crun conmon busybox-static containerd runc
 
+NOT_FETCHED   := { echo "the libraries in pyproject.toml could not be fetched: pip needs a package index (PIP_INDEX_URL) or a folder of wheels (PIP_FIND_LINKS)"; exit 1; }
 PYTEST_STRICT := --allowed-skips tests/allowed-skips.txt
 
 # BASE: a Debian with Python 3.11 or newer. IMAGE_FLAGS: for the builder, such as --volume or --isolation chroot.
@@ -17,6 +18,7 @@ IMAGE_FLAGS ?=
 
 demo: $(VENV)/.installed
 	@$(BIN)/podwire demo
+	@echo; echo "A lab of your own: $(BIN)/podwire lab up --nodes 3 -f examples/shop --wait"
 
 # Two halves at once: the one mostly computes, the other mostly waits for packets and time-outs.
 test: $(VENV)/.installed-dev test-packages
@@ -59,12 +61,12 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	@echo "setting up $(VENV) …"
-	@$(BIN)/pip install -q --disable-pip-version-check -e .
+	@$(BIN)/pip install -q --disable-pip-version-check -e . || $(NOT_FETCHED)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	@echo "setting up $(VENV) for development …"
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]' || $(NOT_FETCHED)
 	@touch $@ $(VENV)/.installed
 
 test-packages:
