@@ -5,6 +5,7 @@ expression that we write; any other becomes `Unknown`.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from podwire.model.nftexpr import (
     REGISTERS,
@@ -35,6 +36,9 @@ from podwire.model.nftexpr import (
     VerdictCode,
 )  # fmt: skip
 from podwire.wire.netlink import as_be, as_str, attr, attr_be32, attr_be64, attr_str, attr_u8, iter_attrs, nested, parse_attrs
+
+_KNOWN = 1 << 11
+"""Expressions that are remembered with their bytes: a table's rules are made of some hundred, again and again."""
 
 _LIST_ELEM = 1
 _EXPR_NAME, _EXPR_DATA = 1, 2
@@ -156,6 +160,7 @@ def _dynset_parts(expr: Dynset) -> list[bytes]:
     return parts
 
 
+@lru_cache(maxsize=_KNOWN)
 def encode_expression(expr: Expression, type: int = _LIST_ELEM) -> bytes:
     """One expression as the attribute `type` (a list's element unless said otherwise)."""
     name, parts = _encode_parts(expr)
@@ -254,6 +259,7 @@ _DECODERS: dict[str, Callable[[Attrs], Expression | None]] = {
 }  # fmt: skip
 
 
+@lru_cache(maxsize=_KNOWN)
 def decode_expression(payload: bytes) -> Expression:
     """One list element's content → the expression; what we never write becomes `Unknown`."""
     outer = parse_attrs(payload)
