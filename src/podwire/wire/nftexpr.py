@@ -49,6 +49,8 @@ _VERDICT_REGISTER = 0
 _NFPROTO_IPV4, _NFPROTO_IPV6 = 2, 10
 _NAT_DNAT = 1
 _RANGE_PROTO_RANDOM_FULLY = 1 << 4
+_RANGE_GIVEN = 1 << 0 | 1 << 1
+"""NF_NAT_RANGE_MAP_IPS and _PROTO_SPECIFIED: what the kernel makes of an address and a port."""
 _NG_RANDOM = 1
 _CT_DIR_ORIGINAL = 0
 _LOOKUP_INVERTED = 1
@@ -213,6 +215,8 @@ def _decode_numgen(a: Attrs) -> Expression | None:
 def _decode_nat(a: Attrs) -> Expression | None:
     if as_be(a[1]) != _NAT_DNAT or not {3, 5} <= a.keys() or a.get(4, a[3]) != a[3] or a.get(6, a[5]) != a[5]:
         return None
+    if as_be(a.get(7, b"\0")) & ~_RANGE_GIVEN:
+        return None  # random, persistent
     return Dnat(as_be(a[2]) == _NFPROTO_IPV6, _index(a[3]), _index(a[5]))
 
 
