@@ -74,6 +74,18 @@ async def test_all_addresses_are_those_of_both_families(site: Site) -> None:
                 assert (await site.get("node", host, port, path))[0] == 200
 
 
+async def test_what_a_configuration_of_elsewhere_lacks_here_is_said(site: Site, tmp_path: Path) -> None:
+    """kubeadm's names files that are in kube-proxy's pod only."""
+    config = tmp_path / "config.conf"
+    config.write_text("clientConnection: {kubeconfig: /nowhere/kubeconfig.conf}")
+    status, said = await site.outcome(site.command("--config", str(config)))
+    assert status == 1
+    assert f"Error: {config}: clientConnection.kubeconfig: /nowhere/kubeconfig.conf: cannot be read" in said
+    assert "(--kubeconfig names another)" in said
+    status, said = await site.outcome(site.command("--config", str(config), "--hostname-override", "my_host"))
+    assert (status, "Error: --hostname-override 'my_host' is no name that a Node can have" in said) == (1, True), said
+
+
 async def test_switches_that_cannot_be_set_are_said(site: Site) -> None:
     """A namespace of its own may not set the machine's size of the connection table."""
     status, said = await site.outcome(site.command("--init-only", "--conntrack-min=1000"))

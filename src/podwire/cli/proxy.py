@@ -73,7 +73,7 @@ _FLAGS = (
         "--nodeport-addresses",
         "nodePortAddresses",
         "CIDR[,CIDR]",
-        "Which of the node's addresses serve node ports; `primary` for the Node's own.",
+        "Which of the node's addresses serve node ports; `primary`: the Node's own. [default: nftables: primary, else all]",
     ),
     _Flag("--masquerade-all", "*.masqueradeAll", _SWITCH, "Whoever uses a ClusterIP is seen with the node's address.", bool),
     _Flag("--hostname-override", "hostnameOverride", "NAME", "The Node's name. [default: the host's, in lower case]"),
@@ -137,8 +137,16 @@ def _file(name: str, *more: str, text: str) -> Callable[[F], F]:
 @click.command(cls=GoCommand)
 @_file("--config", "config_file", text="A KubeProxyConfiguration. Flags have precedence over it.")
 @_file("--write-config-to", "written", text="Write the configuration there that would be used, and end.")
-@_file("--kubeconfig", text="How to reach the API server. [default: the service account of the pod that this runs in]")
-@click.option("--master", metavar="URL", default="", help="The API server, where it asks for no credentials.")
+@_file(
+    "--kubeconfig",
+    text="How to reach the API server. [default: what --config says, else the account of the pod that this runs in]",
+)
+@click.option(
+    "--master",
+    metavar="URL",
+    default="",
+    help="The API server, in the place of the kubeconfig's; alone, where it asks for no credentials.",
+)
 @click.option("--service-cluster-ip-range", "service_cidrs", metavar="CIDR[,CIDR]", default="",
               help="Where ClusterIPs come from, for API servers without ServiceCIDR objects.")  # fmt: skip
 @click.option(

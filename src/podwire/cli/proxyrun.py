@@ -155,11 +155,12 @@ async def serve(options: Invocation, config: ProxyConfig) -> None:
         if options.init_only:
             await _set_switches(kernel, config)
             return
+        node = node_name(config.hostname_override, platform.node())
         await modes.say_who_drops(config.proxy_mode)
         async with _client(options, config) as client:
             agent = ProxyAgent(
                 ProxyEnvironment(
-                    node=node_name(config.hostname_override, platform.node()),
+                    node=node,
                     config=config,
                     kernel=kernel,
                     client=client,
@@ -198,9 +199,14 @@ def _mode_options(config: ProxyConfig) -> ModeOptions:
 
 def _client(options: Invocation, config: ProxyConfig) -> ApiClient:
     master = _master(options.master) if options.master else ""
-    path = options.kubeconfig or (Path(config.client_connection.kubeconfig) if config.client_connection.kubeconfig else None)
-    if path is not None:
-        return client_from_kubeconfig(path, user_agent=USER_AGENT, server=master)
+    if options.kubeconfig is not None:
+        return client_from_kubeconfig(options.kubeconfig, user_agent=USER_AGENT, server=master)
+    if named := config.client_connection.kubeconfig:
+        try:
+            return client_from_kubeconfig(Path(named), user_agent=USER_AGENT, server=master)
+        except InvalidInput as error:
+            said = f"{options.config_file}: clientConnection.kubeconfig: {error} (--kubeconfig names another)"
+            raise InvalidInput(said) from error
     if master:
         return ApiClient(master, user_agent=USER_AGENT)
     return in_cluster_client(os.environ, user_agent=USER_AGENT)
