@@ -80,7 +80,7 @@ class Acknowledger:
             try:
                 await self._write(versions)
             except ApiError as error:
-                if isinstance(error, Forbidden) and not self.refused:
+                if isinstance(error, Forbidden) and self.refused != str(error):
                     log.warning("Services are programmed, but this node may not say so in the API: %s", error)
                 else:
                     log.debug("acknowledging Services: %s", error)
