@@ -238,6 +238,8 @@ def test_all_frontends_of_a_port_share_the_list_of_an_endpoints_clients() -> Non
     assert len(names) == 4, "two ports, two endpoints"
     users = {name: Counter(word for (_, of), done in lists.items() if of == name for word in done) for name in names}
     here, elsewhere = Counter({"--rcheck": 3, "--set": 3}), Counter({"--rcheck": 2, "--set": 2})
-    assert sorted(users.values(), key=Counter.total) == [elsewhere, elsewhere, here, here], "the node port's clients outside stay here"
+    assert sorted(users.values(), key=Counter.total) == [elsewhere, elsewhere, here, here], (
+        "the node port's clients outside stay here"
+    )
     planner.set_service(key("other"), *web((1, 2), "other", 11, ports=ports, sessionAffinity="ClientIP"))
     assert len({name for _, name in client_lists(planner)}) == 8, "another Service with the same endpoints has its own"
