@@ -92,9 +92,7 @@ def acknowledging(story: Callable[[Rules, Leases, Acknowledger], Coroutine[Any, 
     async def main() -> None:
         loop = asyncio.get_running_loop()
         began, rules, leases = loop.time(), Rules(), Leases()
-        acknowledger = Acknowledger(
-            leases, "n1", rules, lambda: START + timedelta(seconds=loop.time() - began), Random(1), idle_seconds=60.0
-        )
+        acknowledger = Acknowledger(leases, "n1", rules, lambda: START + timedelta(seconds=loop.time() - began), Random(1))
         running = asyncio.create_task(acknowledger.run())
         try:
             await story(rules, leases, acknowledger)
