@@ -3,7 +3,8 @@
 import ipaddress
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+
+import msgspec
 
 from podwire.model.objects import EndpointHints, EndpointSlice, Pod, Service, ServicePort, ServiceSpec
 from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFacts, Pool, ServiceTable, backend
@@ -62,7 +63,7 @@ def ignored(service: Service) -> bool:
 # --- endpoints ----------------------------------------------------------------------------------------------------
 
 
-class _Source(NamedTuple):
+class _Source(msgspec.Struct, frozen=True, gc=False):
     """One slice: the addresses of its endpoints that are ready, and of those that are not but still serve while they terminate;
     which of both are `here`, on this node; those of both that no node is named for; and the hints of the ready ones that have
     any."""
@@ -128,7 +129,7 @@ def _pool(backends: Iterable[Backend], *, drop: bool = False) -> Pool:
     return Pool(tuple(sorted(set(backends))), drop=drop)
 
 
-class _Pools(NamedTuple):
+class _Pools(msgspec.Struct, frozen=True, gc=False):
     """The two answers to "where to?": to the cluster's endpoints, or only to this node's."""
 
     cluster: Pool
@@ -160,7 +161,7 @@ def _pools(port: ServicePort, sources: list[_Source], facts: NodeFacts, needs_lo
 # --- frontends ----------------------------------------------------------------------------------------------------
 
 
-class _Place(NamedTuple):
+class _Place(msgspec.Struct, frozen=True, gc=False):
     """One address that a Service is reached at, and how."""
 
     address: bytes
@@ -180,8 +181,11 @@ def service_table(service: Service | None, slices: Sequence[EndpointSlice], fact
     cluster_ips: list[bytes] = []
     for length in _address_lengths(spec):
         of_family = [source for source in sources if source.length == length]
-        places = _places(service, facts, length)
-        cluster_ips += [p.address for p in places if p.kind is FrontendKind.CLUSTER_IP]
+        own = _packed_of(spec.cluster_ips or (spec.cluster_ip,), length)
+        cluster_ips += own
+        places = [_Place(address, FrontendKind.CLUSTER_IP) for address in own]
+        if spec.type != "ClusterIP" or spec.external_ips:
+            places += _outside_places(service, facts, length)
         for port in spec.ports:
             pools = _pools(port, of_family, facts, inside_local or outside_local)
             inside = pools.local if inside_local else pools.cluster
@@ -220,20 +224,19 @@ def _lengths_of(families: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(_ADDRESS_BYTES[f] for f in families if f in _ADDRESS_BYTES)
 
 
-def _places(service: Service, facts: NodeFacts, length: int) -> list[_Place]:
-    """A Service's addresses of one family."""
+def _outside_places(service: Service, facts: NodeFacts, length: int) -> Iterator[_Place]:
+    """A Service's addresses of one family, but its ClusterIPs."""
     spec = service.spec
-    places = [_Place(a, FrontendKind.CLUSTER_IP) for a in _packed_of(spec.cluster_ips or (spec.cluster_ip,), length)]
     if spec.type in ("NodePort", "LoadBalancer"):
-        places += [_Place(address, FrontendKind.NODE_PORT) for address in _node_addresses(facts, length)]
+        for address in _node_addresses(facts, length):
+            yield _Place(address, FrontendKind.NODE_PORT)
     if spec.type == "LoadBalancer":
         # ipMode Proxy: the balancer itself answers on that address, so packets to it have to leave the node.
         texts = [i.ip for i in service.status.load_balancer.ingress if i.ip_mode != "Proxy"]
         for address in _packed_of(texts, length):
-            places.append(_Place(address, FrontendKind.LOAD_BALANCER, _source_ranges(spec, facts, address)))
-    if spec.external_ips:
-        places += [_Place(address, FrontendKind.EXTERNAL_IP) for address in _packed_of(spec.external_ips, length)]
-    return places
+            yield _Place(address, FrontendKind.LOAD_BALANCER, _source_ranges(spec, facts, address))
+    for address in _packed_of(spec.external_ips, length):
+        yield _Place(address, FrontendKind.EXTERNAL_IP)
 
 
 def _node_addresses(facts: NodeFacts, length: int) -> tuple[bytes, ...]:
@@ -254,7 +257,8 @@ def _frontends(
         return
     spec = service.spec
     affinity = spec.session_affinity_config.client_ip.timeout_seconds if spec.session_affinity == "ClientIP" else 0
-    for address, kind, ranges in places:
+    for place in places:
+        address, kind = place.address, place.kind
         if kind is FrontendKind.CLUSTER_IP:
             local = spec.internal_traffic_policy == "Local"
             yield Frontend(
@@ -266,7 +270,16 @@ def _frontends(
             outside = pools.local if outside_local else None
             masquerade = not outside_local or address == LOOPBACK
             yield Frontend(
-                address, protocol, number, kind, pools.cluster, outside, masquerade, affinity, ranges, port_name=port.name
+                address,
+                protocol,
+                number,
+                kind,
+                pools.cluster,
+                outside,
+                masquerade,
+                affinity,
+                place.source_ranges,
+                port_name=port.name,
             )
 
 
