@@ -188,6 +188,17 @@ async def test_what_others_remove_is_put_back_and_counted(cluster: MemoryCluster
         assert "rules were not as left (element in table podwire)" in caplog.text
 
 
+async def test_a_slice_that_is_given_to_another_service_serves_the_first_no_more(cluster: MemoryCluster) -> None:
+    kernel = FakeKernel()
+    async with proxy(cluster, kernel):
+        for owner, endpoints_held in (("nobody", 0), ("web", 2)):
+            labels = {"metadata": {"labels": {"kubernetes.io/service-name": owner}}}
+            await cluster.client.patch(ENDPOINTSLICES, "web-1", labels, "default")
+            await cluster.until(lambda wanted=endpoints_held: elements(kernel, "endpoints") == wanted)  # type: ignore[misc]  # bound now
+        await cluster.client.delete(ENDPOINTSLICES, "web-1", "default")
+        await cluster.until(lambda: elements(kernel, "endpoints") == 0)
+
+
 async def test_an_outage_of_the_api_server(cluster: MemoryCluster) -> None:
     kernel = FakeKernel()
     async with proxy(cluster, kernel) as agent:
