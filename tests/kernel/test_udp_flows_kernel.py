@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 from packetrig import PacketRig, packet_rig
-from service_cases import feed
-from service_histories import FlowCase, TrackedFlow, after_the_change, load_flow_cases
+from service_histories import FlowCase, TrackedFlow, changed, load_flow_cases
 
-from podwire.agent.proxymodes.nft import NftRules
+from podwire.agent.proxymodes.nft import remove_tables
 from podwire.kernel.conntrack import read_flows
 from podwire.model.flow import FlowTuple
+from podwire.plan.services import TABLE
 
 pytestmark = [
     pytest.mark.kernel,
@@ -56,20 +56,17 @@ def make(rig: PacketRig, flow: TrackedFlow, name: str) -> None:
 
 async def wrong(rig: PacketRig, case: FlowCase) -> list[str]:
     """What the kernel forgot or kept against the case's word."""
-    rules = NftRules(rig.kernel, case.facts)
-    for item in case.before:
-        feed(rules, item, case.family)
-    await rules.compare()
-    older = await tracked(rig)
-    for flow in case.flows:
-        make(rig, flow, case.name)
-    made = {way: flows - older.get(way, set()) for way, flows in (await tracked(rig)).items()}
-    for item in case.after:
-        feed(rules, item, case.family)
-    await rules.program()
-    await rig.kernel.forget_flows(after_the_change(case).stale.matches)
-    left = await tracked(rig)
-    await rules.remove()
+    made: dict[Way, set[FlowTuple]] = {}
+
+    async def make_flows() -> None:
+        older = await tracked(rig)
+        for flow in case.flows:
+            make(rig, flow, case.name)
+        made.update({way: flows - older.get(way, set()) for way, flows in (await tracked(rig)).items()})
+
+    async with changed(rig.kernel, case, make_flows):
+        left = await tracked(rig)
+    await remove_tables(rig.kernel, TABLE)
     found = []
     for flow in case.flows:
         mine = {t for t in made[way_of(flow)] if flow.sent.locally_made or t.src == flow.sent.packet.src}

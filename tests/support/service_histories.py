@@ -2,20 +2,18 @@
 forgotten, and what a node does after one change and after the next. Files and addresses as in `service_cases`."""
 
 import ipaddress
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from service_cases import Expectation, cases_with, expectation, facts_of, feed
+from fedsync import syncing
+from service_cases import Expectation, cases_with, expectation, facts_of
 
+from podwire.kernel.port import Kernel
 from podwire.model.addr import Family
 from podwire.model.flow import FlowTuple
-from podwire.model.ids import ObjectKey
-from podwire.model.objects import EndpointSlice, Pod, Service
-from podwire.model.servicetable import NodeFacts, ServiceTable
-from podwire.plan.services import ServicePlanner
-from podwire.plan.services_table import host_port_table
-from podwire.plan.staleflows import UDP, StaleFlows
+from podwire.model.servicetable import NodeFacts
 
 Objects = tuple[dict[str, Any], ...]
 """As `service_cases.feed` takes them."""
@@ -115,6 +113,8 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class ChangeCase:
+    """`changes`, one after the other: what is said of each state holds whatever was there before."""
+
     name: str
     family: Family
     facts: NodeFacts
@@ -134,50 +134,17 @@ def load_change_cases() -> Iterator[ChangeCase]:
         yield ChangeCase(name, family, facts_of(item.get("node", {})), changes)
 
 
-class NotingPlanner:
-    """A planner whose changes are noted for UDP's sake, as an agent does. `stale`: what has been noted."""
-
-    def __init__(self, facts: NodeFacts) -> None:
-        self.planner, self.stale = ServicePlanner(facts), StaleFlows()
-        self._facts = facts
-        self._tables: dict[object, ServiceTable] = {}
-
-    @property
-    def places(self) -> set[tuple[bytes, int]]:
-        """Where UDP is served."""
-        frontends = (frontend for table in self._tables.values() for frontend in table.frontends)
-        return {(frontend.address, frontend.port) for frontend in frontends if frontend.protocol == UDP}
-
-    def set_service(self, key: ObjectKey, service: Service | None, slices: Sequence[EndpointSlice] = ()) -> None:
-        before = self.planner.table(key)
-        self.planner.set_service(key, service, slices)
-        self._tables[key] = after = self.planner.table(key)
-        self.stale.note(before, after, slices)
-
-    def set_host_ports(self, uid: str, pod: Pod | None) -> None:
-        before, after = self._tables.get(uid, ServiceTable()), host_port_table(pod, self._facts)
-        self.planner.set_host_ports(uid, pod)
-        self._tables[uid] = after
-        self.stale.note(before, after)
-
-
-def after_the_change(case: FlowCase) -> NotingPlanner:
-    """What a proxy knows when the objects of `after` are planned: one that saw both, or (`unseen`) one that just began."""
-    old = NotingPlanner(case.facts)
-    for item in case.before:
-        feed(old, item, case.family)
-    if not case.unseen:
-        old.stale.take()
-        for item in case.after:
-            feed(old, item, case.family)
-        old.stale.settle(old.planner.served_at)
-        return old
-    new = NotingPlanner(case.facts)
-    for item in present((*case.before, *case.after)):
-        feed(new, item, case.family)
-    new.stale.note_all(case.facts.service_cidrs, old.places)
-    new.stale.settle(new.planner.served_at)
-    return new
+@asynccontextmanager
+async def changed(kernel: Kernel, case: FlowCase, make_flows: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """The kernel after the case's change, made by the agent's own code; `make_flows` is called before it."""
+    async with syncing(kernel, case.facts, case.before, case.family) as fed:
+        await make_flows()
+        if not case.unseen:
+            await fed.feed(case.after, case.family)
+            yield
+            return
+    async with syncing(kernel, case.facts, present((*case.before, *case.after)), case.family):
+        yield
 
 
 def present(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
