@@ -3,12 +3,13 @@
 from typing import Any
 
 import hypothesis.strategies as st
-from hypothesis import given
-from service_cases import FACTS, key, load_cases, service_of, slice_of
+from hypothesis import given, settings
+from service_cases import FACTS, key, load_cases, pod_of, service_of, slice_of
+from service_worlds import canonical
 
 from podwire.model.addr import Family
 from podwire.model.ipvs import DelReal, DelVirtual, IpvsOp, SetReal, SetVirtual, VirtualKey, VirtualServer
-from podwire.model.nft import Ruleset, TableRef
+from podwire.model.nft import AddTable, Batch, DelTable, Ruleset, TableRef
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.servicetable import backend
 from podwire.plan.ipvs import TABLE, IpvsPlanner, after, introduce, ours, retire
@@ -64,6 +65,66 @@ def test_nobody_to_serve_it_is_the_rules_business() -> None:
     assert planner.servers() == {}
     assert planner.bound() == frozenset()
     assert LEFT_TO_IPVS not in numbers(planner, "pools").values()
+
+
+def test_what_ipvs_serves_is_in_no_map() -> None:
+    everyone = planned(1, 2, sessionAffinity="ClientIP")
+    assert not numbers(everyone, "endpoints")
+    assert not numbers(planned(1, 2, sessionAffinity="ClientIP"), "sticky")
+    outside: dict[str, Any] = {"type": "NodePort", "externalTrafficPolicy": "Local"}
+    assert not numbers(planned(1, 2, **outside), "local-endpoints")
+    assert {k[:4] for k in numbers(planned(1, 2, **outside), "endpoints")} == {NODE}, (
+        "the node's own clients go to all, by the map"
+    )
+
+
+def test_host_ports_and_external_ips_that_are_the_nodes_own_need_no_virtual_address() -> None:
+    planner = IpvsPlanner(FACTS)
+    planner.set_host_ports(
+        "edge", pod_of({"name": "edge", "ip": "10.244.1.9", "ports": [{"containerPort": 1, "hostPort": 80}]})
+    )
+    assert planner.servers() == {}
+    own = planned(1, externalIPs=["198.18.0.11", "203.0.113.5"])
+    assert own.bound() == {CLUSTER_IP, bytes((203, 0, 113, 5))}
+    assert VirtualKey(NODE, 6, 80) in own.servers()
+
+
+def test_a_change_of_either_half_is_a_change() -> None:
+    planner = planned(1)
+    assert planner.take()
+    assert not planner.take()
+    planner.set_service(key("web"), *web((1, 2)))
+    changes = planner.take()
+    assert (bool(changes), bool(changes.servers)) == (True, True)
+    planner.set_service(key("nobody"), *web((), clusterIP="10.96.0.11", name="nobody"))
+    changes = planner.take()
+    assert (bool(changes), bool(changes.servers), bool(changes.batch)) == (True, False, True)
+
+
+POLICIES: tuple[dict[str, Any], ...] = (
+    {},
+    {"type": "NodePort"},
+    {"type": "NodePort", "externalTrafficPolicy": "Local"},
+    {"type": "NodePort", "externalTrafficPolicy": "Local", "internalTrafficPolicy": "Local"},
+    {"sessionAffinity": "ClientIP", "externalIPs": ["198.18.0.11"]},
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sets(st.sampled_from((1, 2, 3))), st.sampled_from(POLICIES)), min_size=1, max_size=5))
+def test_whatever_a_service_was_before_it_is_as_from_scratch(history: list[tuple[set[int], dict[str, Any]]]) -> None:
+    planner, kernel, servers = IpvsPlanner(FACTS), Ruleset(), dict[VirtualKey, VirtualServer]()
+    for nodes, policy in history:
+        planner.set_service(key("web"), *web(tuple(sorted(nodes)), **policy))
+        changes = planner.take()
+        kernel = kernel.apply(changes.batch)
+        servers = {k: v for k, v in {**servers, **changes.servers}.items() if v is not None}
+        fresh = planned(*sorted(nodes), **policy)
+        assert servers == planner.servers() == fresh.servers()
+        assert planner.bound() == fresh.bound()
+        assert canonical(kernel) == canonical(Ruleset().apply(fresh.take().batch))
+        damaged = kernel.apply(Batch((DelTable(TableRef(Family.IPV6, TABLE)),)))
+        assert damaged.apply(planner.resync(damaged)) == kernel
 
 
 def test_every_case_comes_and_goes_without_a_trace() -> None:
@@ -158,5 +219,8 @@ def test_others_virtual_servers_are_not_ours() -> None:
     nobody = IpvsPlanner(FACTS)
     assert ours([WEB, stranger, forgotten], nobody, observed, {forgotten.address}) == {WEB, forgotten}
     assert ours([WEB, stranger], nobody, Ruleset(), ()) == frozenset()
+    assert ours([WEB, stranger], planned(1), Ruleset(), ()) == {WEB}, "what is wanted"
+    other = Ruleset().apply(Batch((AddTable(TableRef(Family.IPV4, TABLE)),)))
+    assert ours([WEB, stranger], nobody, other, ()) == frozenset(), "a table without our maps"
     frontend = planner.table(key("web")).frontends[0]
     assert frontend_key(frontend)[:4] == CLUSTER_IP
