@@ -6,13 +6,14 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from podwire.kernel.exchange import Exchange
 from podwire.kernel.netns import in_netns
 from podwire.kernel.port import KernelError
-from podwire.kernel.rtnlsocket import RECEIVE_BYTES, netlink_socket
+from podwire.kernel.rtnlsocket import netlink_socket
 from podwire.model.addr import Family
 from podwire.model.flow import Flow, FlowTuple
 from podwire.wire import conntrack, netlink
-from podwire.wire.netlink import NETLINK_NETFILTER, Batch, Dump, Message
+from podwire.wire.netlink import NETLINK_NETFILTER, Batch
 from podwire.wire.packet import Packet
 
 T = TypeVar("T")
@@ -20,7 +21,6 @@ T = TypeVar("T")
 _TIMEOUT_S = 10.0
 _BATCH_COUNT = 128
 _BATCH_BYTES = 1 << 15
-_DUMP_ATTEMPTS = 20
 
 
 class ConntrackClient:
@@ -28,18 +28,17 @@ class ConntrackClient:
     Blocking; not for use by two threads at once."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        # Sequence numbers apart from those of another client on the same socket: its left-overs are not taken for ours.
-        self._seq = 1 << 29
+        # Numbers apart from those of another client on the same socket: its left-overs are not taken for ours.
+        self._exchange = Exchange(sock, "conntrack", timeout=_TIMEOUT_S, first=1 << 29)
 
     def flows(self, family: Family | None = None) -> Iterator[Flow]:
         """All flows, of one family or of both, as they are read."""
         for af in Family if family is None else (family,):
-            yield from map(conntrack.read_flow, self._dump(conntrack.dump_flows(af)))
+            yield from map(conntrack.read_flow, self._exchange.dump(conntrack.dump_flows(af)))
 
     def lookup(self, original: FlowTuple) -> Flow | None:
         """The flow with that tuple in either direction, in zone 0."""
-        batch = self._execute((conntrack.get_flow(original),))
+        batch = self._exchange.execute((conntrack.get_flow(original),))
         if 0 in batch.answers:
             return conntrack.read_flow(batch.answers[0])
         self._check(batch, allowed=errno.ENOENT)
@@ -50,7 +49,7 @@ class ConntrackClient:
         gone = 0
         requests = [conntrack.del_flow(flow) for flow in flows]
         for group in netlink.chunks(requests, max_bytes=_BATCH_BYTES, max_count=_BATCH_COUNT):
-            batch = self._execute(group)
+            batch = self._exchange.execute(group)
             self._check(batch, allowed=errno.ENOENT)
             gone += len(group) - len(batch.errors)
         return gone
@@ -59,45 +58,6 @@ class ConntrackClient:
         for ack in batch.errors.values():
             if ack.errno != allowed:
                 raise KernelError(f"conntrack refused a request: {ack.message or os.strerror(ack.errno)}", ack.errno)
-
-    def _execute(self, requests: tuple[bytes, ...]) -> Batch:
-        batch = Batch(self._next_seq(len(requests)), requests)
-        self._send(batch.encode())
-        while not batch.done:
-            batch.feed(self._receive())
-        return batch
-
-    def _dump(self, request: bytes) -> list[Message]:
-        for _ in range(_DUMP_ATTEMPTS):
-            dump = Dump(self._next_seq(1))
-            self._send(netlink.with_seq(request, dump.seq))
-            while not dump.done:
-                dump.feed(self._receive())
-            if dump.errno:
-                raise KernelError(f"reading conntrack: {dump.text or os.strerror(dump.errno)}", dump.errno)
-            if not dump.interrupted:
-                return dump.messages
-        raise KernelError(f"conntrack changed during each of {_DUMP_ATTEMPTS} readings", errno.EAGAIN)
-
-    def _next_seq(self, count: int) -> int:
-        first = self._seq
-        self._seq += count
-        return first
-
-    def _send(self, data: bytes) -> None:
-        try:
-            self._sock.send(data)
-        except OSError as error:
-            raise KernelError(f"sending to conntrack: {error.strerror or error}", error.errno or 0) from error
-
-    def _receive(self) -> bytes:
-        self._sock.settimeout(_TIMEOUT_S)
-        try:
-            return self._sock.recv(RECEIVE_BYTES)
-        except TimeoutError as error:
-            raise KernelError(f"conntrack gave no answer within {_TIMEOUT_S:.0f} s", errno.ETIMEDOUT) from error
-        except OSError as error:
-            raise KernelError(f"reading conntrack: {error.strerror or error}", error.errno or 0) from error
 
 
 def forget_flows(client: ConntrackClient, wanted: Callable[[Flow], bool], family: Family | None = None) -> int:

@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from typing import Self
 
+from podwire.kernel.exchange import RECEIVE_BYTES
 from podwire.kernel.netns import run_in_netns
 from podwire.kernel.port import KernelEvent
-from podwire.kernel.rtnlsocket import RECEIVE_BYTES, RtnlSocket, netlink_socket
+from podwire.kernel.rtnlsocket import RtnlSocket, netlink_socket
 from podwire.kernel.switchwatch import SwitchWatch
 from podwire.model.ids import NetnsName
 from podwire.wire import rtnl, rtnlread

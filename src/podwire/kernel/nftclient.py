@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from podwire.kernel.exchange import RECEIVE_BYTES, Exchange
 from podwire.kernel.port import KernelError
 from podwire.model.addr import Family
 from podwire.model.nft import (
@@ -26,10 +27,9 @@ from podwire.model.nft import (
     TableState,
 )
 from podwire.wire import netlink, nftables
-from podwire.wire.netlink import Ack, Dump, Message
+from podwire.wire.netlink import Ack, Message
 from podwire.wire.nftables import HeldChains, Unit
 
-_RECEIVE_BYTES = 1 << 16
 _DUMP_ATTEMPTS = 20
 _DELETE_ATTEMPTS = 20
 _LOOKUPS, _LOOKUP_BYTES = 64, 1 << 14
@@ -38,7 +38,6 @@ _SO_SNDBUFFORCE = 32
 """asm-generic/socket.h; Python's socket module lacks it."""
 _SNDBUF_MARGIN = 1024
 """The kernel refuses a datagram larger than its send buffer less 32 bytes; BEGIN and END come on top of the units."""
-_SEQ_LIMIT = 0x7FFFFFFF
 _MOST_BYTES = 1 << 19
 """Of one transaction, unless told otherwise. Until its end, and where anyone listens for changes, the kernel keeps 4 KiB for
 every element: with 600,000 that is three times the work of getting the memory once and using it again."""
@@ -54,7 +53,7 @@ class NftClient:
 
     def __init__(self, sock: socket.socket, *, most_bytes: int = _MOST_BYTES) -> None:
         self._sock, self._most_bytes = sock, most_bytes
-        self._seq = 1
+        self._exchange = Exchange(sock, "nftables")
         self._may_force = True
 
     def commit(self, batch: Batch) -> None:
@@ -85,17 +84,14 @@ class NftClient:
     def elements(self, table: TableRef, set_name: str) -> dict[bytes, tuple[Data, Counts]]:
         """A set's elements with their counters (zeros where the set has none), dynamic ones too. Raises KernelError: ENOENT."""
         request = nftables.dump_request(nftables.GETSETELEM, table, 0, set_name=set_name)
-        found = (element for msg in self._dump(request) for element in nftables.decode_elements(msg))
+        found = (element for msg in self._exchange.dump(request) for element in nftables.decode_elements(msg))
         return {key: (data, counts) for key, data, counts in found}
 
     def lookup(self, table: TableRef, of: NftSet, keys: Sequence[bytes]) -> dict[bytes, Data]:
         """Those elements of a set that are there. Costs a request each; `observe` is cheaper for most of a large set."""
         found: dict[bytes, Data] = {}
         for group in netlink.chunks(nftables.element_requests(table, of, keys), max_bytes=_LOOKUP_BYTES, max_count=_LOOKUPS):
-            batch = netlink.Batch(self._next_seq(len(group)), group)
-            self._send(batch.encode())
-            while not batch.done:
-                batch.feed(self._receive())
+            batch = self._exchange.execute(group)
             for ack in batch.errors.values():
                 if ack.errno != errno.ENOENT:
                     raise KernelError(f"reading nftables: {ack.message or os.strerror(ack.errno)}", ack.errno)
@@ -111,7 +107,7 @@ class NftClient:
         changed = {(c.table, c.chain) for c in batch.commands if isinstance(c, SetRules) and c.rules}
         requests = {place: nftables.dump_request(nftables.GETRULE, place[0], 0, chain=place[1]) for place in changed - made}
         return {
-            place: [held for _, _, held in map(nftables.decode_rule, self._dump(request))]
+            place: [held for _, _, held in map(nftables.decode_rule, self._exchange.dump(request))]
             for place, request in requests.items()
         }
 
@@ -138,8 +134,8 @@ class NftClient:
         return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - _SNDBUF_MARGIN
 
     def _transact(self, units: Sequence[Unit]) -> None:
-        first = self._next_seq(2 + sum(len(u.messages) for u in units))
-        self._send(nftables.frame(units, first))
+        first = self._exchange.number(2 + sum(len(u.messages) for u in units))
+        self._exchange.send(nftables.frame(units, first))
         # The kernel works within send(): what it has to say is there already, and it says nothing of what went well.
         refusals = sorted((ack for ack in self._waiting() if ack.errno), key=lambda ack: ack.seq)
         if refusals:
@@ -148,7 +144,7 @@ class NftClient:
     def _waiting(self) -> Iterator[Ack]:
         while True:
             try:
-                datagram = self._sock.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+                datagram = self._sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -195,11 +191,11 @@ class NftClient:
     def _read_table(self, ref: TableRef) -> TableState:
         chains: dict[str, ChainState] = {}
         rules: dict[str, list[Rule]] = {}
-        for msg in self._dump(nftables.dump_request(nftables.GETCHAIN, ref, 0)):
+        for msg in self._exchange.dump(nftables.dump_request(nftables.GETCHAIN, ref, 0)):
             table, chain = nftables.decode_chain(msg)
             if table == ref.name:
                 chains[chain.name] = ChainState(chain)
-        for msg in self._dump(nftables.dump_request(nftables.GETRULE, ref, 0)):
+        for msg in self._exchange.dump(nftables.dump_request(nftables.GETRULE, ref, 0)):
             table, chain_name, held = nftables.decode_rule(msg)
             if table == ref.name:
                 rules.setdefault(chain_name, []).append(held.rule)
@@ -207,32 +203,20 @@ class NftClient:
         return TableState(chains, self._read_sets(ref))
 
     def _read_sets(self, ref: TableRef) -> Mapping[str, SetState]:
-        decoded = (nftables.decode_set(msg) for msg in self._dump(nftables.dump_request(nftables.GETSET, ref, 0)))
+        decoded = (nftables.decode_set(msg) for msg in self._exchange.dump(nftables.dump_request(nftables.GETSET, ref, 0)))
         sets: list[NftSet] = [of for table, of in decoded if table == ref.name and of is not None]
         return {of.name: SetState(of, self._plain_elements(ref, of) if of.key and not of.dynamic else {}) for of in sets}
 
     def _plain_elements(self, ref: TableRef, of: NftSet) -> dict[bytes, Data]:
         request = nftables.dump_request(nftables.GETSETELEM, ref, 0, set_name=of.name)
-        return {key: data for msg in self._dump(request) for key, data, _ in nftables.decode_elements(msg)}
-
-    def _dump(self, request: bytes) -> list[Message]:
-        for _ in range(_DUMP_ATTEMPTS):
-            dump = Dump(self._next_seq(1))
-            self._send(netlink.with_seq(request, dump.seq))
-            while not dump.done:
-                dump.feed(self._receive())
-            if dump.errno:
-                raise KernelError(f"reading nftables: {dump.text or os.strerror(dump.errno)}", dump.errno)
-            if not dump.interrupted:
-                return dump.messages
-        raise KernelError(f"nftables changed during each of {_DUMP_ATTEMPTS} readings", errno.EAGAIN)
+        return {key: data for msg in self._exchange.dump(request) for key, data, _ in nftables.decode_elements(msg)}
 
     def _ask(self, request: bytes) -> tuple[Message | None, int]:
         """One object → (its message or None, errno). Errors other than "no such object" raise."""
-        seq = self._next_seq(1)
-        self._send(netlink.with_seq(request, seq))
+        seq = self._exchange.number(1)
+        self._exchange.send(netlink.with_seq(request, seq))
         while True:
-            for msg in netlink.parse_messages(self._receive()):
+            for msg in netlink.parse_messages(self._exchange.receive()):
                 if msg.seq != seq:
                     continue
                 if msg.type != netlink.NLMSG_ERROR:
@@ -241,27 +225,6 @@ class NftClient:
                 if ack.errno not in (0, errno.ENOENT, errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
                     raise KernelError(f"reading nftables: {ack.message or os.strerror(ack.errno)}", ack.errno)
                 return None, ack.errno
-
-    # --- socket -----------------------------------------------------------------------------------------------
-
-    def _next_seq(self, count: int) -> int:
-        if self._seq + count > _SEQ_LIMIT:
-            self._seq = 1
-        first = self._seq
-        self._seq += count
-        return first
-
-    def _send(self, data: bytes) -> None:
-        try:
-            self._sock.send(data)
-        except OSError as error:
-            raise KernelError(f"sending {len(data)} bytes to nftables: {error.strerror}", error.errno or 0) from error
-
-    def _receive(self) -> bytes:
-        try:
-            return self._sock.recv(_RECEIVE_BYTES)
-        except OSError as error:
-            raise KernelError(f"reading from nftables: {error}", error.errno or errno.EIO) from error
 
 
 def _cut(units: Sequence[Unit], room: int) -> Iterator[list[Unit]]:

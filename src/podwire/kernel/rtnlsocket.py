@@ -1,18 +1,14 @@
 """A netlink socket that belongs to the namespace it was opened in. Blocking: `LinuxKernel` calls it off the event loop."""
 
 import errno
-import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from podwire.kernel.exchange import Exchange
 from podwire.kernel.netns import run_in_netns
-from podwire.kernel.port import KernelError
 from podwire.wire import netlink
-from podwire.wire.netlink import Ack, Batch, Dump, Message
-
-RECEIVE_BYTES = 1 << 16
-"""Datagrams of a dump are at most 32 KiB (the kernel's own choice)."""
+from podwire.wire.netlink import Ack, Message
 
 _BATCH_COUNT = 128
 """Requests per datagram. If all are refused, their answers (about 1 KiB of buffer each) still fit the default SO_RCVBUF."""
@@ -20,8 +16,6 @@ _BATCH_COUNT = 128
 _BATCH_BYTES = 1 << 15
 _TIMEOUT_S = 30.0
 """A request waits for the kernel's rtnl lock, which a large namespace's destruction can hold for seconds."""
-
-_DUMP_ATTEMPTS = 20
 
 
 @dataclass(slots=True)
@@ -60,8 +54,7 @@ class RtnlSocket:
         self._sock = open_netlink(fd, protocol)
         # Strict checking makes the kernel honour the filters of a dump, and refuse what it does not understand.
         self._sock.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_GET_STRICT_CHK, 1)
-        self._sock.settimeout(_TIMEOUT_S)
-        self._seq = 1
+        self._exchange = Exchange(self._sock, "netlink", timeout=_TIMEOUT_S)
 
     @property
     def port_id(self) -> int:
@@ -74,10 +67,7 @@ class RtnlSocket:
         outcome = Outcome()
         start = 0
         for group in netlink.chunks(requests, max_bytes=_BATCH_BYTES, max_count=_BATCH_COUNT):
-            batch = Batch(self._next_seq(len(group)), group)
-            self._send(batch.encode())
-            while not batch.done:
-                batch.feed(self._receive())
+            batch = self._exchange.execute(group)
             outcome.errors.update({start + index: ack for index, ack in batch.errors.items()})
             outcome.answers.update({start + index: msg for index, msg in batch.answers.items()})
             start += len(group)
@@ -87,40 +77,7 @@ class RtnlSocket:
         """All messages of a dump, consistent: one that the kernel says was changed under way is read again.
 
         A family that this kernel lacks, or a routing table that does not exist yet, gives an empty list."""
-        for _ in range(_DUMP_ATTEMPTS):
-            dump = Dump(self._next_seq(1))
-            self._send(netlink.with_seq(request, dump.seq))
-            while not dump.done:
-                dump.feed(self._receive())
-            if dump.errno in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT):
-                return []
-            if dump.errno:
-                reason = dump.text or os.strerror(dump.errno)
-                raise KernelError(f"reading the kernel's tables over netlink: {reason}", dump.errno)
-            if not dump.interrupted:
-                return dump.messages
-        raise KernelError(f"the kernel's tables changed during each of {_DUMP_ATTEMPTS} readings", errno.EAGAIN)
+        return self._exchange.dump(request, absent=(errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT))
 
     def close(self) -> None:
         self._sock.close()
-
-    def _next_seq(self, count: int) -> int:
-        if self._seq + count > 0x7FFFFFFF:
-            self._seq = 1
-        first = self._seq
-        self._seq += count
-        return first
-
-    def _send(self, data: bytes) -> None:
-        try:
-            self._sock.send(data)
-        except OSError as error:
-            raise KernelError(f"sending to netlink: {error.strerror or error}", error.errno or 0) from error
-
-    def _receive(self) -> bytes:
-        try:
-            return self._sock.recv(RECEIVE_BYTES)
-        except TimeoutError as error:
-            raise KernelError(f"netlink gave no answer within {_TIMEOUT_S:.0f} s", errno.ETIMEDOUT) from error
-        except OSError as error:
-            raise KernelError(f"reading from netlink: {error.strerror or error}", error.errno or 0) from error
