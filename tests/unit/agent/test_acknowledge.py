@@ -125,7 +125,7 @@ def test_rounds_that_failed_or_changed_nothing_are_no_news_but_the_first() -> No
     async def story(rules: Rules, leases: Leases, acknowledger: Acknowledger) -> None:
         rules.round(1, error="refused")
         await asyncio.sleep(5)
-        assert leases.word is None
+        assert (leases.word, acknowledger.refused) == (None, "")
         rules.round(1, changed=False)
         await asyncio.sleep(5)
         assert len(leases.writes) == 1, "there was no word yet"
@@ -180,9 +180,15 @@ def test_an_api_server_that_does_not_answer_is_asked_again_with_what_is_true_the
         await asyncio.sleep(0.05)
         assert acknowledger.refused == "no answer"
         rules.versions = Versions("2", "2", "2")
-        await asyncio.sleep(10)
+        await asyncio.sleep(1.5)
         assert len(leases.writes) == 1
         assert acknowledger.last == Versions("2", "2", "2")
+        leases.refusals = [Unavailable("no answer")] * 1000
+        rules.round(3)
+        await asyncio.sleep(3600)
+        began = len(leases.refusals)
+        await asyncio.sleep(60)
+        assert 12 <= began - len(leases.refusals) <= 40, "however long it lasts, it is asked every few seconds"
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
     acknowledging(story)
