@@ -60,7 +60,7 @@ from podwire.model.nftexpr import (
     jump,
 )
 from podwire.wire import nftables
-from podwire.wire.netlink import attr_be32, attr_be64, attr_str, attr_u8, nested, parse_messages
+from podwire.wire.netlink import attr_be32, attr_be64, attr_str, attr_u8, nested, parse_attrs, parse_messages
 from podwire.wire.nftedit import HeldRule
 from podwire.wire.nftexpr import decode_counter, decode_expression, encode_expression
 
@@ -249,6 +249,53 @@ def test_a_comment_goes_with_an_element() -> None:
     assert decoded(raw, nftables.NEWSETELEM) == {one: DROP, two: goto("x")}
     assert raw.count(b"\0\x09shop/web\0") == 1
     assert command == AddElements(TABLE, of, command.elements), "comments are no part of the value"
+
+
+def test_comments_are_kept_with_data_and_left_out_of_ranges() -> None:
+    of = NftSet("m", KEY, data=(FieldType.IPV4, FieldType.PORT))
+    one, two, three = (bytes(11) + bytes((n,)) for n in range(3))
+    elements: tuple[Element, ...] = ((one, bytes(8)), (two, b"\1" * 8), (three, b"\2" * 8))
+    raw = sent(AddElements(TABLE, of, elements, {one: "a/b", three: "a/b"}))
+    assert decoded(raw, nftables.NEWSETELEM) == dict(elements)
+    assert raw.count(b"\0\x04a/b\0") == 2
+    ranges = NftSet("r", KEY, interval=True)
+    raw = sent(AddElements(TABLE, ranges, ((one + two, None),), {one + two: "a/b"}))
+    assert decoded(raw, nftables.NEWSETELEM) == {one + two: None}
+    assert b"a/b" not in raw
+
+
+def test_rules_that_change_again_in_a_batch_are_edited_as_far_as_handles_are_known() -> None:
+    a, b, c = (Rule((Immediate(DROP),), text) for text in "abc")
+    held = {(TABLE, "c"): [HeldRule(a, 7), HeldRule(b, 8)]}
+    texts = (("c", (a, c)), ("c", (c,)), ("c", (a,)), ("other", (a,)))
+    units = nftables.encode_batch(Batch(tuple(SetRules(TABLE, chain, rules) for chain, rules in texts)), held)
+    kinds = [[nftables.message_kind(m) for raw in unit.messages for m in parse_messages(raw)] for unit in units]
+    assert kinds == [
+        [nftables.NEWRULE, nftables.DELRULE],  # c comes, the rule of handle 8 goes
+        [nftables.DELRULE],  # that of handle 7
+        [nftables.DELRULE, nftables.NEWRULE],  # c's handle is not known yet: all go
+        [nftables.DELRULE, nftables.NEWRULE],
+    ]
+
+
+def test_requests_ask_for_what_they_say() -> None:
+    def asked(raw: bytes) -> tuple[int, int, int, int, dict[int, bytes]]:
+        (message,) = parse_messages(raw)
+        return message.type, message.flags, message.seq, message.payload[0], parse_attrs(message.payload, 4)
+
+    request, dump = 0x1, 0x301
+    name, m, c = b"t\0", b"m\0", b"c\0"
+    six = TableRef(Family.IPV6, "t")
+    assert asked(nftables.dump_request(nftables.GETCHAIN, TABLE, 7)) == (0xA04, dump, 7, 2, {})
+    assert asked(nftables.dump_request(nftables.GETRULE, six, 7)) == (0xA07, dump, 7, 10, {1: name})
+    assert asked(nftables.dump_request(nftables.GETRULE, TABLE, 7, chain="c")) == (0xA07, dump, 7, 2, {1: name, 2: c})
+    assert asked(nftables.dump_request(nftables.GETSETELEM, TABLE, 7, set_name="m")) == (0xA0D, dump, 7, 2, {1: name, 2: m})
+    assert asked(nftables.table_request(TABLE, 9)) == (0xA01, request, 9, 2, {1: name})
+    one, two = bytes(12), bytes(11) + b"\1"
+    requests = nftables.element_requests(TABLE, NftSet("m", KEY), (one, two))
+    assert [asked(raw)[:2] for raw in requests] == [(0xA0D, request)] * 2
+    assert [asked(raw)[4][2] for raw in requests] == [m, m]
+    assert [decoded(raw, nftables.GETSETELEM) for raw in requests] == [{one: None}, {two: None}]
 
 
 packed_keys = st.binary(min_size=12, max_size=12)
