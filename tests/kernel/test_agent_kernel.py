@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from siterig import Site, call, echo_server, two_nodes
+from echoes import echo_server
+from siterig import Site, call, two_nodes
 
 from podwire.agent.node import NodeAgent
 from podwire.agent.repair import CHECK_INTERVAL, SETTLE_SECONDS

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from cnirig import Outcome, config, environment, execute
-from siterig import Site, call, echo_server, two_nodes
+from echoes import echo_server
+from siterig import Site, call, two_nodes
 
 from podwire.agent.node import NodeAgent
 from podwire.agent.nodelock import AnotherAgent

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from overlayrig import OverlayHost, carries, config_text, overlay_hosts, subnets_of, tcp_call, tcp_echo, until
+from echoes import tcp_call, tcp_echo
+from overlayrig import OverlayHost, carries, config_text, overlay_hosts, subnets_of, until
 
 from podwire.agent.overlayd.agent import OverlayAgent
 from podwire.agent.overlayd.rules import CHAIN, commands_in
@@ -180,7 +181,7 @@ async def test_direct_routing_on_one_side_only(tmp_path: Path) -> None:
     """Only the sender decides (compat.md D3): one direction is routed, the other tunnelled, and both arrive."""
     async with AsyncExitStack() as stack:
         one, two = await stack.enter_async_context(overlay_hosts(tmp_path, VXLAN))
-        first = await stack.enter_async_context(one.running())
+        first = await stack.enter_async_context(one.running(follows=False))
         direct = config_text({"Type": "vxlan", "DirectRouting": True}, DUAL)
         await FakeEtcdClient(two.etcd).put("/coreos.com/network/config", direct.encode())
         second = await stack.enter_async_context(two.running())

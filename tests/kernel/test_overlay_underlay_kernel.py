@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from overlayrig import NETWORKS, OverlayHost, carries, config_text, overlay_hosts, tcp_call, udp_fits, until
+from echoes import tcp_call
+from overlayrig import NETWORKS, OverlayHost, carries, config_text, overlay_hosts, udp_fits, until
 
 from podwire.agent.overlayd.agent import OverlayAgent
 from podwire.kernel.linux import LinuxKernel

@@ -11,14 +11,14 @@ import ipaddress
 import json
 import os
 import socket
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from echoes import socket_family, tcp_call, tcp_echo
 from overlayrun import run_until_left
 
 from podwire.agent.overlayd.agent import OverlayAgent, OverlayOptions
@@ -29,6 +29,7 @@ from podwire.kernel.netns import create_netns, run_in_netns
 from podwire.model.addr import Family, IPAddress, IPNetwork, family_of
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import Address, Bridge, Device, Link, Neighbour, NetState, Route, Veth
+from podwire.model.netconf import NetConfig
 from podwire.model.ops import AddAddress, AddLink, ChangeLink, Op, SetNeighbour, SetRoute, SetSysctl
 from podwire.plan.diff import diff
 from podwire.plan.underlay import Wish
@@ -38,7 +39,6 @@ NETWORKS = {Family.IPV4: "10.5.0.0/16", Family.IPV6: "fd05::/48"}
 _GATEWAY_MAC, _POD_MAC = "02:00:00:00:0a:01", "02:00:00:00:0a:02"
 _STATIC = 4
 """A route's protocol: not podwire's."""
-_TRANSFER = 300_000
 
 
 def config_text(backend: dict[str, Any], families: Sequence[Family]) -> str:
@@ -58,6 +58,13 @@ def _host_ip(index: int, family: Family) -> IPAddress:
 
 def _host_mac(index: int) -> str:
     return f"02:00:00:00:00:{index:02x}"
+
+
+class _Unmoved(EtcdSubnets):
+    """As flanneld, which reads the configuration once."""
+
+    async def next_config(self) -> NetConfig:
+        return await asyncio.Future()
 
 
 @dataclass
@@ -87,8 +94,8 @@ class OverlayHost:
         return int(self.subnet_env["FLANNEL_MTU"])
 
     @asynccontextmanager
-    async def running(self, **options: Any) -> AsyncIterator[OverlayAgent]:
-        """The agent, once it has programmed the host. Its end is awaited."""
+    async def running(self, *, follows: bool = True, **options: Any) -> AsyncIterator[OverlayAgent]:
+        """The agent, once it has programmed the host. Its end is awaited. `follows`: also later changes of the configuration."""
         settings: dict[str, Any] = {
             "node": f"n{self.index}",
             "subnet_file": self.folder / "subnet.env",
@@ -96,7 +103,8 @@ class OverlayHost:
             "forward_rules": False,
             "wish": Wish(names=("eth0",)),
         }
-        subnets = EtcdSubnets(FakeEtcdClient(self.etcd), rng=Random(self.index))
+        manager = EtcdSubnets if follows else _Unmoved
+        subnets = manager(FakeEtcdClient(self.etcd), rng=Random(self.index))
         agent = OverlayAgent(OverlayOptions(**(settings | options)), self.kernel, subnets, LinuxHost(self.netns))
         async with run_until_left(agent):
             self.agent = agent
@@ -204,66 +212,11 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float 
             await asyncio.sleep(0.02)
 
 
-def _kind(address: IPAddress) -> int:
-    return socket.AF_INET if address.version == 4 else socket.AF_INET6
-
-
-@contextmanager
-def tcp_echo(netns: int, address: IPAddress, port: int = 8080) -> Iterator[None]:
-    """Answers a connection with the client's address and then all that it sends."""
-    server = run_in_netns(netns, lambda: socket.socket(_kind(address), socket.SOCK_STREAM))
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    server.bind((str(address), port))
-    server.listen(8)
-
-    def serve() -> None:
-        while True:
-            try:
-                connection, peer = server.accept()
-            except OSError:
-                return
-            with connection:
-                connection.sendall(f"{peer[0]}\n".encode())
-                while data := connection.recv(65536):
-                    connection.sendall(data)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
-        thread.join(5)
-
-
-def tcp_call(netns: int, target: IPAddress, port: int = 8080, size: int = _TRANSFER, timeout: float = 20.0) -> str:
-    """Sends `size` bytes and has them back; returns the client's address as the server saw it. Raises OSError."""
-    payload = bytes(range(256)) * (size // 256)
-    with run_in_netns(netns, lambda: socket.socket(_kind(target), socket.SOCK_STREAM)) as client:
-        client.settimeout(timeout)
-        client.connect((str(target), port))
-
-        def send() -> None:
-            client.sendall(payload)
-            client.shutdown(socket.SHUT_WR)
-
-        sender = threading.Thread(target=send, daemon=True)
-        sender.start()
-        answer = b""
-        while data := client.recv(1 << 18):
-            answer += data
-        sender.join(timeout)
-    seen, _, rest = answer.partition(b"\n")
-    assert rest == payload
-    return seen.decode()
-
-
 def udp_fits(sender: int, receiver: int, source: IPAddress, target: IPAddress, packet: int) -> bool:
     """Whether an IP packet of `packet` bytes arrives whole, unfragmented, from pod to pod."""
     payload = bytes(packet - (28 if target.version == 4 else 48))
-    sink = run_in_netns(receiver, lambda: socket.socket(_kind(target), socket.SOCK_DGRAM))
-    out = run_in_netns(sender, lambda: socket.socket(_kind(target), socket.SOCK_DGRAM))
+    sink = run_in_netns(receiver, lambda: socket.socket(socket_family(target), socket.SOCK_DGRAM))
+    out = run_in_netns(sender, lambda: socket.socket(socket_family(target), socket.SOCK_DGRAM))
     with sink, out:
         sink.bind((str(target), 9999))
         sink.settimeout(1.0)

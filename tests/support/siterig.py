@@ -2,16 +2,16 @@
 
 import ipaddress
 import os
-import socket
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from echoes import tcp_call
+
 from podwire.kernel.linux import LinuxKernel
-from podwire.kernel.netns import create_netns, run_in_netns
+from podwire.kernel.netns import create_netns
 from podwire.model.addr import Family, IPAddress
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import Address, Bridge, Link, NetState, Veth
@@ -109,47 +109,6 @@ async def two_nodes(directory: Path, netns: tuple[int, int], **settings: Any) ->
             await fabric.close()
 
 
-@contextmanager
-def echo_server(netns: int, family: Family, port: int = 8080) -> Iterator[None]:
-    """Answers every connection in the namespace with the client's address and all that it sends."""
-    kind = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
-    server = run_in_netns(netns, lambda: socket.socket(kind, socket.SOCK_STREAM))
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    server.bind(("0.0.0.0" if family is Family.IPV4 else "::", port))
-    server.listen(64)
-
-    def serve() -> None:
-        while True:
-            try:
-                connection, peer = server.accept()
-            except OSError:
-                return
-            with connection:
-                connection.sendall(f"{peer[0]}\n".encode())
-                while data := connection.recv(65536):
-                    connection.sendall(data)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
-        thread.join(5)
-
-
-def call(netns: int, target: IPAddress, port: int = 8080, payload: bytes = b"x" * 4000) -> str:
+def call(netns: int, target: IPAddress, port: int = 8080) -> str:
     """The client's address as the server saw it. Raises OSError where the server cannot be reached."""
-    kind = socket.AF_INET if target.version == 4 else socket.AF_INET6
-    with run_in_netns(netns, lambda: socket.socket(kind, socket.SOCK_STREAM)) as client:
-        client.settimeout(3)
-        client.connect((str(target), port))
-        client.sendall(payload)
-        client.shutdown(socket.SHUT_WR)
-        answer = b""
-        while data := client.recv(65536):
-            answer += data
-    seen, _, rest = answer.partition(b"\n")
-    assert rest == payload
-    return seen.decode()
+    return tcp_call(netns, target, port, size=4096, timeout=3)
