@@ -4,20 +4,20 @@ import ipaddress
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from backends import BACK_ENDS
 from packetrig import PacketRig, packet_rig, sendable
 from service_cases import FACTS, SOURCES, Case, Expectation, key, load_cases, load_stories, service_of, slice_of
+from service_checks import Objects, promised
 
-from podwire.agent.proxymodes.port import ServiceRules
-from podwire.model.addr import Family
+from podwire.model.addr import Family, IPAddress
 from podwire.model.objects import EndpointSlice, Service
-from podwire.model.servicetable import backend_address, backend_port
-from podwire.plan.services_maps import frontend_key, place_key
+from podwire.model.servicetable import NodeFacts
 from podwire.trace.journey import Packet
+from podwire.trace.oracle import Promise, Target
 
 pytestmark = [
     pytest.mark.kernel,
@@ -122,46 +122,31 @@ async def test_a_service_with_a_thousand_endpoints(rig: PacketRig, back_end: str
     assert reached(rig, 10).keys() <= set(many) - {gone}
 
 
-class Way(NamedTuple):
-    """How a frontend serves a client now. `local`: by a policy of Local, which is another way with a memory of its own."""
+class Clients:
+    """Where each client went, and where it may go next, by what the API promises."""
 
-    local: bool
-    affinity_s: int
-    endpoints: frozenset[tuple[str, int]]
+    def __init__(self, facts: NodeFacts) -> None:
+        self._facts = facts
+        self.objects = Objects()
+        self._went: dict[tuple[IPAddress, str], dict[Expectation, Target]] = {}
 
-
-class Homes:
-    """Where each client of each frontend went, by the definition of affinity: as long as that is an endpoint for it."""
-
-    def __init__(self, rules: ServiceRules) -> None:
-        self._rules = rules
-        self._homes: dict[tuple[str, bytes], tuple[bool, tuple[str, int]]] = {}
-
-    def _way(self, client: str, place: bytes) -> Way:
-        for frontend in self._rules.table(key("web")).frontends:
-            if frontend_key(frontend) == place:
-                local = client == "outside" and frontend.outside is not None
-                pool = frontend.outside if local and frontend.outside is not None else frontend.inside
-                ends = ((str(ipaddress.ip_address(backend_address(b))), backend_port(b)) for b in pool.backends)
-                return Way(local, frontend.affinity_s, frozenset(ends))
-        return Way(False, 0, frozenset())
+    def _promised(self, packet: Expectation) -> Promise:
+        return promised(self.objects.cluster(self._facts), packet)
 
     def changed(self) -> None:
-        """Who has no home any more?"""
-        for (client, place), (local, home) in list(self._homes.items()):
-            way = self._way(client, place)
-            if not way.affinity_s or way.local is not local or home not in way.endpoints:
-                del self._homes[client, place]
+        """Whoever went where the same packet cannot go any more is forgotten there."""
+        for (_, memory), ways in self._went.items():
+            for packet, target in list(ways.items()):
+                now = self._promised(packet)
+                if now.memory != memory or target not in now.targets:
+                    del ways[packet]
 
-    def choices(self, client: str, place: bytes) -> frozenset[tuple[str, int]]:
-        """Where its next packet may go."""
-        home = self._homes.get((client, place))
-        return frozenset((home[1],)) if home else self._way(client, place).endpoints
+    def choices(self, packet: Expectation) -> frozenset[Target]:
+        now = self._promised(packet)
+        return now.to_one_who_knows(self._went.get((packet.packet.src, now.memory), {}).values())
 
-    def went(self, client: str, place: bytes, target: tuple[str, int]) -> None:
-        way = self._way(client, place)
-        if way.affinity_s:
-            self._homes[client, place] = way.local, target
+    def went(self, packet: Expectation, target: Target) -> None:
+        self._went.setdefault((packet.packet.src, self._promised(packet).memory), {})[packet] = target
 
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
@@ -171,13 +156,14 @@ async def test_clients_stay_as_the_stories_tell(rig: PacketRig, back_end: str) -
     wrong = []
     for story in load_stories():
         rules = BACK_ENDS[back_end](rig, story.facts)
-        homes = Homes(rules)
+        clients = Clients(story.facts)
         await rules.compare()
         for number, (objects, expected, _) in enumerate(story.steps):
             for item in objects:
                 story.feed_one(rules, item)
+                story.feed_one(clients.objects, item)
             await rules.program()
-            homes.changed()
+            clients.changed()
             if expected is None:
                 continue
             where = f"{story.name}, step {number}: {expected.label}"
@@ -185,12 +171,11 @@ async def test_clients_stay_as_the_stories_tell(rig: PacketRig, back_end: str) -
                 if (seen := rig.send(expected)).fate != expected.fate:
                     wrong.append(f"{where}: {seen}, not {expected.fate}")
                 continue
-            client, packet = expected.label.split()[0], expected.packet
-            place = place_key(packet.dst.packed, packet.protocol, packet.dport)
-            allowed = homes.choices(client, place)
+            allowed = frozenset((str(ip), port) for ip, port in clients.choices(expected))
             seen = rig.send(replace(expected, reaches=allowed))
-            homes.went(client, place, seen.reached)
             if seen.fate != "pass" or seen.reached not in allowed:
                 wrong.append(f"{where}: {seen}, not {sorted(allowed)}")
+                break
+            clients.went(expected, (ipaddress.ip_address(seen.reached[0]), seen.reached[1]))
         await rules.remove()
     assert not wrong, "\n".join(wrong)

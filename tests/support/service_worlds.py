@@ -14,14 +14,14 @@ import msgspec
 from service_cases import FACTS, INTERFACES, SOURCES, Fed, to_ipv6
 
 from podwire.model.addr import Family, IPAddress
-from podwire.model.nft import Ruleset, TableRef, TableState
+from podwire.model.nft import Batch, DelTable, Prune, Ruleset, TableRef, TableState
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.services import ServicePlanner
 from podwire.plan.services_table import PROTOCOLS
-from podwire.trace.journey import Fate, Learned, Machine, Packet, Result
+from podwire.trace.journey import Fate, Learned, Machine, Packet, Result, both
 from podwire.trace.netfilter import follow
-from podwire.trace.oracle import Cluster, Connection, Outcome, Promise, promise
+from podwire.trace.oracle import Cluster, Connection, Outcome, Promise, Target, promise
 
 FRIENDS, STRANGERS, NODES = "198.18.1.0/24", "192.0.2.0/24", "198.18.0.0/24"
 
@@ -338,26 +338,12 @@ def answer(ruleset: Ruleset, connection: Connection, node: NodeFacts) -> Promise
         return Promise(Outcome.REFUSED)
     if fates != {Fate.PASS}:
         return Promise(Outcome.SERVED, why=f"by chance: {fates}")
+    if any(r.packet.priority for r in results):
+        return Promise(Outcome.SERVED, why="the packet goes on with a number that was for the rules alone")
     reached = {(r.packet.dst, r.packet.dport): r.masquerade for r in results}
     outcome = Outcome.SERVED if results[0].rewritten else Outcome.UNTOUCHED
     seen = frozenset(t for t, masqueraded in reached.items() if masqueraded)
-    return Promise(outcome, frozenset(reached), seen, sticky=_stays(ruleset, connection, node, results))
-
-
-def _stays(ruleset: Ruleset, connection: Connection, node: NodeFacts, first: list[Result]) -> bool:
-    """Whether the next connection goes where the first went, wherever that was."""
-    if not all(_remembered(result) for result in first):
-        return False
-    for result in first:
-        again = walks(ruleset, connection, node, result.learned)
-        if {(r.packet.dst, r.packet.dport) for r in again} != {(result.packet.dst, result.packet.dport)}:
-            return False
-    return True
-
-
-def _remembered(result: Result) -> bool:
-    """Whether a map tells now where the client went; what is in a set is only counted."""
-    return any(data is not None for elements in result.learned.values() for data in elements.values())
+    return Promise(outcome, frozenset(reached), seen)
 
 
 def disagreements(cluster: Cluster, ruleset: Ruleset) -> list[str]:
@@ -366,6 +352,46 @@ def disagreements(cluster: Cluster, ruleset: Ruleset) -> list[str]:
     for connection in connections(cluster):
         promised = promise(cluster, connection)
         actual = answer(ruleset, connection, cluster.node)
-        if replace(actual, why="") != replace(promised, why=""):
+        if replace(actual, why="") != replace(promised, why="", memory=""):
             found.append(f"{connection}\n  promised {promised}\n  rules    {actual}")
-    return found
+    return found or list(_forgetful(cluster, ruleset))
+
+
+def pruned(learned: Learned, batch: Batch) -> Learned:
+    """What is left of what packets left, once the kernel has carried the batch out."""
+    kept: Learned = {place: dict(elements) for place, elements in learned.items()}
+    for prune in batch.commands:
+        if isinstance(prune, DelTable):
+            kept = {place: elements for place, elements in kept.items() if place[0] != prune.table}  # type: ignore[index]
+        elif isinstance(prune, Prune):
+            found = kept.get((prune.table, prune.set.name), {})
+            kept[prune.table, prune.set.name] = {
+                key: data for key, data in found.items() if not prune.unwanted(key, data, prune.part_length)
+            }
+    return kept
+
+
+def _forgetful(cluster: Cluster, ruleset: Ruleset) -> Iterator[str]:
+    """Each client's connections one after the other, and all of them again: whoever is remembered goes where he went, by
+    whichever address he comes, and everyone else anywhere."""
+    clients: dict[IPAddress, list[tuple[Connection, Promise]]] = {}
+    for connection in connections(cluster):
+        promised = promise(cluster, connection)
+        if promised.outcome is Outcome.SERVED:
+            clients.setdefault(connection.src, []).append((connection, promised))
+    for served in clients.values():
+        if not any(promised.memory for _, promised in served):
+            continue
+        learned: Learned = {}
+        visited: dict[str, list[Target]] = {}
+        for number, (connection, promised) in enumerate((*served, *served)):
+            results = walks(ruleset, connection, cluster.node, learned)
+            known = [target for target in visited.get(promised.memory, ()) if target in promised.targets]
+            wanted = promised.targets if not (promised.memory and known) else {known[0]}
+            reached = [(r.packet.dst, r.packet.dport) for r in results]
+            if set(reached) != wanted:
+                yield f"{connection}\n  promised {promised}\n  after    {visited}\n  rules    {sorted(set(reached))}"
+                break
+            chosen = number % len(results)
+            learned = both(learned, results[chosen].learned)
+            visited.setdefault(promised.memory, []).append(reached[chosen])

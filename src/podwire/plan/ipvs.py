@@ -28,10 +28,10 @@ from podwire.model.nftexpr import (
 )
 from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFacts, Pool
 from podwire.plan.elementbooks import CountedBook
-from podwire.plan.nftdiff import diff_ruleset, order_changes
+from podwire.plan.nftdiff import order_changes
 from podwire.plan.nftexprs import Fields, is_protocol
 from podwire.plan.serviceledger import ServiceLedger
-from podwire.plan.services_maps import FamilyMaps, place_of
+from podwire.plan.services_maps import FamilyMaps, place_of, resynced
 from podwire.plan.services_rules import LEFT, PICK, PICK_LOCAL, REFUSE, Number, Sets, pack_number, sets_of
 from podwire.plan.services_table import LOOPBACK
 
@@ -74,9 +74,7 @@ class IpvsPlanner(ServiceLedger["IpvsMaps"]):
         """From the nftables that the kernel holds to what is desired now. Everything then counts as taken."""
         for maps in self._maps.values():
             maps.take_servers()
-            maps.adopt_order(observed)
-            maps.take_changes()
-        return diff_ruleset(Ruleset({maps.table: maps.state() for maps in self._maps.values()}), observed)
+        return resynced(self._maps.values(), observed)
 
     def servers(self) -> dict[VirtualKey, VirtualServer]:
         """All virtual servers that the kernel shall hold."""

@@ -1,6 +1,6 @@
 """Does the kernel lead a frontend's packets to its backends? Asked of the few elements that a Service has, read back by key.
 
-It does not ask the planner what it wrote: from the frontends alone follows what the maps must say.
+It does not ask the planner what it wrote: what the maps must say follows from the frontends, and from their memories' numbers.
 """
 
 import sys
@@ -10,6 +10,7 @@ from typing import NamedTuple
 from podwire.model.addr import Family
 from podwire.model.nft import Data, NftSet, TableRef
 from podwire.model.servicetable import Frontend, Pool
+from podwire.plan.services_affinity import Numbers
 from podwire.plan.services_maps import frontend_key
 from podwire.plan.services_rules import pack_number, pool_number, sets_of, table_ref
 
@@ -23,7 +24,8 @@ class Question(NamedTuple):
     holds: Callable[[Mapping[bytes, Data]], bool]
 
 
-def questions(frontends: Iterable[Frontend]) -> Iterator[Question]:
+def questions(frontends: Iterable[Frontend], memories: Callable[[Frontend], Numbers]) -> Iterator[Question]:
+    """`memories`: the numbers that the planner gave to a frontend's memories."""
     for frontend in frontends:
         family = Family.IPV4 if len(frontend.address) == 4 else Family.IPV6
         table, sets, key = table_ref(family), sets_of(family), frontend_key(frontend)
@@ -33,7 +35,10 @@ def questions(frontends: Iterable[Frontend]) -> Iterator[Question]:
             yield _element(table, sets.outside, key)
             yield from _pool(table, sets.local_pools, sets.local_endpoints, key, frontend.outside)
         if frontend.affinity_s:
-            yield _element(table, sets.sticky, key, pack_number(frontend.affinity_s))
+            for of, number in zip((sets.memories, sets.other_memories), memories(frontend), strict=True):
+                if number is not None:
+                    yield _element(table, of, key, number)
+                    yield _element(table, sets.sticky, number, pack_number(frontend.affinity_s))
 
 
 def _pool(table: TableRef, numbers: NftSet, endpoints: NftSet, key: bytes, pool: Pool) -> Iterator[Question]:

@@ -11,6 +11,7 @@ from podwire.model.nft import (
     AddSet,
     AddTable,
     Afterwards,
+    Batch,
     ChainState,
     Command,
     Prune,
@@ -23,19 +24,19 @@ from podwire.model.nft import (
 )
 from podwire.model.servicetable import Frontend, FrontendKind, NodeFacts
 from podwire.plan.elementbooks import CountedBook, ElementBook, PoolBook
-from podwire.plan.nftdiff import ElementChanges, RuleChanges
+from podwire.plan.nftdiff import ElementChanges, RuleChanges, diff_ruleset
+from podwire.plan.services_affinity import AffinityBook, Numbers
 from podwire.plan.services_rules import (
     EXACT,
     NUMBERED,
     PICK,
     PICK_LOCAL,
-    REMEMBER,
+    REMEMBER_FOR,
     Number,
     Sets,
     fixed_chains,
     fixed_rules,
     numbered_rules,
-    pack_number,
     pool_number,
     pool_size,
     sets_of,
@@ -126,7 +127,7 @@ def _numbers_of(frontend: Frontend) -> Iterator[Number]:
     if frontend.outside is not None and (backends := len(frontend.outside.backends)) > EXACT:
         yield _number(PICK_LOCAL, pool_size(backends))
     if frontend.affinity_s:
-        yield _number(REMEMBER, frontend.affinity_s)
+        yield _number(REMEMBER_FOR, frontend.affinity_s)
 
 
 def _backends(frontend: Frontend) -> tuple[bytes, ...]:
@@ -155,10 +156,9 @@ class FamilyMaps:
         self._books |= {b.set.name: b for b in (self.hairpin, self.cluster_ips)}
         self._services, self._outside = self._books["services"], self._books["outside"]
         self._pools, self._local_pools = self._books["pools"], self._books["local-pools"]
-        self._sticky = self._books["sticky"]
+        self._affinity = AffinityBook(self._sets, self._books)
         self._numbers = NumberBook(family)
         self._frontends: dict[bytes, Frontend] = {}
-        self._prune: dict[bytes, Collection[bytes]] = {}
         self._departed: dict[bytes, None] = {}
         """Keys of `connections` of which nothing is programmed any more."""
         self._built = False
@@ -169,6 +169,11 @@ class FamilyMaps:
         """What is served under `key`."""
         return self._frontends[key]
 
+    def memories(self, key: bytes) -> Numbers:
+        """By which numbers the clients of the frontend under `key` are remembered."""
+        self._affinity.settle()
+        return self._affinity.numbers(key)
+
     def program(self, key: bytes, frontend: Frontend | None, owner: str = "") -> None:
         """Make the maps serve `frontend` under `key`; None: nothing any more. `owner` is shown to humans."""
         old = self._frontends.get(key)
@@ -177,6 +182,8 @@ class FamilyMaps:
                 self._clear(key, old)
             return
         self._services.comments[key] = owner
+        if frontend.affinity_s or (old is not None and old.affinity_s):
+            self._affinity.serve(key, frontend, owner)
         if old == frontend:
             return
         self._endpoints.put(key, frontend.inside.backends)
@@ -196,8 +203,6 @@ class FamilyMaps:
         """What the frontend has no more as it is now."""
         self._release(old)
         self._depart(key, set(_backends(old)).difference(_backends(new)))
-        if old.affinity_s:
-            self._forget(key, old, new)
 
     def _depart(self, key: bytes, backends: Iterable[bytes]) -> None:
         for data in backends:
@@ -215,17 +220,6 @@ class FamilyMaps:
             self._outside.drop(key)
             self._local_pools.drop(key)
             self._local.put(key, ())
-        if new.affinity_s:
-            self._sticky.put(key, pack_number(new.affinity_s))
-        elif old is not None:
-            self._sticky.drop(key)
-
-    def _forget(self, key: bytes, old: Frontend, new: Frontend) -> None:
-        """Clients must not go on to backends that are gone, nor by an answer given under another traffic policy."""
-        same_kind = new.affinity_s and (old.outside is None) == (new.outside is None)
-        kept = frozenset(_backends(new)) if same_kind else frozenset()
-        if not kept.issuperset(_backends(old)):
-            self._prune[key] = kept
 
     def _flags(self, key: bytes, old: Frontend | None, new: Frontend) -> None:
         flags = _flags_of(new)
@@ -244,7 +238,7 @@ class FamilyMaps:
 
     def _clear(self, key: bytes, old: Frontend) -> None:
         del self._services.comments[key]
-        for leads in (self._services, self._outside, self._pools, self._local_pools, self._sticky):
+        for leads in (self._services, self._outside, self._pools, self._local_pools):
             leads.drop(key)
         for pools in (self._endpoints, self._local):
             pools.put(key, ())
@@ -253,7 +247,7 @@ class FamilyMaps:
         for first, last in old.source_ranges or ():
             self._books["source-ranges"].drop(key + first + key + last)
         if old.affinity_s:
-            self._prune[key] = frozenset()
+            self._affinity.serve(key, None)
         self._depart(key, _backends(old))
         self._release(old)
         del self._frontends[key]
@@ -263,9 +257,13 @@ class FamilyMaps:
             self._numbers.release(number)
 
     def adopt_order(self, observed: Ruleset) -> None:
-        """Give every pool the indices that its backends have in the kernel, so that nothing is moved for nothing."""
+        """Give every pool the indices that its backends have in the kernel, so that nothing is moved for nothing; and find out
+        what must not be remembered."""
         for pools in (self._endpoints, self._local):
             pools.adopt_order(observed, self.table)
+        if self.table in observed.tables:
+            self._affinity.settle()
+            self._affinity.distrust(observed.tables[self.table].sets)
 
     # --- results ----------------------------------------------------------------------------------------------
 
@@ -273,6 +271,7 @@ class FamilyMaps:
         """(what has to exist first, numbered rules, elements) changed since the last call; what packets left behind:
         `take_leavings`."""
         creates: list[Command] = []
+        self._affinity.settle()
         rules = self._numbers.take()
         if not self._built:
             self._built = True
@@ -300,20 +299,21 @@ class FamilyMaps:
         go."""
         table, affinity, connections = self.table, self._sets.affinity, self._sets.connections
         offset = affinity.key[0].padded
-        prune, self._prune = self._prune, {}
+        prune = self._affinity.take_forgotten()
         departed = self._departed
         if everything or len(departed) >= _DEPARTED_MOST:
             self._departed = {}
         if everything:
             served = {key: _backends(frontend) for key, frontend in self._frontends.items()}
-            sticky = {key: served[key] for key, frontend in self._frontends.items() if frontend.affinity_s}
-            return [Prune(table, affinity, offset, sticky, others=True), Prune(table, connections, 0, served, others=True)]
+            remembered = self._affinity.all() | prune
+            return [Prune(table, affinity, offset, remembered, others=True), Prune(table, connections, 0, served, others=True)]
         leavings: list[Afterwards] = [Prune(table, affinity, offset, prune)] if prune else []
         if len(departed) >= _DEPARTED_MOST:
             leavings.append(Sweep(table, connections, tuple(departed)))
         return leavings
 
     def state(self) -> TableState:
+        self._affinity.settle()
         chains = {c.name: ChainState(c) for c in fixed_chains()}
         for name, rules in self._rules().items():
             chains[name] = ChainState(chains[name].chain, rules)
@@ -322,6 +322,18 @@ class FamilyMaps:
 
     def _all_books(self) -> dict[str, ElementBook | PoolBook]:
         return {**self._books, **self._pool_books}
+
+
+def resynced(families: Collection[FamilyMaps], observed: Ruleset) -> Batch:
+    """The smallest transaction from what the kernel holds to what is desired now, which then counts as taken. Where there is
+    any, all that packets left there is checked, too."""
+    for maps in families:
+        maps.adopt_order(observed)
+        maps.take_changes()
+    batch = diff_ruleset(Ruleset({maps.table: maps.state() for maps in families}), observed)
+    if not batch or all(maps.table not in observed.tables for maps in families):
+        return batch
+    return Batch((*batch.commands, *(command for maps in families for command in maps.take_leavings(everything=True))))
 
 
 def _flags_of(frontend: Frontend) -> tuple[str, ...]:

@@ -11,6 +11,13 @@ Named in order of a packet's way:
     pick       ─► where this client went before ; `pools` says N? one of N `endpoints` ; refuse
     postrouting ─► rewritten? remember (count, affinity), rewritten (masquerade) ; leaving-pods (masquerade out of the cluster)
     input      ─► rewritten? remember (count, affinity)
+    remember   ─► has the Service's port a memory? its number on the packet, remember-for ; the other memory's, if it has two
+    remember-for ─► `sticky` says N seconds? so long in `affinity`, unless the backend is one of the memory's `strangers`
+
+A memory is a number that stands for a port of a Service (services_affinity.py). It has just been looked up itself when it is
+needed as part of a key of `affinity`: nftables can do that in one step, but the program `nft` cannot print it. So the packet
+carries the number, as its priority, as long as the rules need it. Packets have none of their own where these rules are, but the
+first packets of processes that asked for one: to a port with affinity, they go on with priority 0.
 """
 
 import ipaddress
@@ -27,6 +34,7 @@ from podwire.model.nftexpr import (
     RETURN,
     Cmp,
     CmpOp,
+    Constant,
     Counter,
     Dnat,
     Dynset,
@@ -34,8 +42,11 @@ from podwire.model.nftexpr import (
     Immediate,
     Lookup,
     Masquerade,
+    Meta,
+    MetaKey,
     Numgen,
     Reject,
+    SetMeta,
     Verdict,
     goto,
     jump,
@@ -57,7 +68,7 @@ TABLE = "podwire"
 
 REFUSE = "refuse"
 NO_LOCAL = "no-local-endpoints"
-_INSIDE, _REWRITTEN = "inside", "rewritten"
+_INSIDE, _REWRITTEN, _REMEMBER = "inside", "rewritten", "remember"
 
 _AFFINITY_SIZE = 1 << 20
 _AFFINITY_DEFAULT_S = 10800
@@ -74,8 +85,8 @@ _DSTNAT, _SRCNAT = -100, 100
 _TCP = 6
 
 
-PICK, PICK_LOCAL, REMEMBER = "pick", "pick-local", "remember"
-NUMBERED = (PICK, PICK_LOCAL, REMEMBER)
+PICK, PICK_LOCAL, REMEMBER_FOR = "pick", "pick-local", "remember-for"
+NUMBERED = (PICK, PICK_LOCAL, REMEMBER_FOR)
 """Chains that have rules for each number in use: sizes of pools, seconds."""
 
 
@@ -128,8 +139,9 @@ class Sets:
     """All sets and maps of one family's table.
 
     `services` and `outside` hold the frontends and count their connections; `pools` and `local_pools` say out of how many
-    indices to draw one of its `endpoints` or `local_endpoints`; `connections` counts those that one of these got; `sticky`:
-    for how many seconds its clients stay."""
+    indices to draw one of its `endpoints` or `local_endpoints`; `connections` counts those that one of these got.
+    `memories`: by which number a frontend's clients are remembered in `affinity`; `other_memories`: and by which other, where
+    its port has two pools; `sticky`: for how many seconds, by number; `strangers`: backends that are in the other pool only."""
 
     services: NftSet
     outside: NftSet
@@ -139,7 +151,10 @@ class Sets:
     local_pools: NftSet
     connections: NftSet
     affinity: NftSet
+    strangers: NftSet
     sticky: NftSet
+    memories: NftSet
+    other_memories: NftSet
     masquerade: NftSet
     keep_source: NftSet
     hairpin: NftSet
@@ -150,9 +165,9 @@ class Sets:
 
     def all(self) -> tuple[NftSet, ...]:
         return (
-            self.endpoints, self.local_endpoints, self.pools, self.local_pools, self.connections, self.affinity, self.sticky,
-            self.masquerade, self.keep_source, self.hairpin, self.cluster_ips, self.local_clients, self.source_ranges,
-            self.restricted, self.services, self.outside,
+            self.endpoints, self.local_endpoints, self.pools, self.local_pools, self.connections, self.affinity,
+            self.strangers, self.sticky, self.memories, self.other_memories, self.masquerade, self.keep_source, self.hairpin,
+            self.cluster_ips, self.local_clients, self.source_ranges, self.restricted, self.services, self.outside,
         )  # fmt: skip
 
 
@@ -161,7 +176,7 @@ def sets_of(family: Family) -> Sets:
     ip = ip_field(family)
     frontend = Fields(family).frontend_key
     indexed = (*frontend, FieldType.INDEX)
-    backend, number = (ip, FieldType.PORT), (FieldType.NUMBER,)
+    backend, number, memory = (ip, FieldType.PORT), (FieldType.NUMBER,), (FieldType.PRIORITY,)
     return Sets(
         services=NftSet("services", frontend, counters=True),
         outside=NftSet("outside", frontend, counters=True),
@@ -171,9 +186,12 @@ def sets_of(family: Family) -> Sets:
         local_pools=NftSet("local-pools", frontend, data=number),
         connections=NftSet("connections", (*frontend, *backend), counters=True, size=_CONNECTIONS_SIZE, dynamic=True),
         affinity=NftSet(
-            "affinity", (ip, *frontend), data=backend, timeout_s=_AFFINITY_DEFAULT_S, size=_AFFINITY_SIZE, dynamic=True
+            "affinity", (ip, *memory), data=backend, timeout_s=_AFFINITY_DEFAULT_S, size=_AFFINITY_SIZE, dynamic=True
         ),
-        sticky=NftSet("sticky", frontend, data=number),
+        strangers=NftSet("strangers", (*memory, *backend)),
+        sticky=NftSet("sticky", memory, data=number),
+        memories=NftSet("memories", frontend, data=memory),
+        other_memories=NftSet("other-memories", frontend, data=memory),
         masquerade=NftSet("masquerade", frontend),
         keep_source=NftSet("keep-source", frontend),
         hairpin=NftSet("hairpin", (ip, ip)),
@@ -197,7 +215,7 @@ _BASES = {
 
 
 def fixed_chains() -> tuple[Chain, ...]:
-    regular = (REFUSE, NO_LOCAL, *NUMBERED, _INSIDE, _REWRITTEN, masquerade.CHAIN)
+    regular = (REFUSE, NO_LOCAL, *NUMBERED, _REMEMBER, _INSIDE, _REWRITTEN, masquerade.CHAIN)
     return (*(Chain(name) for name in regular), *(Chain(name, base) for name, base in _BASES.items()))
 
 
@@ -212,7 +230,7 @@ def fixed_rules(family: Family, facts: NodeFacts) -> dict[str, tuple[Rule, ...]]
         "prerouting": _prerouting(family, facts),
         "output": (_source_ranges(family), Rule((Immediate(goto(_INSIDE)),))),
         # What goes to an endpoint on the node itself never gets to postrouting.
-        "input": (Rule((*destination_rewritten(), Immediate(jump(REMEMBER)))),),
+        "input": (Rule((*destination_rewritten(), Immediate(jump(_REMEMBER)))),),
         "postrouting": (
             Rule((*destination_rewritten(), Immediate(jump(_REWRITTEN)))),
             *masquerade.entry_rules(family, facts),
@@ -287,7 +305,7 @@ def _rewritten(family: Family, facts: NodeFacts) -> tuple[Rule, ...]:
     known = Lookup(sets.local_clients.name, 0)
     to_cluster_ip = (f.original_daddr(0), Lookup(sets.cluster_ips.name, 0), Masquerade())
     return (
-        Rule((Immediate(jump(REMEMBER)),)),
+        Rule((Immediate(jump(_REMEMBER)),)),
         Rule((*frontend, Lookup(sets.masquerade.name, 0), Masquerade()), "externalTrafficPolicy: Cluster"),
         Rule((f.saddr(0), f.daddr(f.addr), Lookup(sets.hairpin.name, 0), Masquerade()), "a pod to itself"),
         *((Rule(to_cluster_ip, "to a ClusterIP: masquerade all"),) if facts.masquerade_all else ()),
@@ -308,19 +326,22 @@ def _rewritten(family: Family, facts: NodeFacts) -> tuple[Rule, ...]:
 
 
 def numbered_rules(family: Family, in_use: Mapping[str, Collection[int]]) -> dict[str, tuple[Rule, ...]]:
-    """The rules of the numbered chains. A connection's first packet is compared with one number after the other, small ones
-    first; each is a lookup."""
-    sticky = bool(in_use[REMEMBER])
+    """The rules of the numbered chains, and of the one that leads to `REMEMBER_FOR`. A connection's first packet is compared
+    with one number after the other, small ones first; each is a lookup."""
+    sticky = bool(in_use[REMEMBER_FOR])
+    sets = sets_of(family)
     rules: dict[str, tuple[Rule, ...]] = {
         chain: (
-            *((_known(family),) if sticky else ()),
+            *((_known(family, sets.memories if chain == PICK else sets.other_memories),) if sticky else ()),
             *(rule for number in sorted(in_use[chain]) for rule in _one_of(family, chain, number)),
             _if_number(family, chain, _DROPPED, goto(NO_LOCAL), "no endpoint here"),
             Rule((Immediate(goto(REFUSE)),)),
         )
         for chain in (PICK, PICK_LOCAL)
     }
-    rules[REMEMBER] = (_count(family), *(_remember(family, seconds) for seconds in sorted(in_use[REMEMBER])))
+    remember = (_remembered(family, memories) for memories in (sets.other_memories, sets.memories))
+    rules[REMEMBER_FOR] = (*(_remember(family, s) for s in sorted(in_use[REMEMBER_FOR])), _FORGET_NUMBER) if sticky else ()
+    rules[_REMEMBER] = (_count(family), *(remember if sticky else ()))
     return rules
 
 
@@ -360,14 +381,19 @@ def _draw(family: Family, chain: str, number: int, indices: int, comment: str) -
     return Rule((*_number_is(family, chain, number), index, Lookup(backends.name, 0, dreg=0), rewrite), comment)
 
 
-def _known(family: Family) -> Rule:
-    """`affinity` may hold what a Service left that has none any more, until that is pruned: `sticky` has to know it, too."""
+_NUMBER = MetaKey.PRIORITY
+"""Where a packet carries the number of a memory."""
+
+_FORGET_NUMBER = Rule((Constant(bytes(4), 0), SetMeta(_NUMBER, 0)), "the number has served")
+
+
+def _known(family: Family, memories: NftSet) -> Rule:
     f, sets = Fields(family), sets_of(family)
-    backend = f.addr + f.frontend_registers
-    known = Lookup(sets.affinity.name, 0, dreg=backend)
-    sticky = (Lookup(sets.sticky.name, f.addr, dreg=0), Cmp(CmpOp.NEQ, 0, pack_number(0)))
+    backend = f.addr + 1
+    carry = (*f.frontend(), Lookup(memories.name, 0, dreg=0), SetMeta(_NUMBER, 0))
+    known = (f.saddr(0), Meta(_NUMBER, f.addr), Lookup(sets.affinity.name, 0, dreg=backend))
     rewrite = Dnat(family_is_ipv6=family is Family.IPV6, reg_address=backend, reg_port=backend + f.addr)
-    return Rule((f.saddr(0), *f.frontend(f.addr), known, *sticky, rewrite), "where this client went before")
+    return Rule((*carry, *known, rewrite), "where this client went before")
 
 
 def _count(family: Family) -> Rule:
@@ -379,10 +405,16 @@ def _count(family: Family) -> Rule:
     return Rule((*load, Dynset(DynsetOp.ADD, sets.connections.name, 0)), "connections of each endpoint")
 
 
+def _remembered(family: Family, memories: NftSet) -> Rule:
+    f = Fields(family)
+    carry = (Lookup(memories.name, 0, dreg=0), SetMeta(_NUMBER, 0))
+    return Rule((*destination_rewritten(), *f.original_frontend(), *carry, Immediate(jump(REMEMBER_FOR))))
+
+
 def _remember(family: Family, seconds: int) -> Rule:
     f, sets = Fields(family), sets_of(family)
-    backend = f.addr + f.frontend_registers
-    sticky = (Lookup(sets.sticky.name, f.addr, dreg=backend), Cmp(CmpOp.EQ, backend, pack_number(seconds)))
+    behind, backend = 1 + f.addr + 1, f.addr + 1
+    sticky = (Meta(_NUMBER, 0), Lookup(sets.sticky.name, 0, dreg=behind), Cmp(CmpOp.EQ, behind, pack_number(seconds)))
+    stranger = (Meta(_NUMBER, 0), *f.backend(1), Lookup(sets.strangers.name, 0, inverted=True))
     note = Dynset(DynsetOp.UPDATE, sets.affinity.name, 0, backend, timeout_s=seconds)
-    load = (*f.original_frontend(f.addr), *sticky, f.saddr(0), *f.backend(backend))
-    return Rule((*load, note), "where this client goes")
+    return Rule((*sticky, *stranger, f.saddr(0), Meta(_NUMBER, f.addr), *f.backend(backend), note), "where this client goes")

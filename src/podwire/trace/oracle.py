@@ -8,7 +8,7 @@ silent, kube-proxy's behaviour (docs/reference/services.md says where).
 
 import enum
 import ipaddress
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from podwire.model.addr import IPAddress, IPNetwork
@@ -51,14 +51,18 @@ class Outcome(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class Promise:
     """`targets`: where it may arrive, each as likely as the others. `masqueraded`: those of them that see the node's address
-    as its source. `sticky`: the client's next connections go where this one went. `why`: the rule of the API that decides,
-    for humans."""
+    as its source. `memory`: under which name the client is remembered, for its next connections to go where this one went; ""
+    if it is not. `why`: the rule of the API that decides, for humans."""
 
     outcome: Outcome
     targets: frozenset[Target] = frozenset()
     masqueraded: frozenset[Target] = frozenset()
     why: str = ""
-    sticky: bool = False
+    memory: str = ""
+
+    def to_one_who_knows(self, visited: Collection[Target]) -> frozenset[Target]:
+        """Where the connection may arrive if the client's earlier ones of the same `memory` did at `visited`."""
+        return (self.memory and self.targets.intersection(visited)) or self.targets
 
 
 def promise(cluster: Cluster, connection: Connection) -> Promise:
@@ -106,6 +110,7 @@ class _HostPort(_Claim):
 @dataclass(frozen=True, slots=True)
 class _ClusterIP(_Claim):
     service: Service
+    port: ServicePort
     listed: tuple["_Listed", ...]
 
     def answer(self) -> Promise:
@@ -118,10 +123,17 @@ class _ClusterIP(_Claim):
     def _to(self, pool: Sequence[Target], seen: set[Target], why: str) -> Promise:
         if pool:
             served = _served_by(self.node, self.connection, pool, seen, why)
-            return replace(served, sticky=self.service.spec.session_affinity == "ClientIP")
+            return replace(served, memory=self._memory())
         if _usable(self.listed):
             return Promise(Outcome.DROPPED, why=f"{why}: endpoints, but none on this node")
         return Promise(Outcome.REFUSED, why=f"{why}: no endpoints")
+
+    def _memory(self) -> str:
+        """A client stays with its endpoint of a port, whichever of the Service's addresses it uses: affinity is a property of
+        the Service; only ports may have different endpoints."""
+        if self.service.spec.session_affinity != "ClientIP":
+            return ""
+        return f"{self.owner} {self.port.protocol} {self.port.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +188,7 @@ def _service_claims(
     dst, spec = connection.dst, service.spec
     owner = f"{service.metadata.namespace}/{service.metadata.name}"
     listed = tuple(_listed(port, slices, dst.version))
-    fixed = (owner, node, connection, service, listed)
+    fixed = (owner, node, connection, service, port, listed)
     if connection.port == port.node_port and spec.type in ("NodePort", "LoadBalancer") and dst in _node_addresses(node):
         yield _External(1, *fixed)
     if connection.port != port.port:

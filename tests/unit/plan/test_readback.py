@@ -11,12 +11,22 @@ from podwire.plan.readback import Question, questions
 from podwire.plan.services import ServicePlanner
 from podwire.trace.oracle import Cluster
 
-LEADING = ("services", "outside", "pools", "local-pools", "endpoints", "local-endpoints", "sticky")
+LEADING = (
+    "services",
+    "outside",
+    "pools",
+    "local-pools",
+    "endpoints",
+    "local-endpoints",
+    "memories",
+    "other-memories",
+    "sticky",
+)
 SERVED = st.sampled_from(Family).flatmap(clusters)
 
 
 def asked(planner: ServicePlanner, cluster: Cluster) -> list[Question]:
-    return [question for service, _ in cluster.services for question in questions(planner.frontends(service.key))]
+    return [q for service, _ in cluster.services for q in questions(planner.frontends(service.key), planner.memories)]
 
 
 def held(question: Question, kernel: Ruleset) -> dict[bytes, Data]:
@@ -62,6 +72,6 @@ def test_backends_may_stand_in_any_order() -> None:
     short = {"name": "web", "clusterIP": "10.96.0.10", "ports": [{"port": 80, "targetPort": 8080}]}
     pieces = slice_of({"service": short, "endpoints": [{"ip": f"10.244.2.{n}"} for n in (2, 3, 4)]}, Family.IPV4)
     planner.set_service(key("web"), service_of(short, Family.IPV4), (pieces,))
-    (question,) = [q for q in questions(planner.frontends(key("web"))) if len(q.keys) > 1]
+    (question,) = [q for q in questions(planner.frontends(key("web")), planner.memories) if len(q.keys) > 1]
     right = held(question, planner.desired())
     assert question.holds(dict(zip(right, reversed(right.values()), strict=True)))

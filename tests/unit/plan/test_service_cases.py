@@ -1,12 +1,11 @@
 """The case files: objects → rules → what becomes of packets, by the evaluator; and the same asked of the oracle."""
 
-from typing import Any
-
 import pytest
 from service_cases import Case, Story, load_cases, load_stories
 from service_checks import Objects, assert_oracle_says, assert_rules_do
+from service_worlds import pruned
 
-from podwire.model.nft import Prune, Ruleset
+from podwire.model.nft import Ruleset
 from podwire.plan.services import ServicePlanner
 from podwire.trace.journey import Fate, Learned, Machine
 from podwire.trace.netfilter import follow
@@ -47,7 +46,7 @@ def test_clients_are_remembered_as_the_story_says(story: Story) -> None:
             story.feed_one(planner, item)
         batch = planner.take_batch()
         ruleset = ruleset.apply(batch)
-        learned = _pruned(learned, [c for c in batch.commands if isinstance(c, Prune)])
+        learned = pruned(learned, batch)
         if expectation is None:
             continue
         machine = Machine(frozenset(story.facts.node_ips), lambda n, draw=draw: draw % n, learned)  # type: ignore[misc]  # bound now
@@ -58,16 +57,3 @@ def test_clients_are_remembered_as_the_story_says(story: Story) -> None:
             assert {(str(result.packet.dst), result.packet.dport)} == expectation.reaches, why
         for place, elements in result.learned.items():
             learned = {**learned, place: {**learned.get(place, {}), **elements}}
-
-
-def _pruned(learned: Learned, prunes: list[Prune]) -> Learned:
-    kept: Learned = {place: dict(elements) for place, elements in learned.items()}
-    for prune in prunes:
-        place: Any = (prune.table, prune.set.name)
-        found = kept.get(place, {})
-        kept[place] = {
-            key: data
-            for key, data in found.items()
-            if not (isinstance(data, bytes) and prune.unwanted(key, data, prune.part_length))
-        }
-    return kept

@@ -188,7 +188,7 @@ def test_affinity_notes_where_clients_go_and_forgets_what_is_gone() -> None:
     planner.set_service(key("web"), *web(3, **spec))
     state = taken(planner).tables[IPV4]
     assert set(state.sets["sticky"].elements.values()) == {pack_number(60)}
-    assert len(state.chains["remember"].rules) == 2
+    assert [rule.comment for rule in state.chains["remember-for"].rules] == ["where this client goes", "the number has served"]
     assert state.chains["pick"].rules[0].comment == "where this client went before"
 
     planner.set_service(key("web"), *web(4, **spec))

@@ -9,11 +9,13 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 from service_cases import FACTS
-from service_worlds import canonical, change_to, clusters, disagreements, planned
+from service_worlds import canonical, change_to, clusters, connections, disagreements, planned, pruned, walks
 
 from podwire.model.addr import Family
 from podwire.model.nft import Ruleset, TableState
-from podwire.trace.oracle import Cluster
+from podwire.plan.services import ServicePlanner
+from podwire.trace.journey import Learned, both
+from podwire.trace.oracle import Cluster, Connection, Target, promise
 
 alike_clusters = st.sampled_from(Family).flatmap(lambda family: clusters(family, facts=FACTS))
 some_clusters = st.sampled_from(Family).flatmap(lambda family: clusters(family))
@@ -42,6 +44,39 @@ def test_whatever_a_cluster_was_before_its_rules_are_those_from_scratch(history:
             kernel = kernel.apply(planner.take_batch())
         assert kernel == planner.desired()
         assert canonical(kernel) == canonical(planned(after).desired())
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=12)
+@given(st.lists(alike_clusters, min_size=2, max_size=3))
+def test_whatever_changes_clients_stay_with_an_endpoint_that_stays_and_leave_one_that_goes(history: list[Cluster]) -> None:
+    planner = ServicePlanner(FACTS)
+    kernel, learned = Ruleset(), Learned()
+    went: dict[Connection, tuple[object, Target]] = {}
+    for before, after in pairwise((None, *history)):
+        assert after is not None
+        change_to(planner, before, after)
+        batch = planner.take_batch()
+        kernel, learned = kernel.apply(batch), pruned(learned, batch)
+        stories, went = went, {}
+        for connection in connections(after):
+            promised = promise(after, connection)
+            if not promised.memory:
+                continue
+            results = walks(kernel, connection, FACTS, learned)
+            reached = {(r.packet.dst, r.packet.dport) for r in results}
+            assert reached <= promised.targets, (connection, promised, learned)
+            # Under the same policies, it is asked for the same memory.
+            policies = {
+                (s.spec.internal_traffic_policy, s.spec.external_traffic_policy)
+                for s, _ in after.services
+                if promised.memory.startswith(f"{s.key} ")
+            }
+            way = (promised.memory, promised.why, frozenset(policies))
+            earlier, target = stories.get(connection, (None, None))
+            if earlier == way and target in promised.targets:
+                assert reached == {target}, (connection, promised, learned)
+            learned = both(learned, results[-1].learned)
+            went[connection] = way, (results[-1].packet.dst, results[-1].packet.dport)
 
 
 LIES: dict[str, dict[str, Any]] = {
@@ -75,6 +110,9 @@ def test_a_planner_that_is_told_lies_is_found_out(lie: dict[str, Any]) -> None:
         "endpoints",
         "local-endpoints",
         "sticky",
+        "memories",
+        "other-memories",
+        "strangers",
         "masquerade",
         "keep-source",
         "cluster-ips",
@@ -99,6 +137,18 @@ def test_clients_that_are_not_noted_on_the_way_to_the_node_itself_are_found_out(
             ref: replace(table, chains={name: chain for name, chain in table.chains.items() if name != "input"})
             for ref, table in ruleset.tables.items()
         }
+        return bool(disagreements(cluster, Ruleset(tables)))
+
+    assert _found(found_out)
+
+
+def test_a_number_that_is_left_on_a_packet_is_found_out() -> None:
+    def found_out(cluster: Cluster) -> bool:
+        ruleset = planned(cluster).desired()
+        tables = {}
+        for ref, table in ruleset.tables.items():
+            remember = replace(table.chains["remember-for"], rules=table.chains["remember-for"].rules[:-1])
+            tables[ref] = replace(table, chains={**table.chains, "remember-for": remember})
         return bool(disagreements(cluster, Ruleset(tables)))
 
     assert _found(found_out)

@@ -60,7 +60,7 @@ class NftRules:
         if len(keys) > _FEW:
             return None
         for key in keys:
-            for question in questions(self._planner.frontends(key)):
+            for question in questions(self._planner.frontends(key), self._planner.memories):
                 if not question.holds(await self._kernel.lookup_nft(question.table, question.set, question.keys)):
                     log.warning("services: %s is not in the kernel's %s as it was left", key, question.set.name)
                     return False
