@@ -95,7 +95,7 @@ class OverlayHost:
 
     @asynccontextmanager
     async def running(self, *, follows: bool = True, **options: Any) -> AsyncIterator[OverlayAgent]:
-        """The agent, once it has programmed the host. Its end is awaited. `follows`: also later changes of the configuration."""
+        """The agent, once it has programmed the host. Its end is awaited. `follows`: changes of the configuration, too."""
         settings: dict[str, Any] = {
             "node": f"n{self.index}",
             "subnet_file": self.folder / "subnet.env",
