@@ -181,13 +181,20 @@ class IpvsMaps(FamilyMaps):
         rules = super()._rules()
         address = Fields(self.family).daddr(0)
         refuse = Rule((address, Lookup(self._ipvs_sets.bound.name, 0), Immediate(goto(REFUSE))), "no such port on this address")
-        # To conntrack, what IPVS leads elsewhere is not "dnat", so every first packet is asked for its original destination.
         _, *others = rules["postrouting"]
         return rules | {
             "inside": (*rules["inside"], refuse),
             "output": (_reset(), *rules["output"]),
-            "postrouting": (Rule((Immediate(jump("rewritten")),)), *others),
+            "postrouting": (self._led(), *others),
         }
+
+    def _led(self) -> Rule:
+        """To conntrack, what IPVS leads elsewhere is not "dnat", so each first packet is asked for its original destination.
+        What was sent to no frontend is left alone: a connection of the node to its own address is none of a pod to itself."""
+        fields = Fields(self.family)
+        behind = fields.frontend_registers
+        ours = (Lookup(self._ipvs_sets.pools.name, 0, dreg=behind), Cmp(CmpOp.NEQ, behind, pack_number(0)))
+        return Rule((*fields.original_frontend(), *ours, Immediate(jump("rewritten"))), "to a Service")
 
 
 def _reset() -> Rule:
