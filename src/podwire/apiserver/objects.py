@@ -1,6 +1,5 @@
 """Create, change and remove objects: the generic lifecycle that is the same for every kind. Knows no HTTP."""
 
-import copy
 import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +53,7 @@ class Claims(Protocol):
     """What a kind keeps in the store beside its objects (a Service: its addresses and ports)."""
 
     async def plan(self, new: Json | None, old: Json | None) -> Claim:
-        """For `new` in place of `old`; None: not there. Raises StatusError."""
+        """For `new`, which is not changed, in place of `old`; None: not there. Raises StatusError."""
         ...
 
 
@@ -116,8 +115,8 @@ class Objects:
         draft = kind.prepare_create(obj, self._now())
         self._check(kind, draft, None, "")
         for _ in range(ATTEMPTS):
-            # What a claim completes may have to be done over, with other addresses.
-            claim = await self._claim(kind, copy.deepcopy(draft) if kind.storage.plural in self._claims else draft, None)
+            # What a claim completes may have to be done over, with other addresses: it leaves the draft as it is.
+            claim = await self._claim(kind, draft, None)
             obj = claim.document
             place = Place(kind, namespace, obj["metadata"]["name"])
             if dry_run:

@@ -290,10 +290,13 @@ class Allocations(RuleBasedStateMachine):
         if wish is not None:
             wanted["spec"]["clusterIPs"] = [f"10.0.0.{wish}"]
         self.count += 1
+        before = copy.deepcopy(wanted)
         try:
             plan = self.decide.plan(wanted)
         except (AllocationFailed, RangeFull):
             return -1
+        finally:
+            assert wanted == before, "it may have to be planned again"
         if fails:
             self.decide.abandon(plan)
             return -1
