@@ -13,7 +13,7 @@ _PATH = click.Path(path_type=Path)
 CNI_SOCKET = Path("/run/podwire/cni.sock")
 
 
-@click.command("cluster-agent")
+@click.command("cluster-agent", short_help="Serve this node beside its kubelet.")
 @click.option("--node-name", envvar="NODE_NAME", required=True, help="This node, as the API has it.")
 @click.option("--kubeconfig", type=_PATH, help="How to reach the API server. [default: the pod's own service account]")
 @click.option("--cluster-cidr", "cluster_cidrs", type=NETWORK, multiple=True, required=True, envvar="CLUSTER_CIDR",

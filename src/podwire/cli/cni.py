@@ -11,12 +11,12 @@ from podwire.cli.node import CNI_SOCKET
 _PATH = click.Path(path_type=Path)
 
 
-@click.group()
+@click.group(short_help="Serve container engines: podman, containerd, CRI-O and kubelet.")
 def cni() -> None:
     """Serve container engines: podman, containerd, CRI-O and kubelet, through the Container Network Interface."""
 
 
-@cni.command()
+@cni.command(short_help="Install the plugin and its configuration.")
 @click.option("--bin-dir", type=_PATH, default=Path("/opt/cni/bin"), show_default=True,
               help="Where the engine looks for plugins.")  # fmt: skip
 @click.option("--conf-dir", type=_PATH, default=Path("/etc/cni/net.d"), show_default=True,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from podwire.client.api import ApiClient
 
 
-@click.group()
+@click.group(short_help="Break a lab on purpose, and heal it.")
 def fault() -> None:
     """Break a lab on purpose: cut and slow cables, stop machines, remove what agents programmed; and heal it.
 
@@ -55,7 +55,7 @@ def delay(lab_name: str, places: tuple[str, ...], ms: float) -> None:
     _add(lab_name, "delay", places, amount=ms)
 
 
-@fault.command()
+@fault.command(short_help="Stop machines, or members of etcd, as when the power fails.")
 @lab_option
 @click.argument("machines", nargs=-1, required=True, metavar="NODE…")
 def stop(lab_name: str, machines: tuple[str, ...]) -> None:
@@ -63,7 +63,7 @@ def stop(lab_name: str, machines: tuple[str, ...]) -> None:
     _add(lab_name, "stop", machines)
 
 
-@fault.command()
+@fault.command(short_help="Kill agents; each is started again at once.")
 @lab_option
 @click.argument("nodes", nargs=-1, required=True, metavar="NODE…")
 def kill(lab_name: str, nodes: tuple[str, ...]) -> None:

@@ -23,7 +23,7 @@ _AGENT = "agent"
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-@click.group()
+@click.group(short_help="Which addresses of this node are whose.")
 def ipam() -> None:
     """Which addresses of this node are whose: pods, and containers of engines. Run it on the node."""
 
@@ -50,7 +50,7 @@ def list_reservations(state: Path, output: str) -> None:
     print_table(*rows)
 
 
-@ipam.command()
+@ipam.command(short_help="Say who holds an address, since when and for what.")
 @click.argument("address")
 @state_option
 def explain(address: str, state: Path) -> None:
@@ -64,7 +64,7 @@ def explain(address: str, state: Path) -> None:
     click.echo(read_book(state / _AGENT).explain(parsed))
 
 
-@ipam.command()
+@ipam.command(short_help="Free the addresses of containers that are no more.")
 @click.option("--cni-socket", type=click.Path(path_type=Path), default=CNI_SOCKET, show_default=True,
               help="Where the agent serves container engines.")  # fmt: skip
 def gc(cni_socket: Path) -> None:
@@ -74,7 +74,7 @@ def gc(cni_socket: Path) -> None:
     click.echo(f"{freed} attachment{'' if freed == 1 else 's'} freed")
 
 
-@ipam.command("import")
+@ipam.command("import", short_help="Take over the addresses that host-local has given to containers.")
 @click.argument("folders", nargs=-1, type=_FOLDER, metavar="[FOLDER]...")
 @click.option("--flannel", type=_FOLDER, metavar="FOLDER",
               help="Also the networks that flannel's CNI plugin was used for, by its own folder.")  # fmt: skip

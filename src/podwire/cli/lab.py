@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from podwire.lab.targets import Target
 
 
-@click.group()
+@click.group(short_help="Clusters of emulated nodes on this machine.")
 def lab() -> None:
     """Labs: clusters of emulated nodes on this machine, with real packets.
 
@@ -165,7 +165,12 @@ class _ExecCommand(click.Command):
         return super().parse_args(ctx, args)
 
 
-@lab.command("exec", cls=_ExecCommand, context_settings={"ignore_unknown_options": True})
+@lab.command(
+    "exec",
+    cls=_ExecCommand,
+    context_settings={"ignore_unknown_options": True},
+    short_help="Run a command on a node, in a pod, or outside.",
+)
 @lab_option
 @click.option("-n", "--namespace", default="", help="The pod's namespace, where its name alone could be several.")
 @click.option("-t/-T", "--tty/--no-tty", "tty", default=None, help="Give the command a terminal. [default: when this is one]")
@@ -212,7 +217,7 @@ def _find(lab_name: str, text: str, namespace: str) -> "Target":
     return with_client(lab_name, ask)
 
 
-@lab.command()
+@lab.command(short_help="Print the log of the lab itself, or of a pod.")
 @lab_option
 @click.option("-n", "--namespace", default="", help="The pod's namespace, where its name alone could be several.")
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes.")
@@ -259,7 +264,7 @@ def add_node(lab_name: str, count: int) -> None:
         click.echo(_control(lab_name, "POST", "/lab/v1/nodes")["name"])
 
 
-@node.command("rm")
+@node.command("rm", short_help="Remove a node, as if its machine were gone.")
 @lab_option
 @click.argument("node")
 def remove_node(lab_name: str, node: str) -> None:
@@ -268,7 +273,7 @@ def remove_node(lab_name: str, node: str) -> None:
     click.echo(f"{node} is gone")
 
 
-@node.command("restart")
+@node.command("restart", short_help="Kill a node's agent and start it again.")
 @lab_option
 @click.argument("node")
 def restart_node(lab_name: str, node: str) -> None:

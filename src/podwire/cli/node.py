@@ -20,7 +20,7 @@ run_option = click.option("--run-dir", "run", type=DIRECTORY, default=RUN_DIR, s
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-@click.command()
+@click.command(short_help="Make this machine a node of a cluster.")
 @click.argument("urls", metavar="[URL[,URL…]]", default="", required=False)
 @click.option("--token", default="", envvar="PODWIRE_TOKEN", help="What `podwire token` printed. Needed the first time only.")
 @click.option("--name", default="", help="The node's name. [default: the machine's host name]")
@@ -75,7 +75,7 @@ def join(
         asyncio.run(run_node(membership, NodeOptions(run, cni_socket)))
 
 
-@click.command()
+@click.command(short_help="Stop being a node, and remove what podwire has made.")
 @state_option
 @run_option
 @click.option("--force", is_flag=True, help="Also where engines' containers are attached, or the API server does not answer.")

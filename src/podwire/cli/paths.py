@@ -26,7 +26,7 @@ _OUTPUT = click.option(
 )
 
 
-@click.command()
+@click.command(short_help="Send real packets along the paths of a lab.")
 @lab_option
 @click.option("--pod", "source", default="", metavar="FROM",
               help="Where to send from: [NAMESPACE/]POD, a node's name, or `world`.")  # fmt: skip

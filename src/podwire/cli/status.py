@@ -59,7 +59,7 @@ def status_services(lab_name: str, kubeconfig: Path | None, namespace: str, outp
     sys.exit(1 if any(row["late"] for row in rows) else 0)
 
 
-@click.command()
+@click.command(short_help="Wait until every ready node has programmed a Service.")
 @_cluster_options
 @click.option("--programmed", "service", required=True, metavar="SERVICE", help="svc/NAME, service/NAME or NAME.")
 @click.option("-n", "--namespace", metavar="NAMESPACE", default="default", show_default=True, help="The Service's namespace.")

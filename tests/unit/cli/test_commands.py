@@ -45,6 +45,7 @@ def test_help_is_a_reference(path: tuple[str, ...], command: click.Command) -> N
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help, f"{parameter.name} is explained"
+    assert "..." not in done.output.partition("Commands:")[2], "what a command does fits its line"
 
 
 def test_version() -> None:
