@@ -83,7 +83,8 @@ _AFFINITIES: tuple[dict[str, Any], ...] = (
 def endpoints(draw: st.DrawFn, places: Sequence[tuple[str, str, str]], hinted: str, leaving: str) -> list[dict[str, Any]]:
     """`hinted`: "none", "zones", "nodes" (and zones), "some" of them. `leaving`: the node whose endpoints terminate."""
     found = []
-    for ip, node, zone in draw(st.lists(st.sampled_from(places), unique=True, max_size=5)):
+    least = draw(st.sampled_from((3, 2, 0)))
+    for ip, node, zone in draw(st.lists(st.sampled_from(places), unique=True, min_size=least, max_size=5)):
         endpoint: dict[str, Any] = {"addresses": [ip], "conditions": draw(st.sampled_from(_CONDITIONS))}
         if node:
             endpoint |= {"nodeName": node, "zone": zone}
@@ -105,7 +106,7 @@ def slices(draw: st.DrawFn, name: str, ports: list[dict[str, Any]], real: bool) 
         draw(st.sampled_from(("zones", "none", "nodes", "some", "zones"))),
         draw(st.sampled_from(("", "", "", "n1", "all"))),
     )
-    for number in range(draw(st.integers(0, 3))):
+    for number in range(draw(st.sampled_from((1, 2, 3, 0)))):
         resolved = [
             {"name": p["name"], "protocol": p["protocol"], "port": 8080 if real else draw(st.sampled_from((8080, 9090)))}
             for p in ports

@@ -24,7 +24,7 @@ alike_clusters = st.sampled_from(Family).flatmap(lambda family: clusters(family,
 some_clusters = st.sampled_from(Family).flatmap(lambda family: clusters(family))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=30)
 @given(some_clusters)
 def test_the_planned_rules_keep_every_promise(cluster: Cluster) -> None:
     planner = planned(cluster)
