@@ -406,6 +406,22 @@ async def test_without_its_node_a_proxy_goes_on_after_a_while_and_says_so(
         assert elements(kernel, "services") == 4, "a Node that goes is no reason to serve less"
 
 
+async def test_a_node_without_addresses_is_used_as_far_as_it_is_known(
+    cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cloud's controller gives them, and may itself need Services for that."""
+    await cluster.client.delete(NODES, "n1")
+    bare = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}, "spec": {"podCIDR": "10.244.1.0/24"}}
+    await cluster.client.create(NODES, bare)
+    kernel = FakeKernel()
+    async with proxy(cluster, kernel, node_patience_seconds=0.05) as agent:
+        assert agent.health().why == "node: node n1 has no InternalIP or ExternalIP"
+        assert "pods of this node are not known" not in caplog.text, "its podCIDR tells"
+        assert elements(kernel, "services") == 2
+        await say_addresses(cluster, "n1", InternalIP="198.18.0.11")
+        await cluster.until(lambda: not agent.health().why)
+
+
 async def test_pod_cidrs_that_tell_which_pods_are_here_are_waited_for(
     cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -100,7 +100,8 @@ class ProxyAgent:
         self._ports = HealthCheckPorts(self._sync, env.kernel, lambda: self.health().healthy)
         self._acknowledger = Acknowledger(client, env.node, self._sync, env.clock, rng)
         self._node = Node(metadata=ObjectMeta(name=env.node))
-        """As it was last seen whole; until then no more than its name."""
+        """As it was last seen whole; until then as much of it as there is."""
+        self._node_was_whole = False
         self._node_seen = asyncio.Event()
         self._ranges = ServiceRanges(client, env.service_cidrs, rng, self._node_seen.set)
         config = env.config
@@ -203,7 +204,8 @@ class ProxyAgent:
                     await self._node_seen.wait()
         served = ", ".join(map(str, primary_addresses(self._env.config, self._node)))
         log.warning(
-            "going on without it: no endpoint counts as one of this node, whose own addresses are taken to be %s",
+            "going on without what is not known of node %s, whose own addresses are taken to be %s",
+            self._env.node,
             served or "none (see --bind-address)",
         )
         return self._node
@@ -211,14 +213,11 @@ class ProxyAgent:
     async def _node_is_known(self) -> bool:
         """Whether the Node is there, with what is needed of it; said, when that changes. It is kept for when it goes."""
         node = self._nodes.get(ObjectKey("", self._env.node))
-        if node is None:
-            lacking = "does not exist"
-        elif not primary_addresses(self._env.config, node):
-            lacking = "has no InternalIP or ExternalIP"
-        elif self._by_node_cidr and not (node.spec.pod_cidr or node.spec.pod_cidrs):
-            lacking = "has no podCIDR, which detectLocalMode NodeCIDR needs"
-        else:
+        lacking = self._lacking(node)
+        if node is not None and not (lacking and self._node_was_whole):
             self._node = node
+        if not lacking:
+            self._node_was_whole = True
             self._health.works("node")
             return True
         reason = f"node {self._env.node} {lacking}"
@@ -226,6 +225,16 @@ class ProxyAgent:
             self._health.failed("node", reason)
             log.warning("%s (yet)%s", reason, await self._advice() if node is None else "")
         return False
+
+    def _lacking(self, node: Node | None) -> str:
+        """In words; empty where nothing is."""
+        if node is None:
+            return "does not exist"
+        if not primary_addresses(self._env.config, node):
+            return "has no InternalIP or ExternalIP"
+        if self._by_node_cidr and not (node.spec.pod_cidr or node.spec.pod_cidrs):
+            return "has no podCIDR, which detectLocalMode NodeCIDR needs"
+        return ""
 
     async def _advice(self) -> str:
         likely = await likely_names(self._env.client, own_addresses(await self._env.kernel.observe()))
