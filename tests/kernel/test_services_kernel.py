@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import ipaddress
+import re
 import shutil
 import socket
 import subprocess
@@ -241,6 +242,31 @@ async def test_session_affinity(rig: ServiceRig, family: Family) -> None:
     assert second <= set(left), "an endpoint that is gone is forgotten at once"
     await program(rig, plan, *everyone, **sticky)
     assert await rig.who("p4", plan.cluster_ip, 80, times=20) == second, "the others' affinity stays"
+
+
+@both
+async def test_a_client_is_known_by_every_address_also_after_a_restart(rig: ServiceRig, family: Family) -> None:
+    plan = Plan(family)
+    sticky: dict[str, Any] = {"type": "LoadBalancer", "sessionAffinity": "ClientIP"}
+    everyone = ("p2", "p3", "p4", "far")
+    await program(rig, plan, *everyone, **sticky)
+    ways = ((plan.cluster_ip, 80), (plan.node, 30080), (plan.balancer, 80))
+    chosen = await rig.who("world", *ways[0], times=1)
+    for way in ways:
+        assert await rig.who("world", *way, times=5) == chosen
+
+    rig.planner = ServicePlanner(FACTS)
+    rig.planner.set_service(WEB, plan.service(**sticky), plan.slices(*everyone[::-1]))
+    batch = rig.planner.resync(await rig.kernel.observe_nft(TABLE))
+    assert not batch
+    left = [name for name in everyone if name in chosen or name == "far"]
+    await program(rig, plan, *left, **sticky)
+    for way in ways:
+        assert await rig.who("world", *way, times=5) == chosen
+    await program(rig, plan, *(name for name in everyone if name not in chosen), **sticky)
+    second = await rig.who("world", *ways[2], times=1)
+    for way in ways:
+        assert await rig.who("world", *way, times=5) == second != chosen
 
 
 @both
@@ -496,5 +522,10 @@ async def test_nft_shows_the_rules_to_a_human(rig: ServiceRig) -> None:
         "reject with tcp reset",
         'fd00:10:96::a . tcp . 80 counter packets 0 bytes 0 comment "shop/web6"',
         "fd00:10:96::a . tcp . 80 : 1",
+        "meta priority set ip daddr . meta l4proto . th dport map @memories dnat ip to ip saddr . meta priority map @affinity",
+        "update @affinity { ip saddr . meta priority timeout 3h : ip daddr . th dport }",
     ):
         assert line in shown.stdout, shown.stdout
+    number = re.search(r"10.96.0.10 . tcp . 80 : ([0-9a-f]+:[0-9a-f]+)", shown.stdout)
+    assert number is not None
+    assert f"{number.group(1)} : 10800" in shown.stdout, "a number looks the same as data and as a key"
