@@ -136,6 +136,44 @@ def test_a_service_that_goes_leaves_no_chain() -> None:
     assert planner.desired() == nothing
 
 
+def test_a_chain_of_ours_that_nothing_leads_to_goes_and_no_other_is_touched() -> None:
+    planner = IptablesPlanner(FACTS)
+    planner.set_service(key("web"), *web((1, 2)))
+    tables = execute(empty(), ipv4(planner.take()).text)
+    forgotten = {**tables, ("nat", f"{PREFIX}SVC-OLD"): ["-j RETURN"]}
+    observed = {Family.IPV4: held(forgotten), Family.IPV6: planner.desired()[Family.IPV6]}
+    text = ipv4(planner.resync(observed))
+    assert text.chains == 1
+    assert execute(forgotten, text.text) == tables
+    step = forgotten
+    for part in text.parts(1):
+        step = execute(step, part)
+    assert step == tables
+
+
+def test_jumps_alone_are_something_and_their_places_are_not() -> None:
+    hook = ("nat", "PREROUTING")
+    assert Chains({("nat", f"{PREFIX}X"): ()})
+    assert Chains({}, {hook: ("-j X",)})
+    assert not Chains({}, {hook: ()})
+
+
+def test_connections_to_an_endpoint_are_those_of_clients_inside_and_outside() -> None:
+    planner = IptablesPlanner(FACTS)
+    spec: dict[str, Any] = {"type": "NodePort", "externalTrafficPolicy": "Local", "ports": [{"port": 80, "nodePort": 30080}]}
+    planner.set_service(key("web"), *web((1, 2), **spec))
+    (frontend,) = [f for f in planner.frontends(key("web")) if f.kind is FrontendKind.NODE_PORT]
+    rules = planner.desired()[Family.IPV4].rules.items()
+    text = "\n".join(
+        ("*nat", *(f"[3:180] -A {name} {line}" for (table, name), lines in rules if table == "nat" for line in lines))
+    )
+    _, endpoints = planner.counted({Family.IPV4: text}, endpoints=True)
+    here, elsewhere = sorted(frontend.inside.backends)
+    assert frontend.outside is not None
+    assert frontend.outside.backends == (here,)
+    assert (endpoints[frontend_key(frontend), here], endpoints[frontend_key(frontend), elsewhere]) == (6, 3)
+
+
 def test_another_masquerade_bit() -> None:
     planner = IptablesPlanner(FACTS, masquerade_bit=3)
     planner.set_service(key("web"), *web((1,), type="NodePort"))
