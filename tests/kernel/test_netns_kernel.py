@@ -105,7 +105,7 @@ def test_features_of_this_kernel() -> None:
 def test_a_missing_feature_is_named_with_advice() -> None:
     features = Features(frozenset(Feature) - {Feature.VXLAN})
     assert features.missing == (Feature.VXLAN,)
-    with pytest.raises(Unsupported, match=r"VXLAN devices is not available.*modprobe vxlan") as caught:
+    with pytest.raises(Unsupported, match=r"lacks VXLAN devices: run `sudo modprobe vxlan") as caught:
         features.require(Feature.VETH, Feature.VXLAN)
     assert caught.value.feature == "VXLAN devices"
 

@@ -229,7 +229,7 @@ async def test_what_the_kernel_lacks_is_named(tmp_path: Path, type_: str, featur
         if feature in probe_features().present:
             await stack.enter_async_context(host.running())
             return
-        with pytest.raises(Unsupported, match=rf"^{feature} is not available on this machine: run `sudo modprobe {type_}`"):
+        with pytest.raises(Unsupported, match=rf"^this machine lacks {feature}: run `sudo modprobe {type_}`"):
             await stack.enter_async_context(host.running())
 
 

@@ -170,7 +170,7 @@ def set_delay(fd: int, device: str, milliseconds: float) -> None:
     for ack in outcome.errors.values():
         if milliseconds:
             reason = ack.message or f"error {ack.errno}"
-            raise Unsupported(f"delaying packets (the netem queue: {reason})", "run `sudo modprobe sch_netem`")
+            raise Unsupported(f"what delays packets (the netem queue: {reason})", "run `sudo modprobe sch_netem`")
 
 
 def _stopped(faults: Iterable[Fault]) -> set[str]:

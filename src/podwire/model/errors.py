@@ -25,4 +25,4 @@ class Unsupported(PodwireError):
 
     def __init__(self, feature: str, advice: str = "") -> None:
         self.feature, self.advice = feature, advice
-        super().__init__(f"{feature} is not available on this machine" + (f": {advice}" if advice else ""))
+        super().__init__(f"this machine lacks {feature}" + (f": {advice}" if advice else ""))
