@@ -27,11 +27,11 @@ from podwire.plan.elementbooks import CountedBook, ElementBook, PoolBook
 from podwire.plan.nftdiff import ElementChanges, RuleChanges, diff_ruleset
 from podwire.plan.services_affinity import AffinityBook, Numbers
 from podwire.plan.services_rules import (
-    EXACT,
     NUMBERED,
     PICK,
     PICK_LOCAL,
     REMEMBER_FOR,
+    USUAL,
     Number,
     Sets,
     fixed_chains,
@@ -43,7 +43,7 @@ from podwire.plan.services_rules import (
     table_ref,
 )
 
-_DEPARTED_MOST = 512
+_DEPARTED_MOST = 256
 """So many endpoints may have left before the kernel forgets what was counted of them. One that comes back by then counts on,
 and the change that reaches the number costs some milliseconds instead of each a little more."""
 
@@ -79,12 +79,11 @@ def place_of(key: bytes) -> Place:
 
 
 class NumberBook:
-    """The numbers that have a rule, and how many frontends need each."""
+    """The numbers that need a rule beside the usual ones, and how many frontends need each."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        # A rule that comes makes the kernel look at all elements of its maps: the usual ones are always there.
-        self._users = Counter(_number(chain, n) for chain in (PICK, PICK_LOCAL) for n in range(1, EXACT + 1))
+        self._users: Counter[Number] = Counter()
         self._taken: frozenset[Number] = frozenset()
 
     def use(self, number: Number) -> None:
@@ -122,9 +121,9 @@ def _numbered_rules(family: Family, numbers: frozenset[Number]) -> dict[str, tup
 
 def _numbers_of(frontend: Frontend) -> Iterator[Number]:
     """Those that need a rule which is not always there."""
-    if (backends := len(frontend.inside.backends)) > EXACT:
+    if (backends := len(frontend.inside.backends)) > USUAL:
         yield _number(PICK, pool_size(backends))
-    if frontend.outside is not None and (backends := len(frontend.outside.backends)) > EXACT:
+    if frontend.outside is not None and (backends := len(frontend.outside.backends)) > USUAL:
         yield _number(PICK_LOCAL, pool_size(backends))
     if frontend.affinity_s:
         yield _number(REMEMBER_FOR, frontend.affinity_s)

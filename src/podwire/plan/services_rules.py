@@ -108,7 +108,10 @@ def pack_number(value: int) -> bytes:
 
 
 EXACT = 16
-"""Pools of up to so many backends have a rule each, at all times; larger ones share those of their size."""
+"""Pools of up to so many backends have a rule each; larger ones share those of their size."""
+
+USUAL = 1024
+"""Pools of up to so many backends have their rules at all times."""
 
 _DRAWS = 4
 """How often a random number is drawn that may be nobody's. At most one in three is: one connection in eighty goes on to those
@@ -117,7 +120,7 @@ indices of which each has a backend."""
 
 def pool_size(backends: int) -> int:
     """Out of how many indices to draw one. Above `EXACT` only 24, 32, 48, 64, 96, … (at least two thirds of the indices then
-    have a backend): a rule that comes makes the kernel look at all elements of its maps, so it has to be needed rarely."""
+    have a backend): a rule that comes makes the kernel look at all elements of its maps, so that there have to be few."""
     if backends <= EXACT:
         return backends
     power = 1 << (backends - 1).bit_length()
@@ -127,6 +130,11 @@ def pool_size(backends: int) -> int:
 def _size_below(size: int) -> int:
     """The next smaller size of a pool: all of its indices have a backend."""
     return size * 2 // 3 if size % 3 == 0 else size * 3 // 4
+
+
+_SIZES = tuple(sorted({pool_size(backends) for backends in range(EXACT + 1, USUAL + 1)}))
+_SIZE_CHAINS = {(chain, size): f"{chain}-{size}" for chain in (PICK, PICK_LOCAL) for size in _SIZES}
+"""The usual sizes above `EXACT` have a chain each: a connection to a larger pool passes them by one comparison, not by five."""
 
 
 def pool_number(pool: Pool) -> bytes:
@@ -215,7 +223,7 @@ _BASES = {
 
 
 def fixed_chains() -> tuple[Chain, ...]:
-    regular = (REFUSE, NO_LOCAL, *NUMBERED, _REMEMBER, _INSIDE, _REWRITTEN, masquerade.CHAIN)
+    regular = (REFUSE, NO_LOCAL, *_SIZE_CHAINS.values(), *NUMBERED, _REMEMBER, _INSIDE, _REWRITTEN, masquerade.CHAIN)
     return (*(Chain(name) for name in regular), *(Chain(name, base) for name, base in _BASES.items()))
 
 
@@ -224,6 +232,7 @@ def fixed_rules(family: Family, facts: NodeFacts) -> dict[str, tuple[Rule, ...]]
     return {
         REFUSE: _refuse(family),
         NO_LOCAL: (Rule((Counter(), Immediate(DROP)), "other nodes have endpoints, this one has none"),),
+        **{name: _some_of(family, chain, size, Fields(family).frontend()) for (chain, size), name in _SIZE_CHAINS.items()},
         _INSIDE: _inside(family, facts),
         _REWRITTEN: _rewritten(family, facts),
         masquerade.CHAIN: masquerade.chain_rules(family, facts),
@@ -333,7 +342,9 @@ def numbered_rules(family: Family, in_use: Mapping[str, Collection[int]]) -> dic
     rules: dict[str, tuple[Rule, ...]] = {
         chain: (
             *((_known(family, sets.memories if chain == PICK else sets.other_memories),) if sticky else ()),
-            *(rule for number in sorted(in_use[chain]) for rule in _one_of(family, chain, number)),
+            *(_draw(family, chain, _number_is(family, chain, n), n, f"one of {n}") for n in range(1, EXACT + 1)),
+            *(_if_number(family, chain, size, goto(_SIZE_CHAINS[chain, size]), f"up to {size}") for size in _SIZES),
+            *(rule for number in sorted(in_use[chain]) for rule in _unusual(family, chain, number)),
             _if_number(family, chain, _DROPPED, goto(NO_LOCAL), "no endpoint here"),
             Rule((Immediate(goto(REFUSE)),)),
         )
@@ -363,22 +374,25 @@ def _if_number(family: Family, chain: str, number: int, verdict: Verdict, commen
     return Rule((*_number_is(family, chain, number), Immediate(verdict)), comment)
 
 
-def _one_of(family: Family, chain: str, number: int) -> tuple[Rule, ...]:
+def _unusual(family: Family, chain: str, number: int) -> tuple[Rule, ...]:
     if number == LEFT:
         return (_if_number(family, chain, LEFT, ACCEPT, "served by another"),)
-    if number <= EXACT:
-        return (_draw(family, chain, number, number, f"one of {number}"),)
-    below = _size_below(number)
-    attempt = _draw(family, chain, number, number, f"one of up to {number}")
-    return (*(attempt for _ in range(_DRAWS)), _draw(family, chain, number, below, f"nobody's: one of the first {below}"))
+    return _some_of(family, chain, number, _number_is(family, chain, number))
 
 
-def _draw(family: Family, chain: str, number: int, indices: int, comment: str) -> Rule:
+def _some_of(family: Family, chain: str, size: int, condition: Expressions) -> tuple[Rule, ...]:
+    """`condition` leaves the frontend in the first registers."""
+    below = _size_below(size)
+    attempt = _draw(family, chain, condition, size, f"one of up to {size}")
+    return (*(attempt for _ in range(_DRAWS)), _draw(family, chain, condition, below, f"nobody's: one of the first {below}"))
+
+
+def _draw(family: Family, chain: str, condition: Expressions, indices: int, comment: str) -> Rule:
     f = Fields(family)
     _, backends = _pools_of(family, chain)
     index = Numgen(f.frontend_registers, indices)
     rewrite = Dnat(family_is_ipv6=family is Family.IPV6, reg_address=0, reg_port=f.addr)
-    return Rule((*_number_is(family, chain, number), index, Lookup(backends.name, 0, dreg=0), rewrite), comment)
+    return Rule((*condition, index, Lookup(backends.name, 0, dreg=0), rewrite), comment)
 
 
 _NUMBER = MetaKey.PRIORITY

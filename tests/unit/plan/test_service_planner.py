@@ -36,11 +36,13 @@ IPV4, IPV6 = TableRef(Family.IPV4, TABLE), TableRef(Family.IPV6, TABLE)
 def web(
     count: int, *, first: int = 1, family: Family = Family.IPV4, **spec: object
 ) -> tuple[Service, tuple[EndpointSlice, ...]]:
-    """Service `web` with endpoints 10.244.<n>.2 on node n<n>, for n from `first`."""
-    prefix = "10.244.{}.2" if family is Family.IPV4 else "fd00:10:244:{}::2"
+    """Service `web` with endpoints 10.244.<n>.2 on node n<n>, for n from `first` (10.245.0.2 comes after 10.244.255.2)."""
     cluster_ip = "10.96.0.10" if family is Family.IPV4 else "fd00:10:96::a"
     short = {"name": "web", "clusterIP": cluster_ip, "ports": [{"port": 80, "targetPort": 8080}], **spec}
-    endpoints = [{"ip": prefix.format(n), "node": f"n{n}"} for n in range(first, first + count)]
+    endpoints = [
+        {"ip": f"10.{244 + n // 256}.{n % 256}.2" if family is Family.IPV4 else f"fd00:10:244:{n}::2", "node": f"n{n}"}
+        for n in range(first, first + count)
+    ]
     return service_of(short, family), (slice_of({"service": short, "endpoints": endpoints}, family),)
 
 
@@ -101,14 +103,14 @@ def test_commands_stand_in_an_order_that_is_safe_to_cut() -> None:
     planner = ServicePlanner(FACTS)
     planner.set_service(key("web"), *web(2))
     planner.take_batch()
-    planner.set_service(key("web"), *web(30))
+    planner.set_service(key("web"), *web(1200))
     change = planner.take_batch()
     assert heads(change) == [
         "flush chain ip podwire pick",
         "add element ip podwire endpoints",
         "replace element ip podwire pools",
     ]
-    planner.set_service(key("web"), *web(40))
+    planner.set_service(key("web"), *web(1700))
     change = planner.take_batch()
     assert heads(change) == [
         "flush chain ip podwire pick",
@@ -116,12 +118,13 @@ def test_commands_stand_in_an_order_that_is_safe_to_cut() -> None:
         "replace element ip podwire pools",
         "flush chain ip podwire pick",
     ]
-    assert [large_pools(c) for c in change.commands if isinstance(c, SetRules)] == [{32, 48}, {48}]
+    assert [large_pools(c) for c in change.commands if isinstance(c, SetRules)] == [{1536, 2048}, {2048}]
     planner.set_service(key("web"), *web(2))
     assert heads(planner.take_batch()) == [
         "replace element ip podwire pools",
         "delete element ip podwire endpoints",
         "flush chain ip podwire pick",
+        "sweep set ip podwire connections (1698 keys)",
     ]
 
 
@@ -136,6 +139,22 @@ def test_what_leads_packets_goes_before_what_it_leads_to() -> None:
         assert order.index(first) < order.index(then)
     for first, then in pairwise(("services", "pools", "endpoints")):
         assert order.index(first) < order.index(then)
+
+
+def test_usual_sizes_of_pools_find_their_rules_there() -> None:
+    """A rule that comes would make the kernel look at every element."""
+    planner = ServicePlanner(FACTS)
+    local: dict[str, Any] = {
+        "type": "NodePort",
+        "externalTrafficPolicy": "Local",
+        "ports": [{"port": 80, "targetPort": 8080, "nodePort": 30080}],
+    }
+    planner.set_service(key("web"), *web(1, **local))
+    rules = {ref: state.chains for ref, state in taken(planner).tables.items()}
+    for count in (2, 16, 17, 24, 25, 100, 513, 1024, 3):
+        planner.set_service(key("web"), *web(count, **local))
+        assert not [c for c in planner.take_batch().commands if isinstance(c, SetRules)], count
+    assert {ref: state.chains for ref, state in planner.desired().tables.items()} == rules
 
 
 def heads(batch: Batch) -> list[str]:
@@ -210,18 +229,18 @@ def test_counts_of_endpoints_that_left_go_in_lots_and_of_those_that_came_back_st
     whole, others = web(250), ("other", "another")
     planner.set_service(key("web"), *whole)
     for number, name in enumerate(others):
-        planner.set_service(key(name), *web(200, clusterIP=f"10.96.1.{number}", name=name))
+        planner.set_service(key(name), *web(80, clusterIP=f"10.96.1.{number}", name=name))
     planner.take_batch()
     planner.set_service(key("web"), *web(100, first=151))
     planner.take_batch()
     planner.set_service(key("web"), *whole)
     for name in others:
         planner.set_service(key(name), None)
-    assert not sweeps(planner.take_batch()), "400 have left, 150 are back"
+    assert not sweeps(planner.take_batch()), "160 have left, 150 are back"
     planner.set_service(key("web"), *web(130, first=121))
     (sweep,) = sweeps(planner.take_batch())
     assert sweep.set == sets_of(Family.IPV4).connections
-    assert len(sweep.keys) == 520
+    assert len(sweep.keys) == 280
     front, port = bytes((10, 96, 0, 10, 6, 0, 0, 0, 0, 80, 0, 0)), b"\x1f\x90\0\0"
     assert front + bytes((10, 244, 1, 2)) + port in sweep.keys
     assert front + bytes((10, 244, 121, 2)) + port not in sweep.keys
@@ -285,13 +304,13 @@ def test_resync_touches_only_what_differs_and_keeps_the_order_it_finds() -> None
 
 def test_resync_has_the_rules_for_what_was_and_what_will_be_until_the_elements_have_changed() -> None:
     planner = ServicePlanner(FACTS)
-    planner.set_service(key("web"), *web(40))
+    planner.set_service(key("web"), *web(1700))
     kernel = taken(planner)
     fresh = ServicePlanner(FACTS)
-    fresh.set_service(key("web"), *web(30))
+    fresh.set_service(key("web"), *web(1200))
     batch = Batch(tuple(c for c in fresh.resync(kernel).commands if not isinstance(c, Prune)))
     assert heads(batch)[0] == heads(batch)[-1] == "flush chain ip podwire pick"
-    assert [large_pools(c) for c in batch.commands if isinstance(c, SetRules)] == [{32, 48}, {32}]
+    assert [large_pools(c) for c in batch.commands if isinstance(c, SetRules)] == [{1536, 2048}, {1536}]
     for cut in range(len(batch.commands) + 1):
         chain = kernel.apply(Batch(batch.commands[:cut])).tables[IPV4].chains["pick"]
         assert chain.rules[-1] == fresh.desired().tables[IPV4].chains["pick"].rules[-1], "who is nobody's is refused last"
