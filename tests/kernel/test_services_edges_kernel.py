@@ -202,6 +202,28 @@ async def test_services_work_where_docker_drops_what_is_forwarded(rig: ServiceRi
 
 
 @pytest.mark.parametrize("flavour", Flavour)
+async def test_a_firewall_that_drops_is_opened_for_health_checks(rig: ServiceRig, flavour: Flavour) -> None:
+    if find_programs(flavour) is None:
+        pytest.skip(f"iptables ({flavour}) is not installed")
+    rules = IptablesRules(rig.fds["node"], FACTS, flavour=flavour)
+    await rules.compare()
+    program = f"/usr/sbin/iptables-{flavour}"
+    for arguments in (("-P", "INPUT", "DROP"), ("-A", "INPUT", "-m", "conntrack", "--ctstate", "ESTABLISHED", "-j", "ACCEPT")):
+        stranger_iptables(rig.fds["node"], *arguments, program=program)
+    await rig.serve("node", Family.IPV4, 32000, "198.18.0.11")
+    with pytest.raises(TimeoutError):
+        await rig.ask("world", "198.18.0.11", 32000)
+    web = service(Family.IPV4, "TCP", type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=32000)
+    rules.set_service(web.key, web, listing(Family.IPV4, "TCP", "10.244.1.2"))
+    await rules.program()
+    assert (await rig.ask("world", "198.18.0.11", 32000))[0] == "node"
+    rules.set_service(web.key, None)
+    await rules.program()
+    with pytest.raises(TimeoutError):
+        await rig.ask("world", "198.18.0.11", 32000)
+
+
+@pytest.mark.parametrize("flavour", Flavour)
 async def test_packets_of_no_connection_are_dropped_and_counted(rig: ServiceRig, flavour: Flavour) -> None:
     """kubernetes issue 74839. Without that rule the same packet arrives, which shows that the test can fail."""
     for drops in (False, True):

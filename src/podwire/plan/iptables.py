@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from podwire.model.addr import Family
-from podwire.model.servicetable import Backend, Frontend, NodeFacts, Pool
+from podwire.model.servicetable import Backend, Frontend, NodeFacts, Pool, ServiceTable
 from podwire.plan import iptables_rules as rules
 from podwire.plan.iptables_rules import FILTER, HOOKS, NAT, PREFIX, TABLES, Owned, Rules
 from podwire.plan.serviceledger import ServiceLedger
@@ -102,6 +102,13 @@ class IptablesPlanner(ServiceLedger["FamilyChains"]):
         mark = f"{1 << masquerade_bit:#x}"
         super().__init__(facts, lambda family, known: FamilyChains(family, known, mark, drop_invalid=drop_invalid))
 
+    def _set_table(self, owner: str, new: ServiceTable) -> None:
+        old = self._tables.get(owner)
+        super()._set_table(owner, new)
+        if new.health_check_port != (old.health_check_port if old else 0):
+            for chains in self._maps.values():
+                chains.set_health_check(owner, new.health_check_port)
+
     def take(self) -> list[Restore]:
         """From what was last taken to what is desired now; empty if that is the same."""
         return [text for chains in self._maps.values() if (text := chains.take()) is not None]
@@ -176,6 +183,8 @@ class FamilyChains:
         for table, name in self._roots.values():
             self._chains[table, rules.chain(name)] = ()
         self._chains[NAT, rules.chain("HAIRPIN")] = ()
+        self._chains[FILTER, rules.chain(rules.HEALTH)] = ()
+        self._health_checks: dict[str, int] = {}
         self._before: dict[ChainRef, Rules | None] = dict.fromkeys(self._chains)
         self._taken = False
         self._stale: set[ChainRef] = set()
@@ -239,6 +248,13 @@ class FamilyChains:
                     found[key, packed] = found.get((key, packed), 0) + seen.get((name, rules.destination(packed)), 0)
         return found
 
+    def set_health_check(self, owner: str, port: int) -> None:
+        """0: it has none."""
+        self._health_checks[owner] = port
+        if not port:
+            del self._health_checks[owner]
+        self._stale.add((FILTER, rules.chain(rules.HEALTH)))
+
     def counted(self, kind: str, key: bytes) -> None:
         """An address came or went in `hairpin` or `cluster_ips`."""
         if kind == "hairpin":
@@ -285,6 +301,9 @@ class FamilyChains:
             table, name = ref
             if name == rules.chain("HAIRPIN"):
                 self._put(ref, tuple(rules.hairpin(key[: len(key) // 2]) for key in sorted(self.hairpin.addresses)))
+            elif name == rules.chain(rules.HEALTH):
+                ports = sorted((port, owner) for owner, port in self._health_checks.items())
+                self._put(ref, tuple(rules.health_check(port, owner) for port, owner in ports))
             elif ref in self._root_kinds():
                 kind = self._root_kinds()[ref]
                 held = [b for t, b in self._buckets if t == table and b.startswith(rules.chain(kind + "-"))]

@@ -5,6 +5,7 @@ Named in order of a packet's way; it does the same as `services_rules` does in n
 
     nat PREROUTING ─► from a pod here? INSIDE ; OUTSIDE (externalTrafficPolicy: Local) ; INSIDE ─► I-xx ─► SVC-… (─► SEP-…)
     nat OUTPUT     ─► INSIDE
+    filter INPUT ─► health-check node ports: accepted
     filter INPUT, FORWARD, OUTPUT ─► what was not rewritten although it should: refused or dropped
     filter FORWARD ─► what the connection tracker cannot place: dropped ; to be masqueraded, and known connections: accepted
     nat POSTROUTING ─► REWRITTEN (masquerade) ; LEAVING (masquerade out of the cluster)
@@ -29,6 +30,8 @@ PREFIX = "PODWIRE-"
 """Every chain of ours begins so, and no rule of ours stands in another's but the jumps of `HOOKS`."""
 
 NAT, FILTER = "nat", "filter"
+HEALTH = "HEALTH"
+"""The chain that opens a host's firewall for health-check node ports, as kube-proxy's iptables does and its nftables cannot."""
 TABLES = (NAT, FILTER)
 
 _NEW = "-m conntrack --ctstate NEW "
@@ -112,6 +115,7 @@ def fixed_chains(family: Family, facts: NodeFacts, mark: str, *, drop_invalid: b
         (NAT, chain("LEAVING")): _leaving(family, facts, mark),
         (FILTER, chain("INPUT")): (
             *((f"-d {_LOOPBACK} ! -i lo {_comment('127.0.0.1 is for this machine alone')} -j DROP",) if loopback else ()),
+            f"-j {chain(HEALTH)}",
             f"-g {chain('FILTER')}",
         ),
         (FILTER, chain("FILTER")): (
@@ -232,6 +236,10 @@ def filter_entry(of: Owned, pool: Pool, family: Family) -> Rules:
 
 def refused_cluster_ip(address: bytes) -> str:
     return f'-d {_host(address)} -m comment --comment "no such port on this ClusterIP" -j {chain("REFUSE")}'
+
+
+def health_check(port: int, owner: str) -> str:
+    return f"-p tcp -m tcp --dport {port} {_comment(owner + ' health check')} -j ACCEPT"
 
 
 def hairpin(address: bytes) -> str:

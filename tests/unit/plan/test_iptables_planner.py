@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -123,6 +124,26 @@ def test_one_endpoint_more_touches_one_chain() -> None:
     assert text.chains == 1
     assert text.text.count("-A ") == 4
     assert "--probability 0.33333333349 -j DNAT --to-destination 10.244.1.2:8080" in text.text
+
+
+def test_the_firewall_is_opened_for_health_checks_while_there_are_any() -> None:
+    planner = IptablesPlanner(FACTS)
+    chain = "filter", PREFIX + "HEALTH"
+    short = {"name": "web", "type": "LoadBalancer", "clusterIP": "10.96.0.10", "ports": [{"port": 80, "nodePort": 30080}]}
+    local = {**short, "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000}
+    for wanted, port in ((local, 32000), ({**local, "healthCheckNodePort": 32001}, 32001), (short, 0), (local, 32000)):
+        planner.set_service(key("web"), service_of(wanted, Family.IPV4))
+        for family in Family:
+            rule = f'-p tcp -m tcp --dport {port} -m comment --comment "shop/web health check" -j ACCEPT'
+            assert planner.desired()[family].rules[chain] == ((rule,) if port else ())
+    planner.take()
+    planner.set_service(key("web"), None)
+    assert [list(table.changed) for text in planner.take() for table in text.tables if table.table == "filter"][1:] == [
+        [chain[1]]
+    ]
+    planner.set_service(key("web"), service_of(local, Family.IPV4))
+    planner.set_facts(replace(FACTS, zone="z9"))
+    assert len(planner.desired()[Family.IPV6].rules[chain]) == 1
 
 
 def test_a_service_that_goes_leaves_no_chain() -> None:
