@@ -9,10 +9,11 @@ from service_worlds import canonical
 
 from podwire.model.addr import Family
 from podwire.model.ipvs import DelReal, DelVirtual, IpvsOp, SetReal, SetVirtual, VirtualKey, VirtualServer
-from podwire.model.nft import AddTable, Batch, DelTable, Ruleset, TableRef
+from podwire.model.nft import AddTable, Batch, DelTable, Prune, Ruleset, TableRef
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.servicetable import backend
 from podwire.plan.ipvs import TABLE, IpvsPlanner, after, introduce, ours, retire
+from podwire.plan.nftexprs import destination_rewritten
 from podwire.plan.services_maps import frontend_key
 from podwire.plan.services_rules import LEFT, pack_number
 
@@ -65,6 +66,29 @@ def test_nobody_to_serve_it_is_the_rules_business() -> None:
     assert planner.servers() == {}
     assert planner.bound() == frozenset()
     assert LEFT_TO_IPVS not in numbers(planner, "pools").values()
+
+
+OUTSIDE_HERE: dict[str, Any] = {"type": "NodePort", "externalTrafficPolicy": "Local", "sessionAffinity": "ClientIP"}
+
+
+def test_whom_ipvs_serves_the_maps_do_not_remember() -> None:
+    planner = planned(1, 2, 3, **OUTSIDE_HERE)
+    assert planner.servers()[VirtualKey(NODE, 6, 30080)].persistence_s == 10800
+    table = Ruleset().apply(planner.take().batch).tables[TableRef(Family.IPV4, TABLE)]
+    assert len(table.sets["memories"].elements) == 1, "the node's own clients of the node port"
+    assert not table.sets["other-memories"].elements
+    remembering = [rule for rule in table.chains["remember"].rules if "jump remember-for" in str(rule)]
+    assert remembering
+    assert all(rule.expressions[:3] == destination_rewritten() for rule in remembering), "what IPVS leads, nftables did not"
+
+
+def test_after_a_restart_nobody_is_remembered_at_an_endpoint_that_left_meanwhile() -> None:
+    before = Ruleset().apply(planned(1, 2, 3, **OUTSIDE_HERE).take().batch)
+    batch = planned(1, 2, **OUTSIDE_HERE).resync(before)
+    (prune, _) = [c for c in batch.commands if isinstance(c, Prune) and c.set.name == "affinity"]
+    assert prune.table.family is Family.IPV4
+    assert prune.others
+    assert list(prune.keep.values()) == [frozenset((A, B))]
 
 
 def test_what_ipvs_serves_is_in_no_map() -> None:
