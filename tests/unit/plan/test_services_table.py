@@ -105,6 +105,11 @@ def test_the_order_of_slices_does_not_matter() -> None:
     assert service_table(svc, (one, two), FACTS) == service_table(svc, (two, one), FACTS)
 
 
+def test_who_is_listed_twice_is_as_likely_as_the_others() -> None:
+    slices = (piece("IPv4", at("10.244.1.2"), at("10.244.2.2")), piece("IPv4", at("10.244.2.2"), at("10.244.2.2")))
+    assert pools(service(clusterIP="10.96.0.10"), *slices) == {"10.96.0.10": ["10.244.1.2", "10.244.2.2"]}
+
+
 def test_addresses_and_backends_are_packed() -> None:
     assert pack_address("10.244.1.2") == bytes((10, 244, 1, 2))
     assert pack_address("::1") == bytes(15) + b"\1"
