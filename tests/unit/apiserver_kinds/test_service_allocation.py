@@ -11,6 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from podwire.apiserver.addressranges import Source, static_band
 from podwire.apiserver.allocation import (
+    IP_PREFIX,
     Allocation,
     AllocationFailed,
     RangeFull,
@@ -244,6 +245,24 @@ def test_an_address_of_overlapping_ranges_is_taken_in_all_of_them() -> None:
         decide.plan(service())
     decide.settle(decide.release(service(clusterIPs=["10.0.0.8"], clusterIP="10.0.0.8")))
     assert decide.plan(service()).sources == (more("wider", 12),)
+
+
+def test_ranges_are_asked_in_their_own_order_whenever_they_came() -> None:
+    decide = ServiceAllocator(ServiceRanges((V4,), PORTS), first)
+    for source, network in (("b", "10.2.0.0/29"), ("a", "10.1.0.0/29")):
+        decide.set_range(more(source), [ip_network(network)])
+    decide.set_range(DEFAULT, [ip_network("10.0.0.0/29")])
+    given = [str(given_to(decide.plan(service()))["clusterIP"])[:5] for _ in range(18)]
+    assert given == ["10.0."] * 6 + ["10.1."] * 6 + ["10.2."] * 6
+
+
+def test_all_of_a_range_is_to_be_had_after_the_store_was_read_anew() -> None:
+    decide = allocator(ip_network("10.0.0.0/29"))
+    held_before = [key for _ in range(4) for key in decide.plan(service()).acquire]
+    decide.start_over(IP_PREFIX, held_before[:1])
+    assert len({given_to(decide.plan(service()))["clusterIP"] for _ in range(5)}) == 5
+    with pytest.raises(RangeFull):
+        decide.plan(service())
 
 
 def test_what_was_taken_before_its_range_came_is_taken() -> None:

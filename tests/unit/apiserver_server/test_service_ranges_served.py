@@ -157,6 +157,27 @@ async def test_an_address_that_somebody_reserved_is_not_given(api: Api) -> None:
     assert await cluster_ip(api, "a", clusterIP="10.96.0.77") == "10.96.0.77"
 
 
+async def test_a_wish_that_another_server_has_just_met_is_refused_as_taken(serve: Serve) -> None:
+    store = MemoryStore()
+    late = LateNews(store)
+    one, two = await serve(store), await serve(late)
+    late.told.clear()
+    await cluster_ip(one, "a", clusterIP="10.96.0.77")
+    wish = {"metadata": {"name": "b"}, "spec": {"ports": [{"port": 80}], "clusterIP": "10.96.0.77"}}
+    making = asyncio.create_task(two("POST", SERVICES, wish))
+    await asyncio.wait((making,), timeout=0.05)
+    late.told.set()
+    answer = await making
+    assert (answer.code, b"provided IP is already allocated" in answer.body) == (422, True)
+
+
+async def test_the_servers_own_range_is_used_first_also_when_it_is_the_youngest(serve: Serve) -> None:
+    store = MemoryStore()
+    await add(await serve(store, ranges("10.96.0.0/24")), "a", "10.112.0.0/24")
+    elsewhere = await serve(store, ranges("10.97.0.0/24"))
+    assert (await cluster_ip(elsewhere, "web")).startswith("10.97.0.")
+
+
 async def everything_agrees(store: MemoryStore) -> int:
     """How many addresses Services have, once it is clear that each has its object, and one holder."""
     services = await store.list("/registry/services/specs/")

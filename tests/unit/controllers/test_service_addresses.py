@@ -1,14 +1,20 @@
 """ServiceCIDRs that go, and IPAddresses that somebody touched, through the real API server and the real controllers."""
 
+import asyncio
 import ipaddress
+from dataclasses import replace
+from datetime import UTC, datetime
+from random import Random
 from typing import Any
 
 import msgspec
 import pytest
-from live_cluster import LiveCluster, live_cluster
+from live_cluster import CONFIG, LiveCluster, live_cluster
 
 from podwire.client.errors import AlreadyExists
-from podwire.controllers.serviceaddresses import uncovered
+from podwire.controllers.base import Context
+from podwire.controllers.serviceaddresses import ServiceAddresses, Subject, uncovered
+from podwire.model.ids import ObjectKey
 from podwire.model.meta import Json
 from podwire.model.resources import EVENTS, IPADDRESSES, SERVICECIDRS, SERVICES
 from podwire.model.servicecidr import FINALIZER, MANAGED_LABEL, IPAddressObject, ServiceCIDR, address_document, covered
@@ -53,6 +59,29 @@ async def test_a_range_goes_when_no_address_would_be_left_without_one() -> None:
         assert going["status"]["conditions"][0]["message"].startswith("There are still IPAddresses referencing the ServiceCIDR")
         await cluster.client.delete(SERVICES, "a", "default")
         await cluster.until(SERVICECIDRS, lambda items: named(items, "more") is None)
+
+
+async def test_a_range_stays_for_an_address_of_which_the_controller_has_not_heard_yet() -> None:
+    async with live_cluster(replace(CONFIG, disabled=frozenset({ServiceAddresses.name}))) as cluster:
+        context = Context(cluster.client, CONFIG, lambda: datetime.now(UTC), Random(1))
+        known = context.cluster
+        watching = [asyncio.create_task(i.run()) for i in (known.ip_addresses, known.service_cidrs, known.services)]
+        for informer in (known.ip_addresses, known.service_cidrs, known.services):
+            await informer.synced()
+        watching[0].cancel()
+        await add_range(cluster, "more", "10.112.0.0/28")
+        await add_service(cluster, "a", "10.112.0.3")
+        await known.service_cidrs.caught_up(await cluster.client.delete(SERVICECIDRS, "more"))
+        controller, subject = ServiceAddresses(context), Subject(SERVICECIDRS, ObjectKey("", "more"))
+        await controller.sync(subject)
+        assert (await cluster.client.get(SERVICECIDRS, "more"))["metadata"]["finalizers"] == [FINALIZER]
+        await cluster.client.delete(SERVICES, "a", "default")
+        await controller.sync(subject)
+        assert named(await cluster.items(SERVICECIDRS), "more") is None
+        controller.queue.close()
+        for task in watching:
+            task.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
 
 
 async def test_a_range_goes_when_another_covers_its_addresses() -> None:
