@@ -138,9 +138,8 @@ def test_the_firewall_is_opened_for_health_checks_while_there_are_any() -> None:
             assert planner.desired()[family].rules[chain] == ((rule,) if port else ())
     planner.take()
     planner.set_service(key("web"), None)
-    assert [list(table.changed) for text in planner.take() for table in text.tables if table.table == "filter"][1:] == [
-        [chain[1]]
-    ]
+    texts = {text.family: text for text in planner.take()}
+    assert [list(table.changed) for table in texts[Family.IPV6].tables] == [[chain[1]]], "the other family has no more of it"
     planner.set_service(key("web"), service_of(local, Family.IPV4))
     planner.set_facts(replace(FACTS, zone="z9"))
     assert len(planner.desired()[Family.IPV6].rules[chain]) == 1
