@@ -35,10 +35,12 @@ from podwire.model.nft import (
     Hook,
     NftSet,
     ReplaceElements,
+    Rule,
+    SetRules,
     Sweep,
     TableRef,
 )
-from podwire.model.nftexpr import goto
+from podwire.model.nftexpr import DROP, Cmp, CmpOp, Immediate, Meta, MetaKey, goto
 from podwire.model.objects import EndpointPort, EndpointSlice, Pod, Service
 from podwire.model.ops import CommitNft
 from podwire.plan.services import TABLE, ServicePlanner
@@ -267,6 +269,29 @@ async def test_a_client_is_known_by_every_address_also_after_a_restart(rig: Serv
     second = await rig.who("world", *ways[2], times=1)
     for way in ways:
         assert await rig.who("world", *way, times=5) == second != chosen
+
+
+@both
+async def test_the_number_by_which_a_client_is_remembered_leaves_with_no_packet(rig: ServiceRig, family: Family) -> None:
+    """Whoever shapes traffic by `meta priority` would read it."""
+    plan, table = Plan(family), TableRef(family, "shaper")
+    marked = (Meta(MetaKey.L4PROTO, 0), Cmp(CmpOp.EQ, 0, b"\6"), Meta(MetaKey.PRIORITY, 0), Cmp(CmpOp.NEQ, 0, bytes(4)))
+    behind = {hook: Chain(hook.name.lower(), BaseHook("filter", hook, 300)) for hook in (Hook.INPUT, Hook.POSTROUTING)}
+    commands: list[Command] = [AddTable(table), *(AddChain(table, chain) for chain in behind.values())]
+    commands += [SetRules(table, chain.name, (Rule((*marked, Immediate(DROP))),)) for chain in behind.values()]
+    applied = await rig.kernel.apply((CommitNft(Batch(tuple(commands))),))
+    assert applied.ok, applied.failures
+    await rig.serve("node", family, 8080, plan.gateway)
+    sticky: dict[str, Any] = {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "sessionAffinity": "ClientIP"}
+    await program(rig, plan, "p2", "far", **sticky)
+    for where in ("p4", "world", "node"):
+        for way in ((plan.cluster_ip, 80), (plan.node, 30080), (plan.balancer, 80)):
+            assert len(await rig.who(where, *way, times=3)) == 1
+    node_itself = msgspec.structs.replace(plan.slices("p2")[0].endpoints[0], addresses=(plan.gateway,))
+    pieces = tuple(msgspec.structs.replace(piece, endpoints=(node_itself,)) for piece in plan.slices("p2"))
+    rig.planner.set_service(WEB, plan.service(**sticky), pieces)
+    await rig.program()
+    assert await rig.who("world", plan.node, 30080, times=3) == {"node"}, "an endpoint on the node itself: by the input hook"
 
 
 @both
