@@ -4,11 +4,11 @@ import ipaddress
 from typing import Any
 
 import msgspec
-from service_cases import FACTS
+from service_cases import FACTS, pod_of
 
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.servicetable import FrontendKind, backend, backend_address, backend_port
-from podwire.plan.services_table import pack_address, service_table
+from podwire.plan.services_table import host_port_table, pack_address, service_table
 
 
 def service(**spec: Any) -> Service:
@@ -108,6 +108,26 @@ def test_the_order_of_slices_does_not_matter() -> None:
 def test_who_is_listed_twice_is_as_likely_as_the_others() -> None:
     slices = (piece("IPv4", at("10.244.1.2"), at("10.244.2.2")), piece("IPv4", at("10.244.2.2"), at("10.244.2.2")))
     assert pools(service(clusterIP="10.96.0.10"), *slices) == {"10.96.0.10": ["10.244.1.2", "10.244.2.2"]}
+
+
+def test_only_a_balancers_service_of_policy_local_has_its_health_asked_for() -> None:
+    slices = (piece("IPv4", at("10.244.1.2", nodeName="n1")),)
+    for spec in ({}, {"type": "NodePort", "externalTrafficPolicy": "Local"}, {"type": "LoadBalancer"}):
+        table = service_table(service(clusterIP="10.96.0.10", healthCheckNodePort=30999, **spec), slices, FACTS)
+        assert (table.health_check_port, table.local_ready) == (0, 1)
+
+
+def test_ports_of_containers_that_are_no_host_ports_are_left_out() -> None:
+    ports = [
+        {"containerPort": 8080},
+        {"containerPort": 8081, "hostPort": 81, "protocol": "ICMP"},
+        {"containerPort": 8082, "hostPort": 82},
+    ]
+    table = host_port_table(pod_of({"name": "edge", "ip": "10.244.1.9", "ports": ports}), FACTS)
+    assert [(f.port, [backend_port(b) for b in f.inside.backends]) for f in table.frontends] == [(82, [8082])]
+    assert table.local_addresses == {bytes((10, 244, 1, 9))}
+    nothing = host_port_table(pod_of({"name": "edge", "ip": "10.244.1.9", "ports": ports[:2]}), FACTS)
+    assert (nothing.frontends, nothing.local_addresses) == ((), frozenset())
 
 
 def test_addresses_and_backends_are_packed() -> None:
