@@ -27,6 +27,7 @@ from podwire.client.api import ApiClient
 from podwire.controllers.config import ControllersConfig, default_cluster_cidr
 from podwire.controllers.nodeipam import NodeIpam
 from podwire.controllers.run import NAMES, run_controllers
+from podwire.kernel.commands import find_program
 from podwire.model.meta import Json
 from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES
 from podwire.model.timestamps import format_time
@@ -241,6 +242,7 @@ table ip other-proxy {
 """
 
 
+@pytest.mark.skipif(not find_program("nft"), reason="the nft program is not installed")
 async def test_beside_another_proxy_only_what_asks_for_this_one(site: Site) -> None:
     """Its Services are not dropped as unused addresses of their range, even where its rules come after these."""
     host = site.hosts[1]

@@ -1,7 +1,6 @@
 """What others do to a proxy's rules is put back within a second, said and counted, and nobody else's rules are touched."""
 
 import asyncio
-import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator
@@ -11,6 +10,7 @@ import pytest
 import pytest_asyncio
 from proxysite import Site, proxy_site, until
 
+from podwire.kernel.commands import find_program
 from podwire.kernel.iptables import Flavour, find_programs
 from podwire.kernel.netns import run_in_netns
 
@@ -46,9 +46,8 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 def run(site: Site, program: str, *arguments: str) -> str:
-    path = shutil.which(program) or f"/usr/sbin/{program}"
-    if not Path(path).exists():
-        pytest.skip(f"{program} is not installed")
+    if not (path := find_program(program)):
+        pytest.skip(f"the {program} program is not installed")
     command = [path, *arguments]
     done = run_in_netns(site.rig.fds["node"], lambda: subprocess.run(command, check=True, capture_output=True, text=True))
     return done.stdout
