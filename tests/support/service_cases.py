@@ -96,6 +96,10 @@ class Expectation:
     source: str
     ipvs: str = ""
 
+    @property
+    def in_ipvs(self) -> "Expectation":
+        return replace(self, fate=self.ipvs, reaches=frozenset()) if self.ipvs else self
+
 
 class Fed(Protocol):
     """Whoever plans Services: a planner, or a back end."""
@@ -124,12 +128,13 @@ Step = tuple[tuple[dict[str, Any], ...], Expectation | None, int]
 
 @dataclass(frozen=True)
 class Story:
-    """Packets and changes in a row, where what a packet finds depends on those before it."""
+    """Packets and changes in a row, where what a packet finds depends on those before it. `back_ends`: those it is true of."""
 
     name: str
     family: Family
     facts: NodeFacts
     steps: tuple[Step, ...]
+    back_ends: tuple[str, ...]
 
     def feed_one(self, planner: Fed, item: dict[str, Any]) -> None:
         feed(planner, item, self.family)
@@ -165,7 +170,8 @@ def load_stories() -> Iterator[Story]:
             (tuple(s.get("objects", ())), expectation(s, family) if "to" in s else None, s.get("draw", 0))
             for s in item["steps"]
         )
-        yield Story(name, family, facts_of(item.get("node", {})), steps)
+        back_ends = tuple(item.get("back_ends", ("nftables", "iptables", "ipvs")))
+        yield Story(name, family, facts_of(item.get("node", {})), steps, back_ends)
 
 
 def cases_with(part: str) -> Iterator[tuple[str, Family, dict[str, Any]]]:

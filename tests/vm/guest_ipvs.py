@@ -5,7 +5,7 @@ import ipaddress
 import socket
 from collections.abc import AsyncIterator
 from contextlib import closing
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import msgspec
 import pytest
 import pytest_asyncio
 from packetrig import PacketRig, packet_rig, sendable
-from promiserig import broken_promises, prepare, some_clusters
+from promiserig import broken_promises, prepare
 from proxysite import WEB as WEB_IP
 from proxysite import proxy_site, until
 from service_cases import FACTS, load_cases
+from service_proof import disagreements, refused_where_bound
+from service_worlds import change_to, some_clusters
 from servicerig import ServiceRig, service_rig
 
 from podwire.agent.proxymodes.ipvs import IpvsRules
@@ -29,6 +31,7 @@ from podwire.model.ipvs import DelVirtual, SetVirtual, VirtualKey
 from podwire.model.objects import EndpointSlice, Service
 from podwire.plan.ipvs import DEVICE, TABLE
 from podwire.plan.services_maps import place_of
+from podwire.trace.ipvs import IpvsNode, follow
 from podwire.trace.oracle import Outcome
 
 # Not marked `kernel`: IPVS' switches are not to be had in a user namespace. Here root has the machine for itself, and the rigs
@@ -67,11 +70,7 @@ async def test_every_case(packets: PacketRig) -> None:
         rules = IpvsRules(packets.kernel, packets.node, case.facts)
         case.feed(rules)
         await rules.compare()
-        for expected in case.packets:
-            if not sendable(expected):
-                continue
-            if expected.ipvs:
-                expected = replace(expected, fate=expected.ipvs, reaches=frozenset())
+        for expected in (packet.in_ipvs for packet in case.packets if sendable(packet)):
             seen = packets.send(expected)
             if not packets.fits(expected, seen):
                 wrong.append(f"{case.name}: {expected.label}: {seen}, not {expected.fate}")
@@ -108,6 +107,23 @@ async def test_real_packets_meet_what_is_promised(servers: ServiceRig, family: F
     wrong, tried = await broken_promises(servers, rules, some_clusters(family, CLUSTERS, real=True))
     assert not wrong, "\n".join(wrong)
     assert min(tried[kind] for kind in (Outcome.SERVED, Outcome.REFUSED, Outcome.DROPPED)) > 10, tried
+
+
+@pytest.mark.parametrize("family", Family, ids=lambda f: f.value)
+async def test_what_is_read_back_keeps_every_promise(servers: ServiceRig, family: Family) -> None:
+    await NftRules(servers.kernel, FACTS).remove()
+    rules = IpvsRules(servers.kernel, servers.fds["node"], FACTS)
+    before = None
+    for cluster in some_clusters(family, CLUSTERS):
+        change_to(rules, before, cluster)
+        rules.set_facts(cluster.node)
+        await rules.compare()
+        before = cluster
+        network = await servers.kernel.observe()
+        bound = frozenset(a.interface.ip.packed for a in network.addresses if a.dev == DEVICE)
+        held = IpvsNode(await servers.kernel.observe_nft(TABLE), observed(servers).servers, bound)
+        found = list(disagreements(cluster, partial(follow, held), refused_where_bound(bound)))
+        assert not found, "\n".join(found)
 
 
 def service(**spec: Any) -> Service:

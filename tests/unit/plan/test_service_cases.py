@@ -1,27 +1,29 @@
-"""The case files: objects → rules → what becomes of packets, by the evaluator; and the same asked of the oracle."""
+"""The case files: objects → rules → what becomes of packets, by each back end's evaluator; and asked of the oracle."""
+
+from dataclasses import replace
 
 import pytest
+from draws import told
 from service_cases import Case, Story, load_cases, load_stories
-from service_checks import Objects, assert_oracle_says, assert_rules_do
-from service_worlds import pruned
+from service_checks import Objects, assert_kernel_does, assert_oracle_says, machine_of
+from simulated import BACK_ENDS, remember
 
-from podwire.model.nft import Ruleset
-from podwire.plan.services import ServicePlanner
-from podwire.trace.journey import Fate, Learned, Machine
-from podwire.trace.netfilter import follow
+from podwire.trace.journey import Fate
 
 CASES = list(load_cases(special=True))
 STORIES = list(load_stories())
 
 
+@pytest.mark.parametrize("back_end", BACK_ENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_packets_go_where_the_case_says(case: Case) -> None:
-    planner = ServicePlanner(case.facts)
-    case.feed(planner)
-    ruleset = Ruleset().apply(planner.take_batch())
-    assert ruleset == planner.desired()
+def test_packets_go_where_the_case_says(case: Case, back_end: str) -> None:
+    kernel = BACK_ENDS[back_end](case.facts)
+    case.feed(kernel)
+    kernel.program()
+    assert kernel.held() == kernel.desired()
     for expectation in case.packets:
-        assert_rules_do(ruleset, expectation, case.facts, case.name)
+        expected = expectation.in_ipvs if back_end == "ipvs" else expectation
+        assert_kernel_does(kernel.walk, expected, case.facts, case.name)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -35,25 +37,20 @@ def test_the_oracle_promises_what_the_case_says(case: Case) -> None:
 # --- sequences of packets and changes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.name)
-def test_clients_are_remembered_as_the_story_says(story: Story) -> None:
-    """The rules' memory is that of the kernel: what a packet leaves in a dynamic set stays until it is pruned."""
-    planner = ServicePlanner(story.facts)
-    ruleset = Ruleset()
-    learned: Learned = {}
+@pytest.mark.parametrize(("story", "back_end"), [pytest.param(s, b, id=f"{s.name}-{b}") for s in STORIES for b in s.back_ends])
+def test_clients_are_remembered_as_the_story_says(story: Story, back_end: str) -> None:
+    """The kernel keeps what a packet leaves in it until it is told to forget."""
+    kernel = BACK_ENDS[back_end](story.facts)
     for number, (objects, expectation, draw) in enumerate(story.steps):
         for item in objects:
-            story.feed_one(planner, item)
-        batch = planner.take_batch()
-        ruleset = ruleset.apply(batch)
-        learned = pruned(learned, batch)
+            story.feed_one(kernel, item)
+        kernel.program()
         if expectation is None:
             continue
-        machine = Machine(frozenset(story.facts.node_ips), lambda n, draw=draw: draw % n, learned)  # type: ignore[misc]  # bound now
-        result = follow(ruleset, expectation.packet, machine, locally_made=expectation.locally_made)
+        machine = told(replace(machine_of(story.facts), learned=kernel.memory), draw)
+        result = kernel.walk(expectation.packet, machine, locally_made=expectation.locally_made)
+        remember(kernel, result)
         why = f"{story.name}, step {number}: {expectation.label}"
         assert result.fate.value == expectation.fate, why
         if expectation.fate == Fate.PASS.value:
             assert {(str(result.packet.dst), result.packet.dport)} == expectation.reaches, why
-        for place, elements in result.learned.items():
-            learned = {**learned, place: {**learned.get(place, {}), **elements}}
