@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hypothesis import HealthCheck, Phase, given, settings
 from service_cases import to_ipv6
-from service_worlds import change_to, clusters, connections
+from service_worlds import change_to, connections
 from servicerig import ServiceRig
 
 from podwire.agent.proxymodes.port import ServiceRules
@@ -27,20 +26,6 @@ _SWITCHES = {
     "net/ipv4/icmp_ratelimit": "0",
     "net/ipv6/icmp/ratelimit": "0",
 }
-
-
-def some_clusters(family: Family, count: int, *, real: bool) -> list[Cluster]:
-    """The same ones in each run, so that what the kernel is asked does not depend on luck."""
-    found: list[Cluster] = []
-
-    @settings(max_examples=count, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(clusters(family, real=real))
-    def gather(cluster: Cluster) -> None:
-        found.append(cluster)
-
-    gather()
-    return found
 
 
 async def prepare(rig: ServiceRig) -> None:
