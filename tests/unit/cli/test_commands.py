@@ -53,6 +53,11 @@ def test_version() -> None:
         assert CliRunner().invoke(main, [asked]).output == f"podwire {podwire.__version__}\n"
 
 
+def test_python_finds_it_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "podwire", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"podwire {podwire.__version__}\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

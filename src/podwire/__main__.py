@@ -1,0 +1,5 @@
+"""`python -m podwire` is `podwire`."""
+
+from podwire.cli.main import main
+
+main()
