@@ -1,12 +1,14 @@
 """A proxy's metrics have the names, types and labels of kube-proxy 1.34's, and count what they say."""
 
 import re
+from datetime import UTC, datetime
 
+import msgspec
 import pytest
 
-from podwire.agent.proxy.metrics import ProxyMetrics, rule_counts
+from podwire.agent.proxy.metrics import LAST_CHANGE, ProxyMetrics, rule_counts
 from podwire.agent.proxymodes.port import RuleCount
-from podwire.agent.rounds import Round, Served
+from podwire.agent.rounds import Round, Served, Versions
 from podwire.client.informer import Change
 from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
@@ -14,6 +16,7 @@ from podwire.model.meta import ObjectMeta
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import Frontend, FrontendKind, Pool, ServiceTable
+from podwire.model.timestamps import format_time
 
 # From Kubernetes' reference of metrics (instrumentation/metrics): name → type, labels.
 KUBE_PROXYS = {
@@ -111,6 +114,79 @@ def test_changes_are_pending_until_they_are_programmed() -> None:
     text = text_of(found)
     assert "kubeproxy_sync_proxy_rules_service_changes_total 2" in text
     assert "kubeproxy_sync_proxy_rules_endpoint_changes_total 2" in text
+
+
+def test_of_two_slices_the_newer_one_stays_pending() -> None:
+    found = metrics()
+    heard(found, None, piece(2))
+    heard(found, None, piece(3, "web-2"))
+    programmed(found, service(1), piece(2))
+    assert found.pending == (0, 1)
+    programmed(found, service(1), piece(2), piece(3, "web-2"))
+    assert found.pending == (0, 0)
+
+
+def test_programming_is_timed_from_the_change_that_led_to_it_once() -> None:
+    now = 1000.0
+    found = ProxyMetrics(wall=lambda: now, loop_time=lambda: 5.0, mode=lambda: ProxyMode.NFTABLES)
+
+    def changed(at: float) -> EndpointSlice:
+        trigger = {LAST_CHANGE: format_time(datetime.fromtimestamp(at, UTC))}
+        return msgspec.structs.replace(piece(2), metadata=msgspec.structs.replace(piece(2).metadata, annotations=trigger))
+
+    def seen() -> list[str]:
+        name = "kubeproxy_network_programming_duration_seconds"
+        return re.findall(rf'^{name}_(?:sum|count){{ip_family="IPv4"}} (\S+)$', text_of(found), re.MULTILINE)
+
+    programmed(found, service(1), changed(999.0), piece(3, "web-2"))
+    assert seen() == ["0", "0"], "from before the start"
+    now = 1004.5
+    for _ in range(2):
+        programmed(found, service(1), changed(1003.0))
+        assert seen() == ["1.5", "1"]
+    heard(found, changed(1003.0), None)
+    programmed(found, service(1), changed(1003.0))
+    assert seen() == ["3", "2"], "one of that name that is made again is another"
+    programmed(found, service(1), changed(1006.0))
+    assert seen() == ["3", "3"], "clocks that disagree"
+
+
+def test_what_is_counted_of_our_own() -> None:
+    found = metrics()
+    reached = Frontend(bytes(4), 6, 80, FrontendKind.CLUSTER_IP, Pool())
+    changed = {
+        WEB: Served(service(1), (), ServiceTable((reached,))),
+        ObjectKey("a", "b"): Served(service(1), (), ServiceTable()),
+    }
+    found.round(Round(changed=changed, full=True, seconds=0.1, queued=4.0, commands=7, repaired=True))
+    found.round(Round(changed={}, full=False, seconds=0.1, queued=4.0, commands=2))
+    text = found.text({"rules": 2}, {"conntrack": "refused"}, Versions("12", "not-a-number"))
+    for line in (
+        "podwire_proxy_services 1",
+        "podwire_proxy_commands_total 9",
+        "podwire_proxy_repairs_total 1",
+        'podwire_proxy_repaired_total{kind="rules"} 2',
+        'podwire_proxy_degraded{subject="conntrack"} 1',
+        'podwire_proxy_programmed_resource_version{resource="services"} 12',
+        'kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds{ip_family="IPv4"} 999',
+        'kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv6"} 1000',
+    ):
+        assert f"{line}\n" in text
+    assert 'resource="endpointslices"' not in text
+
+
+def test_frontends_that_a_policy_leaves_without_endpoints() -> None:
+    found = metrics()
+    some, none = Pool((bytes(8),)), Pool(drop=True)
+    six = Frontend(bytes(16), 6, 80, FrontendKind.CLUSTER_IP, none)
+    node_port = Frontend(bytes(4), 6, 80, FrontendKind.NODE_PORT, some, outside=none)
+    refused = Frontend(bytes(4), 6, 81, FrontendKind.NODE_PORT, Pool(), outside=Pool())
+    table = ServiceTable((six, node_port, refused))
+    found.round(Round(changed={WEB: Served(service(1), (), table)}, full=True, seconds=0.1, queued=4.0))
+    assert {k: n for k, n in found.no_local_endpoints().items() if n} == {
+        ("internal", Family.IPV6): 1,
+        ("external", Family.IPV4): 1,
+    }
 
 
 def test_what_goes_is_a_change_too() -> None:

@@ -62,6 +62,8 @@ class ProxyMetrics:
 
     def slice_heard(self, change: Change[EndpointSlice]) -> None:
         self._totals["endpoint changes"] += 1
+        if change.new is None:
+            self._triggers.pop(change.key, None)
         for version in (change.old, change.new):
             if version is not None and version.service:
                 of = ObjectKey(change.key.namespace, version.service)
