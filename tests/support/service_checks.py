@@ -2,19 +2,16 @@
 
 import ipaddress
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 from draws import every_way, told
 from service_cases import Expectation
 from service_proof import Walk
 
 from podwire.model.ids import ObjectKey
-from podwire.model.nft import Ruleset
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.services_table import PROTOCOLS
 from podwire.trace.journey import Fate, Machine, Result
-from podwire.trace.netfilter import follow
 from podwire.trace.oracle import Cluster, Connection, Outcome, Promise, promise
 
 LOOPBACK = ipaddress.ip_address("127.0.0.1")
@@ -63,11 +60,6 @@ def outcomes(walk: Walk, expectation: Expectation, facts: NodeFacts) -> Iterator
         return
     for draw in range(0, len(expectation.reaches), len(expectation.reaches) // _FEW):
         yield run(told(machine_of(facts), draw))
-
-
-def assert_rules_do(ruleset: Ruleset, expectation: Expectation, facts: NodeFacts, where: str) -> None:
-    """The same of nftables' rules."""
-    assert_kernel_does(partial(follow, ruleset), expectation, facts, where)
 
 
 def assert_kernel_does(walk: Walk, expectation: Expectation, facts: NodeFacts, where: str) -> None:
