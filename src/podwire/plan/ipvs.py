@@ -146,7 +146,7 @@ class IpvsMaps(FamilyMaps):
         if left:
             self._left[key] = left
         self._serve(old if was else None, frontend if left else None)
-        super().program(key, _without_pool(frontend, left) if frontend and left else frontend, owner)
+        super().program(key, _for_maps(frontend, left) if frontend else None, owner)
 
     def _serve(self, old: Frontend | None, new: Frontend | None) -> None:
         """The virtual server and the address it needs."""
@@ -219,11 +219,14 @@ def _served_pool(frontend: Frontend) -> Pool:
     return frontend.inside if frontend.outside is None else frontend.outside
 
 
-def _without_pool(frontend: Frontend, left: str) -> Frontend:
-    """What is left for the maps to do."""
+def _for_maps(frontend: Frontend, left: str) -> Frontend:
+    """What is left for the maps to do. They have nobody for clients outside: those are IPVS', and at 127.0.0.1 there are none.
+    So the maps need no memory of such clients, whose number a packet would take along to IPVS and further."""
     if left == "pools":
         return msgspec.structs.replace(frontend, inside=Pool(), affinity_s=0)
-    return msgspec.structs.replace(frontend, outside=Pool())
+    if left == "local-pools" or (frontend.address == LOOPBACK and frontend.outside is not None):
+        return msgspec.structs.replace(frontend, outside=Pool())
+    return frontend
 
 
 def _address_to_bind(frontend: Frontend, own: Collection[bytes]) -> bytes | None:

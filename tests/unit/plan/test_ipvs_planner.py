@@ -1,5 +1,6 @@
 """IPVS: which frontends it serves, in which order servers come and go, whose they are."""
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -59,6 +60,14 @@ def test_where_pools_differ_ipvs_serves_those_outside() -> None:
     inside = {k: v for k, v in table.sets["pools"].elements.items() if v != LEFT_TO_IPVS}
     assert {k[:4] for k in inside} == {BALANCER, NODE}, "the node's own clients go to all, by the map"
     assert set(table.sets["local-pools"].elements.values()) == {LEFT_TO_IPVS}
+
+
+def test_packets_for_ipvs_carry_no_number_of_the_maps_memory() -> None:
+    planner = IpvsPlanner(replace(FACTS, loopback=True))
+    planner.set_service(key("web"), *web((1, 2), type="NodePort", externalTrafficPolicy="Local", sessionAffinity="ClientIP"))
+    table = Ruleset().apply(planner.take().batch).tables[TableRef(Family.IPV4, TABLE)]
+    assert table.sets["memories"].elements, "of this node's own clients"
+    assert not table.sets["other-memories"].elements, "of clients outside"
 
 
 def test_nobody_to_serve_it_is_the_rules_business() -> None:
