@@ -1,4 +1,4 @@
-"""The node changes while its Services are programmed: its zone, and whether 127.0.0.1 is served."""
+"""The node changes while its Services are programmed: its zone, whether 127.0.0.1 is served, which back end serves."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,13 +13,17 @@ from service_cases import FACTS
 
 from podwire.agent.health import Health
 from podwire.agent.localnet import LOCALNET, OFF, OURS
+from podwire.agent.proxymodes.nft import NftRules
 from podwire.agent.services import ServiceSync
 from podwire.client.informer import Informer
 from podwire.model.addr import Family
-from podwire.model.ids import HOST
+from podwire.model.errors import Unsupported
+from podwire.model.ids import HOST, ObjectKey
 from podwire.model.nft import TableRef
 from podwire.model.objects import EndpointSlice, Service
+from podwire.model.proxymode import ProxyMode
 from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES
+from podwire.model.servicetable import NodeFacts
 from podwire.plan.services import TABLE
 from podwire.testing import FakeKernel
 from podwire.testing.memorycluster import MemoryCluster, memory_cluster
@@ -124,3 +128,74 @@ async def test_an_agent_hears_that_its_node_moved(cluster: MemoryCluster) -> Non
                 return await backends(machine.kernel) == {wanted}
 
             await cluster.until(followed)
+
+
+class Refused(NftRules):
+    """A back end that this kernel lacks. `removed`: how often it was told to take away what there may be of it."""
+
+    mode = ProxyMode.IPVS
+    removed = 0
+
+    async def compare(self) -> int:
+        raise Unsupported("this machine lacks IPVS")
+
+    async def remove(self) -> None:
+        self.removed += 1
+
+
+class Elsewhere(Refused):
+    """One that serves without this kernel."""
+
+    async def compare(self) -> int:
+        return 0
+
+    program = compare
+
+
+async def test_a_back_end_that_is_refused_leaves_the_one_in_use(cluster: MemoryCluster) -> None:
+    kernel, health = FakeKernel(), Health()
+    async with proxy(cluster, kernel, health) as sync:
+        made: list[Refused] = []
+
+        def make(facts: NodeFacts) -> Refused:
+            made.append(Refused(kernel, facts))
+            return made[-1]
+
+        with pytest.raises(Unsupported, match="lacks IPVS"):
+            await sync.switch(make)
+        assert (sync.mode, [rules.removed for rules in made]) == (ProxyMode.NFTABLES, [1])
+        sync.set_facts(replace(FACTS, zone="z2"))
+        await cluster.until(lambda: sync.idle)
+        assert await backends(kernel) == {"10.244.2.2"}, "it goes on"
+        assert sync.others_removed
+
+
+async def test_another_back_end_takes_over_and_the_former_goes_as_soon_as_it_can(
+    cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel, health = FakeKernel(), Health()
+    async with proxy(cluster, kernel, health) as sync:
+        elsewhere = Elsewhere(kernel, FACTS)
+        kernel.fail_next("CommitNft", times=2)
+        await sync.switch(lambda facts: elsewhere)
+        assert sync.mode is ProxyMode.IPVS
+        assert elsewhere.table(ObjectKey("default", "web")).frontends, "it was given what there is"
+        assert not sync.others_removed
+        await cluster.until(lambda: sync.others_removed)
+        assert not (await kernel.observe_nft(TABLE)).tables
+        assert "rules of another proxy mode stay for now" in caplog.text
+        assert "other modes" not in health.degraded
+        await sync.switch(lambda facts: NftRules(kernel, facts))
+        assert (sync.mode, await backends(kernel)) == (ProxyMode.NFTABLES, {"10.244.1.2"})
+        await cluster.until(lambda: sync.others_removed)
+        assert elsewhere.removed == 1
+
+
+async def test_the_back_end_that_is_in_use_is_not_made_anew(cluster: MemoryCluster) -> None:
+    kernel, health = FakeKernel(), Health()
+    async with proxy(cluster, kernel, health) as sync:
+        commits = health.commits
+        await sync.switch(lambda facts: NftRules(kernel, facts))
+        await cluster.until(lambda: sync.idle)
+        assert (sync.mode, health.commits, sync.others_removed) == (ProxyMode.NFTABLES, commits, True)
+        assert await backends(kernel) == {"10.244.1.2"}
