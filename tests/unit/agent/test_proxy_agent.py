@@ -116,7 +116,7 @@ async def acknowledged(cluster: MemoryCluster, name: str = "web") -> bool:
 
 async def test_services_are_programmed_and_acknowledged(cluster: MemoryCluster) -> None:
     kernel = FakeKernel()
-    async with proxy(cluster, kernel):
+    async with proxy(cluster, kernel) as agent:
         assert elements(kernel, "endpoints") == 2
         assert elements(kernel, "hairpin") == 1
         await cluster.until(lambda: acknowledged(cluster))
@@ -128,6 +128,9 @@ async def test_services_are_programmed_and_acknowledged(cluster: MemoryCluster) 
         assert not await acknowledged(cluster)
         await cluster.until(lambda: acknowledged(cluster))
         assert elements(kernel, "endpoints") == 3
+        text = await agent.metrics_text()
+        assert 'kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv4"} 1\n' in text, "only at the start"
+        assert "podwire_proxy_commands_total 0\n" not in text
     assert elements(kernel, "endpoints") == 3, "rules stay when the proxy ends"
 
 
