@@ -146,7 +146,7 @@ def test_rules_lost(name: str) -> None:
 
 # --- ipvs ---------------------------------------------------------------------------------------------------------------
 
-FOR_IPVS = ("local-endpoints", "other-memories")
+FOR_IPVS = ("local-endpoints", "other-memories", "strangers")
 """Clients outside of a policy of Local are IPVS' to serve and to remember."""
 Servers = Mapping[VirtualKey, VirtualServer]
 
