@@ -54,14 +54,14 @@ class Acknowledger:
         self._idle_seconds = idle_seconds
         self._client, self._node, self._sync, self._clock, self._rng = client, node, sync, clock, rng
         self._changed = asyncio.Event()
-        self._exists = True
+        self._exists, self._begun = True, False
         self.last: Versions | None = None
         self.refused = ""
         sync.subscribe(self._round)
 
     def _round(self, done: Round) -> None:
-        # A round in which nothing changed (a repair, say) needs no new word.
-        if not done.error and (done.changed or self.last is None):
+        # A round in which nothing changed (a repair, say, or reading back) needs no new word once there is one to be given.
+        if not done.error and (done.changed or not self._begun):
             self._changed.set()
 
     async def run(self) -> None:
@@ -75,6 +75,7 @@ class Acknowledger:
             if not self._changed.is_set() and self._sync.versions == self.last:
                 continue
             self._changed.clear()
+            self._begun = True
             started = loop.time()
             versions = await self._sync.read_back()
             try:

@@ -79,13 +79,17 @@ class Rules:
 
     async def read_back(self) -> Versions:
         self.read += 1
+        self._tell({})
         return self.versions
 
     def round(self, revision: int, *, changed: bool = True, error: str = "") -> None:
         self.versions = Versions(str(revision), str(revision), str(revision))
         served = {ObjectKey("default", "web"): Served(None, (), ServiceTable())} if changed else {}
+        self._tell(served, error)
+
+    def _tell(self, changed: dict[ObjectKey, Served], error: str = "") -> None:
         for observer in self._observers:
-            observer(Round(changed=served, full=False, seconds=0.0, queued=0.0, error=error))
+            observer(Round(changed=changed, full=False, seconds=0.0, queued=0.0, error=error))
 
 
 def acknowledging(story: Callable[[Rules, Leases, Acknowledger], Coroutine[Any, Any, None]]) -> None:

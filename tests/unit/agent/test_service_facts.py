@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from service_cases import FACTS
+from service_cases import FACTS, pod_of
 
 from podwire.agent.health import Health
 from podwire.agent.localnet import LOCALNET, OFF, OURS
@@ -20,7 +20,7 @@ from podwire.model.addr import Family
 from podwire.model.errors import Unsupported
 from podwire.model.ids import HOST, ObjectKey
 from podwire.model.nft import TableRef
-from podwire.model.objects import EndpointSlice, Service
+from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.proxymode import ProxyMode
 from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES
 from podwire.model.servicetable import NodeFacts
@@ -130,6 +130,27 @@ async def test_an_agent_hears_that_its_node_moved(cluster: MemoryCluster) -> Non
             await cluster.until(followed)
 
 
+async def test_what_is_heard_of_is_programmed_at_once(cluster: MemoryCluster) -> None:
+    """With nobody who asks for anything."""
+    kernel, health = FakeKernel(), Health()
+    async with proxy(cluster, kernel, health, zone="") as sync:
+        await cluster.until(lambda: sync.idle)
+        assert await backends(kernel) == {"10.244.1.2", "10.244.2.2"}
+        one = {"endpoints": [{"addresses": ["10.244.3.2"]}]}
+        await cluster.client.patch(ENDPOINTSLICES, "web-1", one, "default")
+
+        async def followed() -> bool:
+            return await backends(kernel) == {"10.244.3.2"}
+
+        await cluster.until(followed)
+        await cluster.client.delete(SERVICES, "web", "default")
+
+        async def gone() -> bool:
+            return not await backends(kernel)
+
+        await cluster.until(gone)
+
+
 class Refused(NftRules):
     """A back end that this kernel lacks. `removed`: how often it was told to take away what there may be of it."""
 
@@ -144,7 +165,15 @@ class Refused(NftRules):
 
 
 class Elsewhere(Refused):
-    """One that serves without this kernel."""
+    """One that serves without this kernel. `pods`: those whose host ports it was given."""
+
+    def __init__(self, kernel: FakeKernel, facts: NodeFacts) -> None:
+        super().__init__(kernel, facts)
+        self.pods: list[str] = []
+
+    def set_host_ports(self, uid: str, pod: Pod | None) -> None:
+        self.pods.append(uid)
+        super().set_host_ports(uid, pod)
 
     async def compare(self) -> int:
         return 0
@@ -175,11 +204,16 @@ async def test_another_back_end_takes_over_and_the_former_goes_as_soon_as_it_can
 ) -> None:
     kernel, health = FakeKernel(), Health()
     async with proxy(cluster, kernel, health) as sync:
+        edge = pod_of({"name": "edge", "ip": "10.244.1.9", "ports": [{"containerPort": 8080, "hostPort": 80}]})
+        sync.set_host_ports("edge", edge)
+        async with asyncio.timeout(5):
+            await sync.host_ports_programmed()
         elsewhere = Elsewhere(kernel, FACTS)
         kernel.fail_next("CommitNft", times=2)
         await sync.switch(lambda facts: elsewhere)
         assert sync.mode is ProxyMode.IPVS
         assert elsewhere.table(ObjectKey("default", "web")).frontends, "it was given what there is"
+        assert elsewhere.pods == ["edge"]
         assert not sync.others_removed
         await cluster.until(lambda: sync.others_removed)
         assert not (await kernel.observe_nft(TABLE)).tables
