@@ -6,6 +6,7 @@ from podwire.model.addr import IPAddress
 from podwire.model.flow import DST_NAT, Flow, FlowTuple
 from podwire.model.objects import Endpoint, EndpointConditions, EndpointPort, EndpointSlice
 from podwire.model.servicetable import Frontend, FrontendKind, Pool, ServiceTable, backend
+from podwire.plan.services_maps import frontend_key
 from podwire.plan.staleflows import StaleFlows, serving_endpoints
 
 CLIENT = ipaddress.ip_address("10.244.1.9")
@@ -83,6 +84,7 @@ def test_what_could_not_be_done_is_done_later() -> None:
     stale.note(table(TWO, at=OTHER), table(at=OTHER))
     stale.restore(taken)
     assert stale.matches(flow(ONE))
+    assert not stale.matches(flow(TWO)), "by its endpoints, though it lies in the ranges"
     assert stale.matches(flow(ONE, port=54)), "and so are those to Services that went before"
     assert stale.matches(flow(TWO, at=OTHER))
     retaken = stale.take()
@@ -103,6 +105,27 @@ def test_endpoints_for_those_outside_keep_their_connections() -> None:
     assert not stale.matches(flow(ONE))
     assert not stale.matches(flow(TWO))
     assert stale.matches(flow(THREE))
+
+
+def test_whoever_has_the_address_in_the_end_keeps_its_clients() -> None:
+    stale = StaleFlows()
+    stale.note(table(ONE), ServiceTable())
+    (other,) = table(ONE, TWO).frontends
+    asked: list[bytes] = []
+
+    def served_at(key: bytes) -> Frontend | None:
+        asked.append(key)
+        return other
+
+    stale.settle(served_at)
+    assert asked == [frontend_key(other)]
+    assert not stale.matches(flow(ONE))
+    assert not stale.matches(flow(TWO))
+    assert stale.matches(flow(THREE))
+    stale.note(table(ONE), table(TWO))
+    stale.settle(lambda key: None)
+    assert not stale.matches(flow(TWO)), "as far as is known"
+    assert stale.matches(flow(ONE))
 
 
 def test_ranges_alone_are_worth_a_look() -> None:
