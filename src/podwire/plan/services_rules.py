@@ -232,7 +232,7 @@ def fixed_rules(family: Family, facts: NodeFacts) -> dict[str, tuple[Rule, ...]]
     return {
         REFUSE: _refuse(family),
         NO_LOCAL: (Rule((Counter(), Immediate(DROP)), "other nodes have endpoints, this one has none"),),
-        **{name: _some_of(family, chain, size, Fields(family).frontend()) for (chain, size), name in _SIZE_CHAINS.items()},
+        **_size_rules(family),
         _INSIDE: _inside(family, facts),
         _REWRITTEN: _rewritten(family, facts),
         masquerade.CHAIN: masquerade.chain_rules(family, facts),
@@ -378,6 +378,13 @@ def _unusual(family: Family, chain: str, number: int) -> tuple[Rule, ...]:
     if number == LEFT:
         return (_if_number(family, chain, LEFT, ACCEPT, "served by another"),)
     return _some_of(family, chain, number, _number_is(family, chain, number))
+
+
+@lru_cache(maxsize=2)
+def _size_rules(family: Family) -> dict[str, tuple[Rule, ...]]:
+    """Of the chains that are for one size."""
+    frontend = Fields(family).frontend()
+    return {name: _some_of(family, chain, size, frontend) for (chain, size), name in _SIZE_CHAINS.items()}
 
 
 def _some_of(family: Family, chain: str, size: int, condition: Expressions) -> tuple[Rule, ...]:

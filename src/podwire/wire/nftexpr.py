@@ -277,6 +277,7 @@ def decode_expression(payload: bytes) -> Expression:
         return Unknown(name, data)
 
 
+@lru_cache(maxsize=_KNOWN)
 def decode_expressions(payload: bytes) -> tuple[Expression, ...]:
     """The content of NFTA_RULE_EXPRESSIONS."""
     return tuple(decode_expression(item) for _, item in iter_attrs(payload))
