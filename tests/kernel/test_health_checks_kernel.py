@@ -1,25 +1,32 @@
 """Health-check node ports as the case files have them: what a balancer hears that asks a node, over real sockets."""
 
 import asyncio
+import errno
+import ipaddress
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import chain
 
 import msgspec
 import pytest
 from service_cases import feed
-from service_histories import Interview, Question, load_interviews
+from service_histories import Addresses, Interview, Listens, Question, load_interviews
 
 from podwire.agent.healthchecks import HealthCheckPorts
 from podwire.agent.rounds import OnRound, Round, Served
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import run_in_netns
-from podwire.model.addr import Family
+from podwire.model.addr import Family, IPAddress
 from podwire.model.ids import ObjectKey
-from podwire.model.kernelstate import Device, Link
-from podwire.model.objects import EndpointSlice, Pod, Service
-from podwire.model.ops import ChangeLink
+from podwire.model.kernelstate import Address, Device, Link
+from podwire.model.meta import ObjectMeta
+from podwire.model.objects import EndpointSlice, Node, NodeAddress, NodeStatus, Pod, Service
+from podwire.model.ops import AddAddress, ChangeLink, DelAddress
+from podwire.model.proxyconfig import parse_proxy_config
 from podwire.model.servicetable import NodeFacts
+from podwire.plan.proxyfacts import listening_places
 from podwire.plan.services_table import service_table
 
 pytestmark = [pytest.mark.kernel, pytest.mark.needs("IPv6")]
@@ -50,11 +57,11 @@ class Programmer:
         raise AssertionError("no host port has a health check")
 
 
-async def ask(netns: int, family: Family, port: int) -> tuple[int, dict[str, str], bytes]:
+async def ask(netns: int, address: str, port: int) -> tuple[int, dict[str, str], bytes]:
     """HTTP by hand, as balancers do it: (status, headers, body); status 0: refused."""
 
     def connected() -> socket.socket:
-        return socket.create_connection((LOCALHOST[family], port), timeout=5)
+        return socket.create_connection((address, port), timeout=5)
 
     try:
         sock = run_in_netns(netns, connected)
@@ -70,7 +77,7 @@ async def ask(netns: int, family: Family, port: int) -> tuple[int, dict[str, str
 
 
 async def answered(netns: int, family: Family, question: Question) -> None:
-    status, headers, body = await ask(netns, family, question.port)
+    status, headers, body = await ask(netns, question.at or LOCALHOST[family], question.port)
     assert status == question.status
     if not question.status:
         return
@@ -99,14 +106,52 @@ async def test_balancers_are_told_what_the_case_says(linux_kernel: LinuxKernel, 
                     well = step
                 case Question():
                     await answered(netns, interview.family, step)
+                case Addresses():
+                    await renumber(linux_kernel, netns, step)
+                    await follow(ports, linux_kernel, interview)
+                case Listens():
+                    await until(lambda: frozenset(chain.from_iterable(ports.listening.values())), step.at)
                 case objects:
                     for item in objects:
                         feed(programmer, item, interview.family)
                     wanted = {port: key for key, port in programmer.ports.items() if port}
-                    async with asyncio.timeout(5):
-                        while ports.ports != wanted:  # noqa: ASYNC110 - nothing tells
-                            await asyncio.sleep(0.005)
+                    await until(lambda: ports.ports, wanted)
     finally:
         running.cancel()
         with suppress(asyncio.CancelledError):
             await running
+
+
+async def until(found: Callable[[], object], wanted: object) -> None:
+    try:
+        async with asyncio.timeout(5):
+            while found() != wanted:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.005)
+    except TimeoutError:
+        assert found() == wanted
+
+
+async def renumber(kernel: LinuxKernel, netns: int, wanted: Addresses) -> None:
+    """On `lo`, where no address waits for duplicate detection; IPv6 ones have their routes a moment later all the same."""
+    held = {address for address in (await kernel.observe()).addresses if not address.interface.ip.is_loopback}
+    stay = {Address("lo", ipaddress.ip_interface(text)) for text in wanted.texts}
+    applied = await kernel.apply((*map(DelAddress, held - stay), *map(AddAddress, stay - held)))
+    assert applied.ok, applied.failures
+    for address in stay:
+        refused = partial(refuses, address.interface.ip)
+        await until(partial(run_in_netns, netns, refused), True)
+
+
+def refuses(ip: IPAddress) -> bool:
+    with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6) as sock:
+        sock.settimeout(0.02)
+        return sock.connect_ex((str(ip), 9)) == errno.ECONNREFUSED
+
+
+async def follow(ports: HealthCheckPorts, kernel: LinuxKernel, interview: Interview) -> None:
+    """What a proxy does when addresses change."""
+    status = NodeStatus(addresses=tuple(NodeAddress("InternalIP", str(ip)) for ip in interview.facts.node_ips))
+    node = Node(metadata=ObjectMeta(name=interview.facts.name), status=status)
+    assert interview.config is not None
+    config, _ = parse_proxy_config(interview.config, interview.name)
+    ports.set_places(listening_places(config, node, await kernel.observe()))

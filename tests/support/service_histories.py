@@ -2,6 +2,7 @@
 forgotten, and what a node does after one change and after the next. Files and addresses as in `service_cases`."""
 
 import ipaddress
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from fedsync import syncing
 from service_cases import Expectation, cases_with, expectation, facts_of
 
 from podwire.kernel.port import Kernel
-from podwire.model.addr import Family
+from podwire.model.addr import Family, IPAddress
 from podwire.model.flow import FlowTuple
 from podwire.model.servicetable import NodeFacts
 
@@ -19,38 +20,60 @@ Objects = tuple[dict[str, Any], ...]
 """As `service_cases.feed` takes them."""
 
 
+class Addresses(NamedTuple):
+    """Those of the node's interface, with their prefixes, from then on."""
+
+    texts: tuple[str, ...]
+
+
+class Listens(NamedTuple):
+    """All that health-check node ports listen at."""
+
+    at: frozenset[IPAddress]
+
+
 class Question(NamedTuple):
-    """A balancer's, at a health-check node port, and the answer; `status` 0: nobody listens."""
+    """A balancer's, at a health-check node port of the node's address `at` (empty: its own localhost), and the answer; `status`
+    0: nobody listens there."""
 
     port: int
     status: int
     service: str = ""
     endpoints: int = 0
     healthy: bool = True
+    at: str = ""
 
 
 @dataclass(frozen=True)
 class Interview:
-    """`asks`: objects that change, questions, and whether the proxy is well from then on."""
+    """`asks`: objects and addresses that change, questions, and whether the proxy is well from then on. `config`: the proxy's,
+    as YAML; None: it is a node of podwire's own."""
 
     name: str
     family: Family
     facts: NodeFacts
-    steps: tuple[Objects | Question | bool, ...]
+    config: str | None
+    steps: tuple[Objects | Addresses | Listens | Question | bool, ...]
 
 
 def load_interviews() -> Iterator[Interview]:
     for name, family, item in cases_with("asks"):
-        yield Interview(name, family, facts_of(item.get("node", {})), tuple(map(_asked, item["asks"])))
+        config = json.dumps(item["config"]) if "config" in item else None
+        yield Interview(name, family, facts_of(item.get("node", {})), config, tuple(map(_asked, item["asks"])))
 
 
-def _asked(step: dict[str, Any]) -> Objects | Question | bool:
+def _asked(step: dict[str, Any]) -> Objects | Addresses | Listens | Question | bool:
     if "objects" in step:
         return tuple(step["objects"])
+    if "addresses" in step:
+        return Addresses(tuple(step["addresses"]))
+    if "listens" in step:
+        places = ("0.0.0.0", "::") if step["listens"] == "everywhere" else step["listens"]
+        return Listens(frozenset(map(ipaddress.ip_address, places)))
     if "proxy" in step:
         return {"well": True, "unwell": False}[step["proxy"]]
     if step.get("closed"):
-        return Question(step["port"], 0)
+        return Question(step["port"], 0, at=step.get("at", ""))
     return Question(**step)
 
 

@@ -11,7 +11,10 @@ from aiohttp import web
 
 from podwire.agent.rounds import Round, Rounds
 from podwire.kernel.port import Kernel
+from podwire.model.addr import Family, IPAddress
 from podwire.model.ids import ObjectKey
+from podwire.model.servicetable import ServiceTable
+from podwire.plan.proxyfacts import EVERYWHERE, ListeningPlaces
 
 log = logging.getLogger(__name__)
 
@@ -19,13 +22,23 @@ _AGAIN_SECONDS = 5.0
 """How soon a port is tried again that somebody else listens on."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What one Service asks for; `families`: those of its ClusterIPs."""
+
+    number: int
+    ready: int
+    families: frozenset[Family]
+
+
 @dataclass(slots=True)
 class _Port:
-    """One Service's: who it is, how many of its pods here are ready, and what listens."""
+    """One Service's: who it is, how many of its pods here are ready, and what listens where; None: no such family here."""
 
     service: ObjectKey
     ready: int
-    runner: web.AppRunner | None = field(default=None)
+    runner: web.AppRunner
+    sites: dict[IPAddress, web.SockSite | None] = field(default_factory=dict)
 
 
 class HealthCheckPorts:
@@ -36,7 +49,8 @@ class HealthCheckPorts:
 
     def __init__(self, rounds: Rounds, kernel: Kernel, healthy: Callable[[], bool]) -> None:
         self._kernel, self._healthy = kernel, healthy
-        self._wanted: dict[ObjectKey, tuple[int, int]] = {}
+        self._places = EVERYWHERE
+        self._wanted: dict[ObjectKey, _Wanted] = {}
         self._served: dict[int, _Port] = {}
         self._changed = asyncio.Event()
         rounds.subscribe(self._round)
@@ -44,12 +58,27 @@ class HealthCheckPorts:
     @property
     def ports(self) -> dict[int, ObjectKey]:
         """Those that answer."""
-        return {number: port.service for number, port in self._served.items()}
+        return {number: self._served[number].service for number, places in self.listening.items() if places}
+
+    @property
+    def listening(self) -> dict[int, frozenset[IPAddress]]:
+        """Where each of them listens."""
+        return {
+            number: frozenset(place for place, site in port.sites.items() if site is not None)
+            for number, port in self._served.items()
+        }
+
+    def set_places(self, places: ListeningPlaces) -> None:
+        """Where they listen from now on; until told, everywhere."""
+        if places != self._places:
+            self._places = places
+            self._changed.set()
 
     def _round(self, done: Round) -> None:
         for key, served in done.changed.items():
-            number = served.table.health_check_port
-            new = (number, served.table.local_ready) if number else None
+            table = served.table
+            number = table.health_check_port
+            new = _Wanted(number, table.local_ready, _families(table)) if number else None
             if new == self._wanted.get(key):
                 continue
             if new is None:
@@ -58,7 +87,7 @@ class HealthCheckPorts:
                 self._wanted[key] = new
                 port = self._served.get(number)
                 if port is not None and port.service == key:
-                    port.ready = new[1]  # at once: this is what connections are steered by
+                    port.ready = new.ready  # at once: this is what connections are steered by
             self._changed.set()
 
     async def run(self) -> None:
@@ -76,45 +105,57 @@ class HealthCheckPorts:
 
     async def _settle(self) -> bool:
         """Open and close until what listens is what is wanted. Whether some could not be opened."""
-        wanted = {number: (key, ready) for key, (number, ready) in self._wanted.items()}
+        wanted = {new.number: (key, new) for key, new in self._wanted.items()}
         for number, port in list(self._served.items()):
             if number not in wanted or wanted[number][0] != port.service:
                 await self._close(number)
         missing = False
-        for number, (key, ready) in wanted.items():
-            if number in self._served:
-                self._served[number].ready = ready
-                continue
-            try:
-                await self._open(number, _Port(key, ready))
-            except OSError as error:
-                missing = True
-                log.warning("health-check port %d of %s cannot be listened on: %s", number, key, error)
+        for number, (key, new) in wanted.items():
+            port = self._served.get(number) or await self._open(number, key)
+            port.ready = new.ready
+            places = frozenset[IPAddress]().union(*map(self._places.__getitem__, new.families))
+            missing |= await self._fit(number, port, places)
         return missing
 
-    async def _open(self, number: int, port: _Port) -> None:
+    async def _fit(self, number: int, port: _Port, places: frozenset[IPAddress]) -> bool:
+        """Listen there and nowhere else. Whether that failed."""
+        for place in port.sites.keys() - places:
+            if (site := port.sites.pop(place)) is not None:
+                await site.stop()
+        missing = False
+        for place in sorted(places - port.sites.keys(), key=str):
+            try:
+                port.sites[place] = await self._listen(number, port.runner, place)
+            except OSError as error:
+                missing = True
+                log.warning("health-check port %d of %s cannot be listened on at %s: %s", number, port.service, place, error)
+        return missing
+
+    async def _open(self, number: int, service: ObjectKey) -> _Port:
         async def answer(_: web.Request) -> web.Response:
             return self._answer(port)
 
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", answer)
-        port.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)
-        sockets = await self._kernel.listen(number)
-        try:
-            await port.runner.setup()
-            for sock in sockets:
-                await web.SockSite(port.runner, sock).start()
-        except BaseException:
-            await port.runner.cleanup()
-            for sock in sockets:
-                sock.close()
-            raise
+        port = _Port(service, 0, web.AppRunner(app, access_log=None, shutdown_timeout=0.2))
+        await port.runner.setup()
         self._served[number] = port
+        return port
+
+    async def _listen(self, number: int, runner: web.AppRunner, place: IPAddress) -> web.SockSite | None:
+        """Raises OSError."""
+        if (sock := await self._kernel.listen(number, place)) is None:
+            return None
+        site = web.SockSite(runner, sock)
+        try:
+            await site.start()
+        except BaseException:
+            sock.close()
+            raise
+        return site
 
     async def _close(self, number: int) -> None:
-        port = self._served.pop(number)
-        if port.runner is not None:
-            await port.runner.cleanup()
+        await self._served.pop(number).runner.cleanup()
 
     def _answer(self, port: _Port) -> web.Response:
         healthy = self._healthy()
@@ -129,3 +170,7 @@ class HealthCheckPorts:
             "X-Load-Balancing-Endpoint-Weight": str(port.ready),
         }
         return web.Response(body=msgspec.json.encode(document), status=200 if port.ready and healthy else 503, headers=headers)
+
+
+def _families(table: ServiceTable) -> frozenset[Family]:
+    return frozenset(Family.IPV4 if len(packed) == 4 else Family.IPV6 for packed in table.cluster_ips)

@@ -73,7 +73,8 @@ _FLAGS = (
         "--nodeport-addresses",
         "nodePortAddresses",
         "CIDR[,CIDR]",
-        "Which of the node's addresses serve node ports; `primary`: the Node's own. [default: nftables: primary, else all]",
+        "Which of the node's addresses serve node ports and their health checks; `primary`: the Node's own. "
+        "[default: nftables: primary, else all]",
     ),
     _Flag("--masquerade-all", "*.masqueradeAll", _SWITCH, "Whoever uses a ClusterIP is seen with the node's address.", bool),
     _Flag("--hostname-override", "hostnameOverride", "NAME", "The Node's name. [default: the host's, in lower case]"),

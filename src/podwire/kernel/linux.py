@@ -22,6 +22,7 @@ from podwire.kernel.sysctl import read_sysctls, write_sysctls
 from podwire.kernel.tun import make_tun
 from podwire.kernel.vethremoval import VethRemoval
 from podwire.kernel.wireguard import WireguardClient
+from podwire.model.addr import IPAddress
 from podwire.model.errors import Unsupported
 from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
@@ -202,8 +203,8 @@ class LinuxKernel:
         spaces = dict(self._spaces)
         return await self._off_loop(lambda: _Run(spaces, self._removal).run(plan))
 
-    async def listen(self, port: int) -> list[socket.socket]:
-        return await in_netns(self._space(HOST).fd, lambda: _listen(port))
+    async def listen(self, port: int, address: IPAddress) -> socket.socket | None:
+        return await in_netns(self._space(HOST).fd, lambda: _listen(port, address))
 
     def events(self) -> EventStream:
         host = self._space(HOST)
@@ -240,20 +241,31 @@ class LinuxKernel:
         return await asyncio.wrap_future(self._worker.submit(work))
 
 
-def _listen(port: int) -> list[socket.socket]:
-    opened: list[socket.socket] = []
+_FREEBIND = {4: (socket.IPPROTO_IP, 15), 6: (socket.IPPROTO_IPV6, 78)}
+"""IP_FREEBIND and IPV6_FREEBIND (linux/in.h, linux/in6.h), by IP version."""
+
+
+def _listen(port: int, address: IPAddress) -> socket.socket | None:
     try:
-        for family, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
-            try:
-                opened.append(socket.create_server((address, port), family=family, backlog=64))
-            except OSError as error:
-                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # a host without IPv6
-                    raise
-    except OSError:
-        for sock in opened:
-            sock.close()
+        sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
+    except OSError as error:
+        if error.errno == errno.EAFNOSUPPORT:  # a host without IPv6
+            return None
         raise
-    return opened
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address.version == 6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if not address.is_unspecified:
+            sock.setsockopt(*_FREEBIND[address.version], 1)  # an address that is new may be in duplicate detection
+        sock.bind((str(address), port))
+        sock.listen(64)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRNOTAVAIL and address.is_unspecified:
+            return None
+        raise
+    return sock
 
 
 def _carries(space: _Space, name: str) -> bool:

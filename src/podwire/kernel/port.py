@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from podwire.model.addr import IPAddress
 from podwire.model.errors import PodwireError
 from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
@@ -107,9 +108,9 @@ class Kernel(Protocol):
         one that fails leaves nothing."""
         ...
 
-    async def listen(self, port: int) -> Sequence[socket.socket]:
-        """TCP sockets that listen on all addresses of HOST, one of each family that it has; the caller's to close.
-        Raises OSError where the port is taken."""
+    async def listen(self, port: int, address: IPAddress) -> socket.socket | None:
+        """A TCP socket that listens in HOST on `address`, be it there yet or not; 0.0.0.0 and ::, on all of that family. The
+        caller's to close. None: HOST has no such family. Raises OSError where the port is taken."""
         ...
 
     def events(self) -> KernelEvents:

@@ -143,8 +143,15 @@ class ProxyConfig(View, frozen=True):
         return networks(tuple(filter(None, self.cluster_cidr.split(","))), "clusterCIDR")
 
     @property
+    def primary_node_ports(self) -> bool:
+        """Whether node ports are at the Node's primary addresses: kube-proxy's default in its nftables mode only."""
+        return self.node_port_addresses == (PRIMARY,) or (
+            not self.node_port_addresses and self.proxy_mode is ProxyMode.NFTABLES
+        )
+
+    @property
     def node_port_networks(self) -> tuple[IPNetwork, ...]:
-        """Which of the node's addresses serve node ports; empty: the primary ones, or in iptables all there are."""
+        """Which of the node's addresses serve node ports, but for `primary_node_ports`. None of a family: all of it."""
         return networks([text for text in self.node_port_addresses if text != PRIMARY], "nodePortAddresses")
 
     @property
@@ -227,6 +234,8 @@ def _check(config: ProxyConfig, source: str) -> None:
         _check_sections(config)
     except InvalidInput as error:
         raise InvalidInput(f"{source}: {error}") from error
+    if PRIMARY in config.node_port_addresses and len(config.node_port_addresses) > 1:
+        raise InvalidInput(f"{source}: nodePortAddresses: {PRIMARY} cannot be given together with others")
     if config.detect_local_mode not in ("", "ClusterCIDR", "NodeCIDR", *_INTERFACE_FIELDS):
         raise InvalidInput(
             f"{source}: detectLocalMode {config.detect_local_mode!r} is none of ClusterCIDR, NodeCIDR, BridgeInterface, "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 from podwire.kernel.port import KernelError, KernelEvent
+from podwire.model.addr import IPAddress
 from podwire.model.flow import Flow
 from podwire.model.ids import HOST, NetnsName
 from podwire.model.kernelstate import Address, FdbEntry, Link, Neighbour, NetState, Route, Veth, Wireguard, WireguardPeer
@@ -58,7 +59,7 @@ class FakeKernel:
         """Every operation that succeeded, in order."""
         self.commits = Counter[NetnsName]()
         """nftables transactions by namespace."""
-        self.listening: dict[int, int] = {}
+        self.listening: dict[tuple[IPAddress, int], int] = {}
         """Ports that were asked for, and the real ones behind them."""
         if uplink is not None:
             self.host.links[uplink.name] = Link(
@@ -150,11 +151,11 @@ class FakeKernel:
                 self.applied.append(op)
         return Applied(done=len(plan) - len(failures), failures=tuple(failures))
 
-    async def listen(self, port: int) -> list[socket.socket]:
+    async def listen(self, port: int, address: IPAddress) -> socket.socket:
         """On a free port of 127.0.0.1, which `listening` tells."""
         sock = socket.create_server(("127.0.0.1", 0))
-        self.listening[port] = sock.getsockname()[1]
-        return [sock]
+        self.listening[address, port] = sock.getsockname()[1]
+        return sock
 
     def events(self) -> "FakeEvents":
         stream = FakeEvents()

@@ -25,9 +25,10 @@ from podwire.model.addr import Family
 from podwire.model.errors import InvalidInput
 from podwire.model.flow import Flow, FlowTuple
 from podwire.model.ids import HOST, NetnsName, ObjectKey
+from podwire.model.kernelstate import Address, Dummy, Link
 from podwire.model.nft import Batch, DelTable, TableRef
 from podwire.model.objects import EndpointSlice, Lease, Service
-from podwire.model.ops import Applied, CommitNft, Plan
+from podwire.model.ops import AddAddress, AddLink, Applied, CommitNft, DelAddress, Plan
 from podwire.model.proxyconfig import parse_proxy_config
 from podwire.model.resources import ENDPOINTSLICES, LEASES, NODES, SERVICES, Resource
 from podwire.plan.services import TABLE
@@ -35,6 +36,7 @@ from podwire.testing import FakeKernel
 from podwire.testing.memorycluster import MemoryCluster, memory_cluster
 
 WEB = ObjectKey("default", "web")
+LOCAL = {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 30999}
 
 
 @pytest.fixture
@@ -334,15 +336,15 @@ async def test_a_refused_transaction_is_unhealthy_only_after_a_while(cluster: Me
 
 async def test_health_check_node_ports(cluster: MemoryCluster) -> None:
     kernel = FakeKernel()
-    local = {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 30999}
-    await service(cluster, "shop", **local)
+    primary = ipaddress.ip_address("198.18.0.11")
+    await service(cluster, "shop", **LOCAL)
     await endpoints(cluster, 1, 2, service="shop")
     async with proxy(cluster, kernel) as agent, aiohttp.ClientSession() as session:
         await cluster.until(lambda: agent.health_check_ports)
         assert agent.health_check_ports == {30999: ObjectKey("default", "shop")}
 
         async def ask() -> tuple[int, Any]:
-            async with session.get(f"http://127.0.0.1:{kernel.listening[30999]}/") as response:
+            async with session.get(f"http://127.0.0.1:{kernel.listening[primary, 30999]}/") as response:
                 assert response.headers["X-Load-Balancing-Endpoint-Weight"] in ("0", "1")
                 return response.status, await response.json()
 
@@ -360,6 +362,29 @@ async def test_health_check_node_ports(cluster: MemoryCluster) -> None:
         await cluster.until(lambda: not agent.health_check_ports)
         with pytest.raises(aiohttp.ClientError):
             await ask()
+
+
+async def test_health_check_ports_follow_the_addresses_that_serve_node_ports(cluster: MemoryCluster) -> None:
+    kernel = FakeKernel()
+    await service(cluster, "shop", **LOCAL)
+    eth1 = AddLink(Link("eth1", Dummy()))
+    first, second, other = (ipaddress.ip_interface(f"{ip}/24") for ip in ("192.0.2.7", "192.0.2.8", "198.51.100.7"))
+    assert (await kernel.apply((eth1, *(AddAddress(Address("eth1", ip)) for ip in (first, other))))).ok
+
+    def listens() -> dict[str, int]:
+        return {str(address): actual for (address, _), actual in kernel.listening.items()}
+
+    async with proxy(cluster, kernel, "{mode: iptables, nodePortAddresses: [192.0.2.0/24]}") as agent:
+        await cluster.until(lambda: agent.health_check_ports)
+        assert listens().keys() == {"192.0.2.7"}
+        before = listens()["192.0.2.7"]
+        kernel.drift(AddAddress(Address("eth1", second)))
+        await cluster.until(lambda: "192.0.2.8" in listens())
+        assert listens()["192.0.2.7"] == before, "the one that stays goes on listening"
+        kernel.drift(DelAddress(Address("eth1", first)), DelAddress(Address("eth1", second)))
+        await cluster.until(lambda: not agent.health_check_ports)
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", before)
 
 
 async def test_a_proxy_waits_for_its_node(cluster: MemoryCluster, caplog: pytest.LogCaptureFixture) -> None:

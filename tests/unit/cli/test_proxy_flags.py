@@ -59,8 +59,8 @@ def test_a_switch_takes_no_word_for_its_value(tmp_path: Path) -> None:
 
 
 def test_node_port_addresses_add_up(tmp_path: Path) -> None:
-    document = written(tmp_path / "c", "--nodeport-addresses=10.0.0.0/8,primary", "--nodeport-addresses", "192.0.2.0/24")
-    assert document["nodePortAddresses"] == ["10.0.0.0/8", "primary", "192.0.2.0/24"]
+    document = written(tmp_path / "c", "--nodeport-addresses=10.0.0.0/8,fd00::/8", "--nodeport-addresses", "192.0.2.0/24")
+    assert document["nodePortAddresses"] == ["10.0.0.0/8", "fd00::/8", "192.0.2.0/24"]
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_a_configuration_that_is_written_reads_as_it_was(text: str) -> None:
 
 
 def test_flags_win_over_the_file() -> None:
-    overrides = {"mode": "iptables", "iptables.masqueradeAll": True, "nodePortAddresses": ["primary", "192.0.2.0/24"]}
+    overrides = {"mode": "iptables", "iptables.masqueradeAll": True, "nodePortAddresses": ["192.0.2.0/24"]}
     config, _ = parse_proxy_config(KUBEADM, "config.conf", overrides)
     assert (config.proxy_mode, config.masquerade_all) == (ProxyMode.IPTABLES, True)
     assert [str(n) for n in config.node_port_networks] == ["192.0.2.0/24"]
@@ -197,6 +197,7 @@ def test_unknown_fields_are_said() -> None:
         ("mode: userspace", "'userspace' is not served; there are: nftables"),
         ("clusterCIDR: 10.0.0.0/99", "clusterCIDR"),
         ("nodePortAddresses: [everything]", "nodePortAddresses"),
+        ("nodePortAddresses: [primary, 192.0.2.0/24]", "nodePortAddresses: primary cannot be given together with others"),
         ("a: 1\n---\na: 2", "has 2 YAML documents"),
         ("healthzBindAddress: here", "healthzBindAddress: 'here' is no address and port"),
         ("metricsBindAddress: '::1:10249x'", "is no address and port"),

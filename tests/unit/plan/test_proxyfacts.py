@@ -6,15 +6,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from podwire.model.addr import IPNetwork
+from podwire.model.addr import Family, IPNetwork
 from podwire.model.kernelstate import Address, NetState
 from podwire.model.objects import Node
 from podwire.model.proxyconfig import parse_proxy_config
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.ipvs import DEVICE
-from podwire.plan.proxyfacts import proxy_facts
+from podwire.plan.proxyfacts import EVERYWHERE, depends_on_interfaces, listening_places, proxy_facts
 
 PRIMARY, SECOND, V6 = "198.18.0.11", "192.0.2.7", "2001:db8:1::b"
+ALL = [PRIMARY, "10.244.1.1", SECOND, V6]
 ADDRESSES = (
     ("lo", "127.0.0.1/8"),
     ("lo", "::1/128"),
@@ -57,21 +58,22 @@ def test_the_node_and_its_zone() -> None:
     [
         ("", [PRIMARY, V6]),
         ("mode: nftables", [PRIMARY, V6]),
-        ("mode: iptables", [PRIMARY, V6, "10.244.1.1", SECOND]),
-        ("mode: ipvs", [PRIMARY, V6, "10.244.1.1", SECOND]),
+        ("mode: iptables", ALL),
+        ("mode: ipvs", ALL),
         ("nodePortAddresses: [primary]", [PRIMARY, V6]),
         ("bindAddress: 0.0.0.0", [PRIMARY, V6]),
         ("bindAddress: '::'", [PRIMARY, V6]),
         ("bindAddress: 127.0.0.1", [PRIMARY, V6]),
         (f"bindAddress: {SECOND}", [SECOND, V6]),
-        ("bindAddress: '2001:db8:1::7'", ["2001:db8:1::7", PRIMARY]),
+        ("bindAddress: '2001:db8:1::7'", [PRIMARY, "2001:db8:1::7"]),
         ("{mode: iptables, nodePortAddresses: [primary]}", [PRIMARY, V6]),
-        ("nodePortAddresses: [192.0.2.0/24]", [SECOND]),
-        ("nodePortAddresses: [primary, 192.0.2.0/24, '2001:db8::/32']", [PRIMARY, V6, SECOND]),
-        ("nodePortAddresses: [203.0.113.0/24]", []),
-        ("nodePortAddresses: [0.0.0.0/0]", ["10.244.1.1", SECOND, PRIMARY]),
-        ("nodePortAddresses: ['::/0']", [V6]),
-        ("nodePortAddresses: [10.96.0.0/12]", []),  # virtual servers' addresses are Services'
+        ("nodePortAddresses: [192.0.2.0/24, 198.18.0.0/15, 'fd00::/8']", [SECOND, PRIMARY]),
+        ("nodePortAddresses: [203.0.113.0/24, '2001:db8::/32', '::1/128']", [V6]),
+        ("nodePortAddresses: [10.96.0.0/12, 127.0.0.0/8, 'fe80::/10']", []),  # virtual servers' addresses are Services'
+        ("nodePortAddresses: [192.0.2.0/24]", [SECOND, V6]),  # CIDRs of one family say nothing of the other
+        ("nodePortAddresses: ['2001:db8:1::b/128']", ALL),
+        ("nodePortAddresses: [0.0.0.0/0, 192.0.2.0/24]", ALL),
+        ("nodePortAddresses: ['::/0']", ALL),
     ],
 )
 def test_which_addresses_serve_node_ports(text: str, expected: list[str]) -> None:
@@ -81,16 +83,66 @@ def test_which_addresses_serve_node_ports(text: str, expected: list[str]) -> Non
 @pytest.mark.parametrize(
     ("addresses", "expected"),
     [
-        ([("ExternalIP", SECOND), ("InternalIP", PRIMARY)], [PRIMARY]),
-        ([("ExternalIP", SECOND), ("Hostname", "n1")], [SECOND]),
+        ([("ExternalIP", SECOND), ("InternalIP", PRIMARY), ("InternalIP", V6)], [PRIMARY, V6]),
         ([("InternalIP", PRIMARY), ("ExternalIP", V6), ("ExternalIP", "2001:db8:1::7")], [PRIMARY, V6]),
-        ([("Hostname", "n1")], []),
+        ([("InternalIP", SECOND), ("InternalIP", PRIMARY), ("InternalIP", V6)], [SECOND, V6]),  # the first is the primary one
+        ([("ExternalIP", SECOND), ("Hostname", "n1")], [SECOND, V6]),
+        ([("InternalIP", V6)], ["10.244.1.1", SECOND, PRIMARY, V6]),
+        ([("Hostname", "n1")], ["10.244.1.1", SECOND, PRIMARY, V6]),
     ],
 )
-def test_an_external_address_stands_in_for_an_internal_one(addresses: list[tuple[str, str]], expected: list[str]) -> None:
+def test_the_nodes_primary_addresses(addresses: list[tuple[str, str]], expected: list[str]) -> None:
+    """Of a family that has none, all serve node ports."""
+    assert [str(ip) for ip in facts(of=addressed(*addresses)).node_ips] == expected
+
+
+def addressed(*addresses: tuple[str, str]) -> Node:
     status = {"addresses": [{"type": kind, "address": ip} for kind, ip in addresses]}
-    found = facts(of=msgspec.convert({"metadata": {"name": "n1"}, "status": status}, Node))
-    assert [str(ip) for ip in found.node_ips] == expected
+    return msgspec.convert({"metadata": {"name": "n1"}, "status": status}, Node)
+
+
+@pytest.mark.parametrize(
+    ("text", "ipv4", "ipv6"),
+    [
+        ("", [PRIMARY], [V6]),
+        ("{mode: iptables, nodePortAddresses: [primary]}", [PRIMARY], [V6]),
+        (f"bindAddress: {SECOND}", [SECOND], [V6]),
+        ("nodePortAddresses: [192.0.2.0/24, 198.18.0.0/15, 'fd00::/8']", [SECOND, PRIMARY], []),
+        ("nodePortAddresses: [127.0.0.0/8, 10.96.0.0/12, '::1/128', 'fe80::/10']", ["127.0.0.1"], ["::1"]),
+        ("nodePortAddresses: [192.0.2.0/24]", [SECOND], ["::"]),
+        ("nodePortAddresses: ['2001:db8::/32', 0.0.0.0/0, 192.0.2.0/24]", ["0.0.0.0"], [V6]),
+    ],
+)
+def test_where_health_check_ports_listen(text: str, ipv4: list[str], ipv6: list[str]) -> None:
+    places = listening_places(parse_proxy_config(text, "f")[0], node(), STATE)
+    assert places == {
+        family: frozenset(map(ipaddress.ip_address, listed)) for family, listed in ((Family.IPV4, ipv4), (Family.IPV6, ipv6))
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["mode: iptables", "mode: ipvs", "nodePortAddresses: [0.0.0.0/0]", "nodePortAddresses: ['::/0']"]
+)
+def test_health_check_ports_listen_everywhere_where_nothing_is_chosen(text: str) -> None:
+    assert listening_places(parse_proxy_config(text, "f")[0], node(), STATE) is EVERYWHERE
+
+
+def test_without_primary_addresses_health_check_ports_listen_everywhere() -> None:
+    assert listening_places(parse_proxy_config("", "f")[0], addressed(("Hostname", "n1")), STATE) is EVERYWHERE
+
+
+@pytest.mark.parametrize(
+    ("text", "of", "follows"),
+    [
+        ("", node(), False),
+        ("{mode: ipvs, nodePortAddresses: [primary]}", node(), False),
+        ("", addressed(("InternalIP", PRIMARY)), True),
+        ("mode: iptables", node(), True),
+        ("nodePortAddresses: [192.0.2.0/24, 'fd00::/8']", node(), True),
+    ],
+)
+def test_interfaces_are_followed_where_they_count(text: str, of: Node, follows: bool) -> None:
+    assert depends_on_interfaces(parse_proxy_config(text, "f")[0], of) is follows
 
 
 @pytest.mark.parametrize(
@@ -104,6 +156,7 @@ def test_an_external_address_stands_in_for_an_internal_one(addresses: list[tuple
         ("{mode: iptables, nodePortAddresses: [primary]}", False),
         ("{mode: iptables, nodePortAddresses: [127.0.0.0/8]}", True),
         ("{mode: iptables, nodePortAddresses: [0.0.0.0/0]}", True),
+        ("{mode: iptables, nodePortAddresses: ['2001:db8::/32']}", True),
         ("{mode: nftables, nodePortAddresses: [127.0.0.0/8]}", False),
     ],
 )

@@ -37,10 +37,9 @@ from podwire.model.meta import ObjectMeta
 from podwire.model.objects import EndpointSlice, Node, Service
 from podwire.model.ops import SetSysctl
 from podwire.model.proxyconfig import ProxyConfig, conntrack_switches
-from podwire.model.proxymode import ProxyMode
 from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES
 from podwire.model.servicetable import NodeFacts
-from podwire.plan.proxyfacts import own_addresses, primary_addresses, proxy_facts
+from podwire.plan.proxyfacts import depends_on_interfaces, listening_places, own_addresses, primary_addresses, proxy_facts
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +103,7 @@ class ProxyAgent:
         self._node_was_whole = False
         self._node_seen = asyncio.Event()
         self._ranges = ServiceRanges(client, env.service_cidrs, rng, self._node_seen.set)
-        config = env.config
-        self._own_addresses = bool(config.node_port_addresses) or config.proxy_mode is not ProxyMode.NFTABLES
-        self._by_node_cidr = config.detect_local_mode == "NodeCIDR"
+        self._by_node_cidr = env.config.detect_local_mode == "NodeCIDR"
         self._nodes.subscribe(self._node_changed)
 
     # --- what it says of itself -----------------------------------------------------------------------------------
@@ -241,8 +238,10 @@ class ProxyAgent:
         return f"; is it this host's? --hostname-override says which{f': {likely}' if likely else ''}"
 
     async def _facts(self) -> NodeFacts:
-        """Raises InvalidInput."""
-        facts = proxy_facts(self._env.config, self._node, await self._env.kernel.observe(), self._ranges.networks)
+        """What rules depend on; health-check ports are told where to listen. Raises InvalidInput."""
+        config, state = self._env.config, await self._env.kernel.observe()
+        self._ports.set_places(listening_places(config, self._node, state))
+        facts = proxy_facts(config, self._node, state, self._ranges.networks)
         if not facts.local_sources and not facts.local_interfaces:
             log.warning("pods of this node are not known by their addresses: every client of a ClusterIP is masqueraded")
         return facts
@@ -276,7 +275,7 @@ class ProxyAgent:
                 async for event in events:
                     if concerns_rules(event):
                         self._sync.request_resync(event.subject)
-                    if event.what in ("address", "lost") and self._own_addresses:
+                    if event.what in ("address", "lost") and depends_on_interfaces(self._env.config, self._node):
                         self._node_seen.set()
             except KernelError as error:
                 log.warning("kernel notifications: %s; comparing everything", error)
