@@ -11,7 +11,7 @@ from itertools import chain
 
 import msgspec
 import pytest
-from service_cases import feed
+from service_cases import FACTS, feed
 from service_histories import Addresses, Interview, Listens, Question, load_interviews
 
 from podwire.agent.healthchecks import HealthCheckPorts
@@ -32,6 +32,10 @@ from podwire.plan.services_table import service_table
 pytestmark = [pytest.mark.kernel, pytest.mark.needs("IPv6")]
 
 INTERVIEWS = list(load_interviews())
+LOCAL = {
+    "name": "web", "type": "LoadBalancer", "clusterIP": "10.96.0.10", "externalTrafficPolicy": "Local",
+    "healthCheckNodePort": 32000, "ports": [{"port": 80, "targetPort": 8080, "nodePort": 30080}],
+}  # fmt: skip
 LOCALHOST = {Family.IPV4: "127.0.0.1", Family.IPV6: "::1"}
 
 
@@ -116,6 +120,28 @@ async def test_balancers_are_told_what_the_case_says(linux_kernel: LinuxKernel, 
                         feed(programmer, item, interview.family)
                     wanted = {port: key for key, port in programmer.ports.items() if port}
                     await until(lambda: ports.ports, wanted)
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+
+async def test_an_address_whose_port_is_taken_keeps_no_other_from_answering(linux_kernel: LinuxKernel, netns: int) -> None:
+    applied = await linux_kernel.apply((ChangeLink(Link("lo", Device(), up=True)),))
+    assert applied.ok, applied.failures
+    programmer = Programmer(FACTS)
+    ports = HealthCheckPorts(programmer, linux_kernel, lambda: True)
+    free, taken = ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("127.0.0.2")
+    ports.set_places({Family.IPV4: frozenset((free, taken)), Family.IPV6: frozenset()})
+    running = asyncio.create_task(ports.run())
+    try:
+        with run_in_netns(netns, lambda: socket.create_server((str(taken), 32000))):
+            feed(programmer, {"service": LOCAL, "endpoints": []}, Family.IPV4)
+            await until(lambda: ports.listening, {32000: {free}})
+            assert (await ask(netns, str(free), 32000))[0] == 503
+        feed(programmer, {"service": LOCAL, "endpoints": [{"ip": "10.244.1.2", "node": "n1"}]}, Family.IPV4)
+        await until(lambda: ports.listening, {32000: {free, taken}})
+        assert (await ask(netns, str(taken), 32000))[0] == 200
     finally:
         running.cancel()
         with suppress(asyncio.CancelledError):
