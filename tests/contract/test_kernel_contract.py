@@ -608,6 +608,15 @@ async def test_nft_is_observed_as_committed(kernel: Kernel) -> None:
     assert (await kernel.observe_nft("podwire")).tables == {}
 
 
+async def test_a_table_of_nft_is_switched_off_and_on(kernel: Kernel) -> None:
+    await ok(kernel, CommitNft(SETUP), CommitNft(Batch((AddTable(TABLE, dormant=True),))))
+    off = (await kernel.observe_nft("podwire")).tables[TABLE]
+    assert off.dormant
+    assert set(off.chains) == {"c1"}
+    await ok(kernel, CommitNft(SETUP))
+    assert not (await kernel.observe_nft("podwire")).tables[TABLE].dormant
+
+
 async def test_a_refused_nft_batch_changes_nothing(kernel: Kernel) -> None:
     await ok(kernel, CommitNft(SETUP))
     before = await kernel.observe_nft("podwire")

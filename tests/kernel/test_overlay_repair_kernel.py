@@ -18,7 +18,7 @@ from podwire.agent.overlayd.agent import OverlayAgent
 from podwire.kernel.linux import LinuxKernel
 from podwire.model.addr import Family
 from podwire.model.kernelstate import Device, Link, NetState, Route
-from podwire.model.nft import Batch, DelTable, SetRules, TableRef
+from podwire.model.nft import AddTable, Batch, DelTable, SetRules, TableRef
 from podwire.model.ops import (
     ChangeLink,
     CommitNft,
@@ -67,6 +67,7 @@ def damages(state: NetState) -> Iterator[tuple[str, str, tuple[Op, ...]]]:
     yield "sysctl", "conf/flannel.1/rp_filter=2", (SetSysctl("net/ipv4/conf/flannel.1/rp_filter", "1"),)
     yield "rules", "masquerade rules", tuple(CommitNft(Batch((DelTable(TableRef(f, TABLE)),))) for f in DUAL)
     yield "rules", "masquerade rules", (CommitNft(Batch((SetRules(TableRef(Family.IPV4, TABLE), "postrouting", ()),))),)
+    yield "rules", "masquerade rules", (CommitNft(Batch((AddTable(TableRef(Family.IPV6, TABLE), dormant=True),))),)
     yield "device", "link flannel-v6.1", (DelLink("flannel-v6.1"),)
 
 

@@ -28,6 +28,8 @@ NFTABLES = {
     "all chains' rules": "flush table ip podwire",
     "a rule of somebody's in ours": "insert rule ip podwire prerouting drop",
     "a table": "delete table ip podwire",
+    "a table switched off": "add table ip podwire { flags dormant; }",
+    "a table switched off, and less of it": "add table ip podwire { flags dormant; }; flush chain ip podwire inside",
     "the other family's table": "delete table ip6 podwire",
     "everything of everybody": "flush ruleset",
 }

@@ -76,7 +76,9 @@ class NftClient:
         """The tables of that name in both families, from one moment. Dynamic sets come without their elements."""
         for _ in range(_DUMP_ATTEMPTS):
             generation = self._generation()
-            tables = {ref: self._read_table(ref) for ref in self._existing(table)}
+            refs = (TableRef(family, table) for family in Family)
+            found = [(ref, self._ask(nftables.table_request(ref, 0))[0]) for ref in refs]
+            tables = {ref: self._read_table(ref, nftables.decode_dormant(told)) for ref, told in found if told is not None}
             if self._generation() == generation:
                 return Ruleset(tables)
         raise KernelError(f"nftables changed during each of {_DUMP_ATTEMPTS} readings", errno.EAGAIN)
@@ -184,11 +186,7 @@ class NftClient:
         answer, _ = self._ask(request)
         return netlink.parse_attrs(answer.payload, 4)[1] if answer else b""
 
-    def _existing(self, table: str) -> list[TableRef]:
-        refs = (TableRef(family, table) for family in Family)
-        return [ref for ref in refs if self._ask(nftables.table_request(ref, 0))[0] is not None]
-
-    def _read_table(self, ref: TableRef) -> TableState:
+    def _read_table(self, ref: TableRef, dormant: bool) -> TableState:
         chains: dict[str, ChainState] = {}
         rules: dict[str, list[Rule]] = {}
         for msg in self._exchange.dump(nftables.dump_request(nftables.GETCHAIN, ref, 0)):
@@ -200,7 +198,7 @@ class NftClient:
             if table == ref.name:
                 rules.setdefault(chain_name, []).append(held.rule)
         chains |= {n: ChainState(chains[n].chain, tuple(found)) for n, found in rules.items() if n in chains}
-        return TableState(chains, self._read_sets(ref))
+        return TableState(chains, self._read_sets(ref), dormant)
 
     def _read_sets(self, ref: TableRef) -> Mapping[str, SetState]:
         decoded = (nftables.decode_set(msg) for msg in self._exchange.dump(nftables.dump_request(nftables.GETSET, ref, 0)))

@@ -182,12 +182,13 @@ class TableRef(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AddTable:
-    """Make the table if it is not there."""
+    """Make the table if it is not there, and switch it on, or (`dormant`) off: then no packet sees its chains."""
 
     table: TableRef
+    dormant: bool = False
 
     def __str__(self) -> str:
-        return f"add table {self.table}"
+        return f"add table {self.table}{' { flags dormant; }' if self.dormant else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,8 +390,11 @@ class SetState:
 
 @dataclass(frozen=True, slots=True)
 class TableState:
+    """`dormant`: no packet sees it."""
+
     chains: Mapping[str, ChainState] = field(default_factory=dict)
     sets: Mapping[str, SetState] = field(default_factory=dict)
+    dormant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,7 +429,8 @@ class _Draft:
             if ref in self._tables and name in self._set_book(ref):
                 self._set_book(ref)[name] = replace(self._set_book(ref)[name], elements=elements)
         for ref, table in list(self._tables.items()):
-            self._tables[ref] = TableState(self._chains.get(ref, table.chains), self._sets.get(ref, table.sets))
+            chains, sets = self._chains.get(ref, table.chains), self._sets.get(ref, table.sets)
+            self._tables[ref] = TableState(chains, sets, table.dormant)
         return self._tables
 
     def run(self, command: Command) -> None:
@@ -434,7 +439,7 @@ class _Draft:
             raise NftMissing(f"{command}: there is no table {ref}")
         match command:
             case AddTable():
-                self._tables.setdefault(ref, TableState())
+                self._tables[ref] = replace(self._tables.get(ref, TableState()), dormant=command.dormant)
             case DelTable():
                 self._del_table(ref)
             case AddChain(_, chain):

@@ -100,9 +100,9 @@ def _diff_table(ref: TableRef, desired: TableState, observed: TableState | None)
     anew: list[Command] = []
     if observed is not None and not _compatible(desired, observed):
         anew, observed = [DelTable(ref)], None
-    if observed is None:
+    if observed is None or observed.dormant:
         anew.append(AddTable(ref))
-        observed = TableState()
+    observed = observed or TableState()
     creates = [*anew, *(AddSet(ref, s.set) for name, s in desired.sets.items() if name not in observed.sets)]
     added = [c for name, c in desired.chains.items() if name not in observed.chains]
     creates += [AddChain(ref, c.chain) for c in added]

@@ -96,7 +96,7 @@ def _base_chains(ruleset: Ruleset, hook: Hook, family: Family) -> Iterator[tuple
     found = [
         (state.chain.base.priority, ref, table, state)
         for ref, table in ruleset.tables.items()
-        if ref.family is family
+        if ref.family is family and not table.dormant
         for state in table.chains.values()
         if state.chain.base is not None and state.chain.base.hook is hook
     ]

@@ -83,6 +83,7 @@ _HOST_ORDER = (1).to_bytes(4, sys.byteorder)
 """libnftables' BYTEORDER_HOST_ENDIAN."""
 _COMMENT_MAX = 127
 _POLICY_DROP, _POLICY_ACCEPT = 0, 1
+_TABLE_DORMANT = 0x1
 _ATTR = struct.Struct("=HH")
 _PADDING = (b"", b"\0\0\0", b"\0\0", b"\0")
 
@@ -156,7 +157,8 @@ def _encode_object(command: Command, ident: int) -> bytes:
     table = command.table
     match command:
         case AddTable():
-            return _message(NEWTABLE, NLM_F_CREATE, table, attr_str(1, table.name))
+            flags = attr_be32(2, _TABLE_DORMANT if command.dormant else 0)
+            return _message(NEWTABLE, NLM_F_CREATE, table, attr_str(1, table.name), flags)
         case DelTable():
             return _message(DELTABLE, 0, table, attr_str(1, table.name))
         case AddChain(_, chain):
@@ -368,6 +370,12 @@ def table_request(table: TableRef, seq: int) -> bytes:
 
 _BODY = 4
 """Where attributes start in a message's payload: behind struct nfgenmsg."""
+
+
+def decode_dormant(msg: Message) -> bool:
+    """Of a NEWTABLE message: whether the table is switched off."""
+    flags = parse_attrs(msg.payload, _BODY).get(2)
+    return flags is not None and bool(as_be(flags) & _TABLE_DORMANT)
 
 
 def decode_chain(msg: Message) -> tuple[str, Chain]:

@@ -111,6 +111,8 @@ def test_diff_from_nothing() -> None:
     "damage",
     [
         (DelTable(TABLE),),
+        (AddTable(TABLE, dormant=True),),
+        (AddTable(TABLE, dormant=True), SetRules(TABLE, "c", ())),
         (SetRules(TABLE, "c", ()),),
         (AddChain(TABLE, Chain("stranger")), SetRules(TABLE, "stranger", (Rule((Immediate(goto("c")),)),))),
         (AddSet(TABLE, NftSet("stranger", (FieldType.PORT,))),),

@@ -131,6 +131,11 @@ def test_a_base_chains_policy_is_for_those_without_a_verdict() -> None:
     assert walked(empty.apply(Batch((SetRules(TABLE, "base", (verdict(ACCEPT),)),))))[0] is Fate.PASS
 
 
+def test_a_table_that_is_switched_off_is_not_run() -> None:
+    ruleset = rules(base=(verdict(DROP),)).apply(Batch((AddTable(TABLE, dormant=True),)))
+    assert walked(ruleset)[0] is Fate.PASS
+
+
 def test_rules_of_the_other_family_are_not_run() -> None:
     packet = Packet(ipaddress.ip_address("2001:db8::1"), ipaddress.ip_address("2001:db8::2"), 6, 1, 2)
     assert walked(rules(base=(verdict(DROP),)), packet)[0] is Fate.PASS

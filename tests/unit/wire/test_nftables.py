@@ -195,7 +195,7 @@ def test_a_transaction_is_framed_and_numbered() -> None:
     messages = list(parse_messages(sent(AddTable(TABLE), AddChain(TABLE, Chain("c")))))
     assert [m.type for m in messages] == [0x10, 0xA00, 0xA03, 0x11]
     assert [m.seq for m in messages] == [100, 101, 102, 103]
-    assert messages[1].payload.hex() == "02000000" + "06000100" + "74000000"
+    assert messages[1].payload.hex() == "02000000" + "06000100" + "74000000" + "08000200" + "00000000"
 
 
 def test_chain_and_rule_round_trip() -> None:
