@@ -195,6 +195,8 @@ def _read(line: str) -> ParsedRule:
             if module == "comment":
                 comment = words.value("--comment")
             else:
+                if module in _PROTOCOLS and IsProtocol(_PROTOCOLS[module]) not in matches:
+                    raise words.unknown(f"module {module} without -p {module} before it")
                 matches += _module(words, module)
             continue
         match = _basic(words, word)

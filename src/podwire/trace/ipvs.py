@@ -3,7 +3,9 @@ packet to it.
 
 IPVS sees what comes in for the node itself (hook LOCAL_IN, just before the nat chains there) and what its own processes send
 (LOCAL_OUT, just behind them). What it leads elsewhere goes out by POSTROUTING: to conntrack, its destination was not rewritten,
-but the original one is known (`net.ipv4.vs.conntrack`). A real server on the node itself gets the packet by INPUT.
+but the original one is known (`net.ipv4.vs.conntrack`). Before POSTROUTING the kernel passes it through LOCAL_OUT as well
+(ip_vs_nat_send_or_cont), where ours are nat chains only: those are asked about a destination once per connection, which has
+been. A real server on the node itself gets the packet by INPUT.
 (The kernel's net/netfilter/ipvs: ip_vs_core.c, ip_vs_xmit.c, ip_vs_nfct.c.)
 """
 
