@@ -17,7 +17,6 @@ from podwire.client.workqueue import WorkQueue
 from podwire.controllers.config import ControllersConfig
 from podwire.controllers.documents import DeploymentDoc, NamespaceDoc, ReplicaSetDoc, SliceDoc, WorkloadPod
 from podwire.controllers.index import Index
-from podwire.model.meta import ObjectMeta
 from podwire.model.objects import ApiObject, Lease, Node, Service
 from podwire.model.resources import (
     DEPLOYMENTS,
@@ -152,7 +151,3 @@ async def all_of(calls: Iterable[Any], *, at_once: int = 32) -> list[Any]:
         if isinstance(result, BaseException):
             raise result
     return results
-
-
-def has_owner(meta: ObjectMeta, uid: str) -> bool:
-    return any(owner.uid == uid for owner in meta.owner_references)

@@ -59,10 +59,15 @@ class NodeAddress(View, frozen=True):
     address: str
 
 
+class NodeInfo(View, frozen=True):
+    boot_id: str = msgspec.field(name="bootID", default="")
+
+
 class NodeStatus(View, frozen=True):
     addresses: tuple[NodeAddress, ...] = ()
     conditions: tuple[Condition, ...] = ()
     allocatable: dict[str, str] = {}
+    node_info: NodeInfo = NodeInfo()
 
 
 class Node(ApiObject, frozen=True):
@@ -478,11 +483,6 @@ class EndpointSlice(ApiObject, frozen=True):
 
 
 # --- workloads and the rest ---------------------------------------------------------------------------------------
-
-
-class PodTemplate(View, frozen=True):
-    metadata: ObjectMeta = ObjectMeta()
-    spec: PodSpec = PodSpec()
 
 
 class RollingUpdate(View, frozen=True):
