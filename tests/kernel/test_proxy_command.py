@@ -13,11 +13,13 @@ import pytest_asyncio
 from proxysite import HEALTH, METRICS, WEB, Site, proxy_site, remove_rules, until
 from servicerig import FACTS
 
+from podwire.client.errors import NotFound
 from podwire.kernel.iptables import Flavour, find_programs
 from podwire.kernel.netns import run_in_netns
+from podwire.model.acknowledgement import NAMESPACE, lease_name
 from podwire.model.addr import Family
 from podwire.model.flow import Flow
-from podwire.model.resources import ENDPOINTSLICES, SERVICES
+from podwire.model.resources import ENDPOINTSLICES, LEASES, SERVICES
 from podwire.plan.services import TABLE
 
 pytestmark = [
@@ -51,7 +53,11 @@ async def test_a_proxy_serves_repairs_and_leaves(site: Site) -> None:
         assert await site.metric("podwire_endpoint_connections_total", "/metrics/endpoints") == 60
         await remove_rules(site.rig)
         assert await until(site.answers, process) < 1.0
-        assert await site.metric("podwire_proxy_repairs_total") == 1
+
+        async def counted() -> bool:
+            return await site.metric("podwire_proxy_repairs_total") == 1
+
+        await until(counted, process)
         other = await asyncio.to_thread(site.command("--master", "http://127.0.0.1:1").communicate)
         assert "another podwire proxy serves this host already" in other[1]
         process.send_signal(signal.SIGTERM)
@@ -60,9 +66,13 @@ async def test_a_proxy_serves_repairs_and_leaves(site: Site) -> None:
         assert "rules were not as left" in said
         assert "the rules stay" in said
     assert await site.answers()
-    cleaner = site.command("--cleanup")
-    _, said = await asyncio.to_thread(cleaner.communicate)
-    assert cleaner.returncode == 0, said
+    assert await site.client.get(LEASES, lease_name(FACTS.name), NAMESPACE), "it has given its word"
+    master = f"http://127.0.0.1:{site.port}"
+    status, said = await site.outcome(site.command("--cleanup", "--master", master, "--hostname-override", FACTS.name))
+    assert status == 0, said
+    assert "the API says" not in said
+    with pytest.raises(NotFound):
+        await site.client.get(LEASES, lease_name(FACTS.name), NAMESPACE)
     assert not await site.answers()
     assert not (await site.rig.kernel.observe_nft(TABLE)).tables
 

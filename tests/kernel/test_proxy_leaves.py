@@ -73,6 +73,7 @@ async def test_who_switched_127_0_0_1_on_before_us_finds_it_on(site: Site) -> No
         pass
     status, said = await site.outcome(site.command("--cleanup"))
     assert (status, localnet(site), chains(site)) == (0, "1", 0), said
+    assert "the API says for 5 min more that Services are programmed here" in said, "it was not told where the API is"
 
 
 async def test_127_0_0_1_is_switched_on_again_when_somebody_switches_it_off(site: Site) -> None:

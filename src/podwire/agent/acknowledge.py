@@ -12,15 +12,16 @@ from podwire.agent.rounds import OnRound, Round, Versions
 from podwire.client.api import ApiClient
 from podwire.client.backoff import Backoff
 from podwire.client.errors import AlreadyExists, ApiError, Forbidden, NotFound
-from podwire.model.acknowledgement import NAMESPACE, Acknowledgement, lease_document, lease_name
+from podwire.model.acknowledgement import NAMESPACE, Acknowledgement, Speaker, lease_document, lease_name
 from podwire.model.proxymode import ProxyMode
 from podwire.model.resources import LEASES
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 60.0
-"""How often, when nothing changes, the revision is acknowledged that bookmarks tell: whoever asks what was removed since the
-last word must not be sent back further than API servers remember (kube-apiserver: 5 minutes)."""
+"""How often, when nothing changes, the word is given anew, with the revision that bookmarks tell: it shows that somebody still
+keeps the rules (`plan.programmed.SILENT`), and whoever asks what was removed since it must not be sent back further than API
+servers remember (kube-apiserver: 5 minutes)."""
 INTERVAL = 1.0
 """Seconds between two acknowledgements at least. The first change after a pause is acknowledged at once."""
 
@@ -45,14 +46,14 @@ class Acknowledger:
     def __init__(
         self,
         client: ApiClient,
-        node: str,
+        speaker: Speaker,
         sync: Programs,
         clock: Callable[[], datetime],
         rng: Random,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
         self._idle_seconds = idle_seconds
-        self._client, self._node, self._sync, self._clock, self._rng = client, node, sync, clock, rng
+        self._client, self._speaker, self._sync, self._clock, self._rng = client, speaker, sync, clock, rng
         self._changed = asyncio.Event()
         self._exists, self._begun = True, False
         self.last: Versions | None = None
@@ -72,8 +73,6 @@ class Acknowledger:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._idle_seconds):
                     await self._changed.wait()
-            if not self._changed.is_set() and self._sync.versions == self.last:
-                continue
             self._changed.clear()
             self._begun = True
             started = loop.time()
@@ -95,17 +94,19 @@ class Acknowledger:
 
     async def _write(self, versions: Versions) -> None:
         ack = Acknowledgement(
-            node=self._node,
+            node=self._speaker.node,
             services=versions.services,
             slices=versions.slices,
             slices_until=versions.slices_until,
             mode=str(self._sync.mode or ""),
             at=self._clock(),
+            boot=self._speaker.boot,
         )
+        name = lease_name(self._speaker.node)
         document = lease_document(ack)
         if self._exists:
             try:
-                await self._client.patch(LEASES, lease_name(self._node), document, NAMESPACE)
+                await self._client.patch(LEASES, name, document, NAMESPACE)
             except NotFound:
                 self._exists = False
             else:
@@ -113,5 +114,5 @@ class Acknowledger:
         try:
             await self._client.create(LEASES, document)
         except AlreadyExists:
-            await self._client.patch(LEASES, lease_name(self._node), document, NAMESPACE)
+            await self._client.patch(LEASES, name, document, NAMESPACE)
         self._exists = True

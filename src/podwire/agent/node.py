@@ -45,6 +45,7 @@ from podwire.client.backoff import Backoff
 from podwire.client.events import EventRecorder
 from podwire.client.informer import Change, Informer
 from podwire.kernel.port import Kernel
+from podwire.model.acknowledgement import Speaker
 from podwire.model.addr import IPNetwork
 from podwire.model.errors import PodwireError, Unsupported
 from podwire.model.ids import ObjectKey
@@ -288,7 +289,8 @@ class NodeAgent:
             await self._services.synced()
             await self._slices.synced()
             self._served = network
-            group.create_task(Acknowledger(self._client, self.config.node_name, sync, self._clock, self._rng).run())
+            speaker = Speaker(self.config.node_name, read_machine().boot_id)
+            group.create_task(Acknowledger(self._client, speaker, sync, self._clock, self._rng).run())
             group.create_task(HealthCheckPorts(sync, self._kernel, self._services_right).run())
             group.create_task(sync.run(self._facts(network)))
             await sync.programmed()

@@ -1,8 +1,9 @@
 """Reads nodes' acknowledgements of Services out of any API server, once or until they are what one waits for."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,9 +19,10 @@ from podwire.model.ids import ObjectKey
 from podwire.model.objects import ApiObject, EndpointSlice, Lease, Node, Service
 from podwire.model.resources import ENDPOINTSLICES, LEASES, NAMESPACES, NODES, SERVICES, Resource
 from podwire.model.timestamps import format_micro_time
-from podwire.plan.programmed import Programmed, programmed
+from podwire.plan.programmed import Programmed, programmed, void
 
 T = TypeVar("T", bound=ApiObject)
+Clock = Callable[[], datetime]
 _SELECTOR = f"{LABEL}={LABEL_VALUE}"
 _SLICES = "!service.kubernetes.io/headless"
 
@@ -29,7 +31,11 @@ class NotProgrammed(PodwireError):
     """The time is over, and some nodes are late."""
 
 
-async def read_all(client: ApiClient, namespace: str) -> list[dict[str, Any]]:
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+async def read_all(client: ApiClient, namespace: str, clock: Clock = _utc_now) -> list[dict[str, Any]]:
     """Every Service (of a namespace) as `podwire status services -o json` shows it. Raises ApiError, InvalidInput."""
     services = await _list(client, SERVICES, Service, namespace or None)
     if namespace and not services:
@@ -40,7 +46,9 @@ async def read_all(client: ApiClient, namespace: str) -> list[dict[str, Any]]:
     for piece in listed:
         slices.setdefault(ObjectKey(piece.metadata.namespace, piece.service), []).append(piece)
     nodes = await _list(client, NODES, Node)
-    acks = _words(await _list(client, LEASES, Lease, NAMESPACE, _SELECTOR))
+    words = _words(await _list(client, LEASES, Lease, NAMESPACE, _SELECTOR))
+    silent = void(words, nodes, clock())
+    acks = {name: ack for name, ack in words.items() if name not in silent}
     await removals.learn(acks.values())
     rows = []
     for service in sorted(services, key=lambda service: service.key):
@@ -55,6 +63,7 @@ async def read_all(client: ApiClient, namespace: str) -> list[dict[str, Any]]:
                 "absent": list(found.absent),
                 "at": format_micro_time(found.at) if found.at else None,
                 "why": found.why,
+                "silent": {name: silent[name] for name in (*found.late, *found.absent) if name in silent},
             }
         )
     return rows
@@ -67,20 +76,20 @@ async def _exists(client: ApiClient, namespace: str) -> None:
         raise InvalidInput(f"there is no namespace {namespace}") from None
 
 
-async def wait_programmed(client: ApiClient, namespace: str, name: str, seconds: float) -> str:
+async def wait_programmed(client: ApiClient, namespace: str, name: str, seconds: float, clock: Clock = _utc_now) -> str:
     """Returns a sentence once it is so. Raises NotProgrammed, InvalidInput for a Service that nodes do not serve, NotFound."""
     key = ObjectKey(namespace, name)
     with suppress(NotFound):
         await client.get(SERVICES, name, namespace)
-        return await _Wait(client, key).run(seconds)
+        return await _Wait(client, key, clock).run(seconds)
     raise InvalidInput(f"there is no Service {key}; `podwire status services` lists them")
 
 
 class _Wait:
     """Watches what the answer depends on."""
 
-    def __init__(self, client: ApiClient, key: ObjectKey) -> None:
-        self._key = key
+    def __init__(self, client: ApiClient, key: ObjectKey, clock: Clock) -> None:
+        self._key, self._clock = key, clock
         space = key.namespace
         self._client = client
         self._labels = of_service = f"{SERVICE_NAME}={key.name},{_SLICES}"
@@ -93,7 +102,11 @@ class _Wait:
         self._removals: Removals | None = None
         self._removed_live = False
         self._since = 0
+        self._heard: set[str] = set()
+        """Nodes that gave their word while this waited."""
+        self._silent: dict[str, str] = {}
         self._slices.subscribe(self._slice_changed)
+        self._leases.subscribe(self._lease_changed)
 
     async def run(self, seconds: float) -> str:
         informers: tuple[Informer[Any], ...] = (self._services, self._slices, self._nodes, self._leases)
@@ -110,7 +123,7 @@ class _Wait:
                         break
                     await self._changed.wait()
         except TimeoutError:
-            late = ", ".join(self._found.late) or "any node"
+            late = ", ".join(map(self._shown, self._found.late)) or "any node"
             raise NotProgrammed(f"after {seconds:g} s Service {self._key} is not programmed on {late}") from None
         finally:
             for task in running:
@@ -123,11 +136,20 @@ class _Wait:
     def _slice_changed(self, change: Change[EndpointSlice]) -> None:
         self._removed_live |= change.new is None
 
+    def _lease_changed(self, change: Change[Lease]) -> None:
+        if change.old and change.new and change.old.spec.renew_time != change.new.spec.renew_time:
+            self._heard.update(_words((change.new,)))
+
+    def _shown(self, node: str) -> str:
+        return f"{node} (which {self._silent[node]})" if node in self._silent else node
+
     async def _look(self) -> bool:
         service = self._services.get(self._key)
         if service is None:
             raise InvalidInput(f"Service {self._key} was deleted")
-        acks = _words(self._leases.items().values())
+        words, nodes = _words(self._leases.items().values()), self._nodes.items().values()
+        self._silent = void(words, nodes, self._clock(), self._heard)
+        acks = {name: ack for name, ack in words.items() if name not in self._silent}
         slices, revision = tuple(self._slices.items().values()), self._slices.resource_version
         if self._removals is None:
             self._removals = Removals(self._client, slices, revision, namespace=self._key.namespace, labels=self._labels)
@@ -137,7 +159,7 @@ class _Wait:
         await self._removals.learn(acks.values())
         unaware = self._removals.unaware(self._key, acks.values())
         unaware |= {ack.node for ack in acks.values() if ack.until < self._since}
-        self._found = programmed(service, slices, self._nodes.items().values(), acks, unaware)
+        self._found = programmed(service, slices, nodes, acks, unaware)
         if self._found.why:
             raise InvalidInput(f"Service {self._key} cannot be waited for: {self._found.why}")
         return self._found.everywhere

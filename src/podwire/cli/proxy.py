@@ -158,7 +158,8 @@ def _file(name: str, *more: str, text: str) -> Callable[[F], F]:
 )
 @switch(
     "--cleanup",
-    text="Remove the rules of all modes, and end. Open connections go on where others' rules translate, too.",
+    text="Remove the rules of all modes, and what the node says of them in the API, and end. Open connections go on where "
+    "others' rules translate, too.",
 )
 @switch(
     "--cleanup-kube-proxy", text="Remove what kube-proxy left (iptables and nftables), and end. Also beside a podwire proxy."

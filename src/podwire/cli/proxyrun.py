@@ -24,19 +24,26 @@ from podwire.agent.proxy.nodename import node_name
 from podwire.agent.proxy.status import health_app, metrics_app
 from podwire.agent.proxymodes.kubeproxy import remove_kube_proxy
 from podwire.agent.proxymodes.modes import ModeOptions, ProxyModes
+from podwire.agent.registration import read_machine
 from podwire.client.api import ApiClient
+from podwire.client.errors import NotFound
 from podwire.client.kubeconfig import client_from_kubeconfig, in_cluster_client
 from podwire.kernel.linux import LinuxKernel
 from podwire.kernel.netns import current_netns
 from podwire.kernel.port import KernelError
 from podwire.kernel.syscalls import return_large_blocks
+from podwire.model.acknowledgement import NAMESPACE, lease_name
 from podwire.model.errors import InvalidInput, PodwireError
 from podwire.model.ops import SetSysctl
 from podwire.model.proxyconfig import ProxyConfig, config_document, conntrack_switches, networks, parse_proxy_config
+from podwire.model.resources import LEASES
+from podwire.plan.programmed import SILENT
 
 log = logging.getLogger(__name__)
 
 USER_AGENT = "podwire/proxy"
+_WORD_SECONDS = 5.0
+"""How long --cleanup waits for the API server."""
 _AGAIN_SECONDS = 5.0
 """How soon an address is tried again that cannot be listened on; kube-proxy's."""
 
@@ -149,6 +156,7 @@ async def serve(options: Invocation, config: ProxyConfig) -> None:
     modes = ProxyModes(kernel, netns, _mode_options(config))
     try:
         if options.cleanup:
+            await _take_back_word(options, config)
             found = await modes.clean_up()
             log.info("removed: %s", ", ".join(found) or "nothing, there was nothing of ours")
             return
@@ -168,6 +176,7 @@ async def serve(options: Invocation, config: ProxyConfig) -> None:
                     others=modes,
                     service_cidrs=networks(options.service_cidrs, "--service-cluster-ip-range"),
                     cpus=os.cpu_count() or 1,
+                    boot=read_machine().boot_id,
                 )
             )
             async with asyncio.TaskGroup() as group:
@@ -177,6 +186,24 @@ async def serve(options: Invocation, config: ProxyConfig) -> None:
     finally:
         await kernel.close()
         os.close(netns)
+
+
+async def _take_back_word(options: Invocation, config: ProxyConfig) -> None:
+    """Nothing is programmed here any more. An API server that cannot be reached keeps nobody from cleaning up."""
+    name = lease_name(node_name(config.hostname_override, platform.node()))
+    try:
+        async with asyncio.timeout(_WORD_SECONDS), _client(options, config) as client:
+            await client.delete(LEASES, name, NAMESPACE)
+    except NotFound:
+        return
+    except (PodwireError, TimeoutError) as error:
+        why = str(error) or "the API server does not answer"
+        log.warning(
+            "the API says for %d min more that Services are programmed here (Lease %s): %s",
+            SILENT.total_seconds() / 60,
+            name,
+            why,
+        )
 
 
 async def _set_switches(kernel: LinuxKernel, config: ProxyConfig) -> None:

@@ -42,10 +42,11 @@ def status_services(lab_name: str, kubeconfig: Path | None, namespace: str, outp
     """Show on which nodes each Service is programmed.
 
     A node says so in the API once it has read the rules of the Service's present version, and of its EndpointSlices', back
-    from its kernel. One that may not know yet of a slice that was removed is late. Exit status 1 while a ready node is.
+    from its kernel, and again every minute. One that may not know yet of a slice that was removed is late, and so is one that
+    has not said anything for five minutes, or since it was started anew. Exit status 1 while a ready node is late.
 
-    With -o json: a list of objects with namespace, name, programmed, late, absent (names of nodes), at (the latest word) and
-    why (empty, or why no node programs it).
+    With -o json: a list of objects with namespace, name, programmed, late, absent (names of nodes), at (the latest word),
+    why (empty, or why no node programs it) and silent (of those whose word counts no more: the reason).
     """
     from podwire.cli.programmed import read_all
 
@@ -93,3 +94,6 @@ def _print(rows: list[dict[str, Any]]) -> None:
         done = f"{len(row['programmed'])}/{len(row['programmed']) + len(row['late'])}" if not row["why"] else row["why"]
         table.append([row["namespace"], row["name"], done, ", ".join(row["late"]), ", ".join(row["absent"])])
     print_table(*table)
+    silent = {name: why for row in rows for name, why in row["silent"].items()}
+    for name, why in sorted(silent.items()):
+        click.echo(f"node {name} {why}", err=True)

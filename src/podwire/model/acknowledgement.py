@@ -1,13 +1,14 @@
 """How a node says, in the API, that Services are programmed: a Lease of its own whose annotations name revisions.
 
 Everything up to those revisions of Services and EndpointSlices was read back from its kernel. So one small object for each
-node tells about every Service, and changes when some Service does, or once a minute by a bookmark. A Service is programmed on
-a node when neither it nor one of its slices is newer than what the node acknowledged, and none was removed later.
+node tells about every Service, and is written when some Service changes, else once a minute. A Service is programmed on
+a node when neither it nor one of its slices is newer than what the node acknowledged, and none was removed later; and when
+the word is no older than a few minutes and not of a time before the node was started anew.
 """
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from podwire.model.meta import Json
 from podwire.model.objects import EndpointSlice, Lease, Service, View
@@ -18,12 +19,20 @@ PREFIX = "podwire-services-"
 LABEL = "podwire.dev/acknowledges"
 LABEL_VALUE = "services"
 SERVICES, SLICES, MODE = "podwire.dev/services-version", "podwire.dev/endpointslices-version", "podwire.dev/proxy-mode"
-UNTIL = "podwire.dev/endpointslices-unchanged-until"
+UNTIL, BOOT = "podwire.dev/endpointslices-unchanged-until", "podwire.dev/boot-id"
+
+
+class Speaker(NamedTuple):
+    """Who gives its word: a node's name, and the boot id of its machine, empty where that is not known."""
+
+    node: str
+    boot: str = ""
 
 
 class Acknowledgement(View, frozen=True):
-    """One node's word. `at` is when its kernel was read back, by its own clock. `slices` is the revision at which the node's
-    slices became what they are, the same on all nodes that know the same; until `slices_until` none changed."""
+    """One node's word. `at` is when it was given, by the node's own clock; `boot` the machine's boot id. `slices` is the
+    revision at which the node's slices became what they are, the same on all nodes that know the same; until `slices_until`
+    none changed."""
 
     node: str
     services: str
@@ -31,6 +40,7 @@ class Acknowledgement(View, frozen=True):
     slices_until: str = ""
     mode: str = ""
     at: datetime | None = None
+    boot: str = ""
 
     @property
     def until(self) -> int:
@@ -56,7 +66,13 @@ def lease_document(ack: Acknowledgement) -> Json:
         "name": lease_name(ack.node),
         "namespace": NAMESPACE,
         "labels": {LABEL: LABEL_VALUE},
-        "annotations": {SERVICES: ack.services, SLICES: ack.slices, UNTIL: ack.slices_until, MODE: ack.mode},
+        "annotations": {
+            SERVICES: ack.services,
+            SLICES: ack.slices,
+            UNTIL: ack.slices_until,
+            MODE: ack.mode,
+            BOOT: ack.boot,
+        },
     }
     return {
         "apiVersion": "coordination.k8s.io/v1",
@@ -84,6 +100,7 @@ def read_lease(lease: Lease) -> Acknowledgement | None:
         slices_until=notes.get(UNTIL, ""),
         mode=notes.get(MODE, ""),
         at=at,
+        boot=notes.get(BOOT, ""),
     )
 
 

@@ -2,11 +2,15 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from podwire.model.acknowledgement import Acknowledgement
 from podwire.model.objects import EndpointSlice, Node, Service
 from podwire.plan.services_table import ignored
+
+SILENT = timedelta(minutes=5)
+"""A word so old counts no more. Nodes give theirs every minute; the rest is for clocks that differ, and API servers that are
+away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,22 @@ class Programmed:
     def everywhere(self) -> bool:
         """On every node that is ready."""
         return not self.late and bool(self.on)
+
+
+def void(
+    acks: Mapping[str, Acknowledgement], nodes: Iterable[Node], now: datetime, heard: Collection[str] = ()
+) -> dict[str, str]:
+    """Nodes whose word counts no more → why, in words. `heard`: those that just gave it, whatever their clocks say."""
+    boots = {node.metadata.name: node.status.node_info.boot_id for node in nodes}
+    found: dict[str, str] = {}
+    for name, ack in acks.items():
+        if name not in boots:
+            continue
+        if ack.boot and boots[name] and ack.boot != boots[name]:
+            found[name] = "has not said anything since it was started anew"
+        elif name not in heard and ack.at is not None and now - ack.at > SILENT:
+            found[name] = f"has not said anything for {int((now - ack.at).total_seconds()) // 60} min"
+    return found
 
 
 def programmed(

@@ -12,11 +12,11 @@ import msgspec
 import pytest
 from virtualtime import run_virtual
 
-from podwire.agent.acknowledge import INTERVAL, Acknowledger
+from podwire.agent.acknowledge import IDLE_SECONDS, INTERVAL, Acknowledger
 from podwire.agent.rounds import OnRound, Round, Served, Versions
 from podwire.client.api import ApiClient
 from podwire.client.errors import AlreadyExists, ApiError, Forbidden, NotFound, Unavailable
-from podwire.model.acknowledgement import NAMESPACE, Acknowledgement, lease_name, read_lease
+from podwire.model.acknowledgement import NAMESPACE, Acknowledgement, Speaker, lease_name, read_lease
 from podwire.model.ids import ObjectKey
 from podwire.model.meta import Json
 from podwire.model.objects import Lease
@@ -96,7 +96,8 @@ def acknowledging(story: Callable[[Rules, Leases, Acknowledger], Coroutine[Any, 
     async def main() -> None:
         loop = asyncio.get_running_loop()
         began, rules, leases = loop.time(), Rules(), Leases()
-        acknowledger = Acknowledger(leases, "n1", rules, lambda: START + timedelta(seconds=loop.time() - began), Random(1))
+        clock = lambda: START + timedelta(seconds=loop.time() - began)  # noqa: E731
+        acknowledger = Acknowledger(leases, Speaker("n1", "boot-1"), rules, clock, Random(1))
         running = asyncio.create_task(acknowledger.run())
         try:
             await story(rules, leases, acknowledger)
@@ -118,7 +119,13 @@ def test_the_first_change_is_acknowledged_at_once_and_others_once_a_second() -> 
         await asyncio.sleep(5)
         assert [round(at - began, 6) for at, _ in leases.writes] == [0.0, INTERVAL, 2 * INTERVAL]
         assert leases.word == Acknowledgement(
-            node="n1", services="11", slices="11", slices_until="11", mode="ipvs", at=START + timedelta(seconds=2)
+            node="n1",
+            services="11",
+            slices="11",
+            slices_until="11",
+            mode="ipvs",
+            at=START + timedelta(seconds=2),
+            boot="boot-1",
         )
         assert acknowledger.last == Versions("11", "11", "11")
 
@@ -198,7 +205,7 @@ def test_an_api_server_that_does_not_answer_is_asked_again_with_what_is_true_the
     acknowledging(story)
 
 
-def test_what_bookmarks_tell_is_acknowledged_once_a_minute() -> None:
+def test_a_word_is_given_anew_once_a_minute_with_what_bookmarks_tell() -> None:
     async def story(rules: Rules, leases: Leases, acknowledger: Acknowledger) -> None:
         rules.round(1)
         await asyncio.sleep(10)
@@ -207,7 +214,10 @@ def test_what_bookmarks_tell_is_acknowledged_once_a_minute() -> None:
         assert len(leases.writes) == 1
         await asyncio.sleep(30)
         assert len(leases.writes) == 2
+        assert acknowledger.last == Versions("1", "1", "9")
         await asyncio.sleep(300)
-        assert len(leases.writes) == 2, "nothing new, no word"
+        assert len(leases.writes) == 7, "nothing new: it is still so"
+        assert leases.word is not None
+        assert leases.word.at == START + timedelta(seconds=6 * (IDLE_SECONDS + INTERVAL))
 
     acknowledging(story)

@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,7 +18,7 @@ from podwire.cli.programmed import NotProgrammed, read_all, wait_programmed
 from podwire.cli.removals import Removals
 from podwire.client.api import ApiClient, RawList
 from podwire.client.errors import Gone
-from podwire.model.acknowledgement import NAMESPACE, Acknowledgement, lease_document, lease_name, read_lease
+from podwire.model.acknowledgement import NAMESPACE, Acknowledgement, Speaker, lease_document, lease_name, read_lease
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Lease
 from podwire.model.proxymode import ProxyMode
@@ -59,8 +60,9 @@ async def piece(cluster: MemoryCluster, number: int, service: str = "web") -> st
     return str((await cluster.client.create(ENDPOINTSLICES, document))["metadata"]["resourceVersion"])
 
 
-async def says(cluster: MemoryCluster, node: str, version: str) -> None:
-    document = lease_document(Acknowledgement(node=node, services=version, slices=version, mode="nftables", at=NOW))
+async def says(cluster: MemoryCluster, node: str, version: str, at: datetime = NOW, boot: str = "") -> None:
+    ack = Acknowledgement(node=node, services=version, slices=version, mode="nftables", at=at, boot=boot)
+    document = lease_document(ack)
     if await cluster.exists(LEASES, lease_name(node), NAMESPACE):
         await cluster.client.patch(LEASES, lease_name(node), document, NAMESPACE)
     else:
@@ -72,25 +74,57 @@ async def revision(cluster: MemoryCluster) -> str:
 
 
 async def row(cluster: MemoryCluster) -> dict[str, Any]:
-    return next(found for found in await read_all(cluster.client, "default") if found["name"] == "web")
+    return next(found for found in await read_all(cluster.client, "default", lambda: NOW) if found["name"] == "web")
+
+
+async def waits(cluster: MemoryCluster, seconds: float) -> str:
+    return await wait_programmed(cluster.client, "default", "web", seconds, lambda: NOW)
 
 
 async def test_a_node_that_does_not_know_of_a_removal_is_late(cluster: MemoryCluster) -> None:
     before = await revision(cluster)
     for name in NODE_NAMES:
         await says(cluster, name, before)
-    assert "n1, n2, n3" in await wait_programmed(cluster.client, "default", "web", 5)
+    assert "n1, n2, n3" in await waits(cluster, 5)
     await cluster.client.delete(ENDPOINTSLICES, "web-2", "default")
     gone = await revision(cluster)
     await piece(cluster, 1, service="other")  # so that the present is later than the removal
     await says(cluster, "n2", gone)
     assert (await row(cluster))["late"] == ["n1", "n3"]
     with pytest.raises(NotProgrammed, match="n1, n3"):
-        await wait_programmed(cluster.client, "default", "web", 0.3)
-    waiting = asyncio.create_task(wait_programmed(cluster.client, "default", "web", 10))
+        await waits(cluster, 0.3)
+    waiting = asyncio.create_task(waits(cluster, 10))
     for name in ("n1", "n3"):
         await says(cluster, name, gone)
     await waiting
+    assert (await row(cluster))["late"] == []
+
+
+async def test_a_node_that_has_been_silent_for_long_is_late(cluster: MemoryCluster) -> None:
+    now = await revision(cluster)
+    for name, minutes in (("n1", 4.9), ("n2", 12.5), ("n3", -60)):
+        await says(cluster, name, now, NOW - timedelta(minutes=minutes))
+    found = await row(cluster)
+    assert (found["programmed"], found["late"]) == (["n1", "n3"], ["n2"])
+    assert found["silent"] == {"n2": "has not said anything for 12 min"}
+    with pytest.raises(NotProgrammed, match=r"on n2 \(which has not said anything for 12 min\)"):
+        await waits(cluster, 0.3)
+    waiting = asyncio.create_task(waits(cluster, 10))
+    await asyncio.sleep(0.1)
+    await says(cluster, "n2", now, NOW - timedelta(minutes=12))
+    assert "n1, n2, n3" in await waiting, "it does say something, only its clock is slow"
+
+
+async def test_a_word_of_before_a_node_was_started_anew_does_not_count(cluster: MemoryCluster) -> None:
+    now = await revision(cluster)
+    for name in NODE_NAMES:
+        await says(cluster, name, now, boot="boot-1")
+    for name, boot in (("n1", "boot-1"), ("n2", "boot-2")):  # nothing is known of n3's
+        await cluster.client.patch(NODES, name, {"status": {"nodeInfo": {"bootID": boot}}}, subresource="status")
+    found = await row(cluster)
+    assert (found["programmed"], found["late"]) == (["n1", "n3"], ["n2"])
+    assert found["silent"] == {"n2": "has not said anything since it was started anew"}
+    await says(cluster, "n2", now, boot="boot-2")
     assert (await row(cluster))["late"] == []
 
 
@@ -98,7 +132,7 @@ async def test_a_removal_while_one_waits(cluster: MemoryCluster) -> None:
     before = await revision(cluster)
     for name in ("n1", "n2"):
         await says(cluster, name, before)
-    waiting = asyncio.create_task(wait_programmed(cluster.client, "default", "web", 10))
+    waiting = asyncio.create_task(waits(cluster, 10))
     await asyncio.sleep(0.1)
     await cluster.client.delete(ENDPOINTSLICES, "web-1", "default")
     gone = await revision(cluster)
@@ -179,18 +213,26 @@ class Quiet:
 
 async def test_a_node_without_changes_acknowledges_what_bookmarks_tell(cluster: MemoryCluster) -> None:
     sync = Quiet()
-    acknowledger = Acknowledger(cluster.client, "n1", sync, lambda: NOW, Random(1), idle_seconds=0.05)
+    times = count()
+    clock = lambda: NOW + timedelta(seconds=next(times))  # noqa: E731
+    acknowledger = Acknowledger(cluster.client, Speaker("n1"), sync, clock, Random(1), idle_seconds=0.05)
     running = asyncio.create_task(acknowledger.run())
     try:
         for versions in (Versions("5", "6", "6"), Versions("5", "6", "9")):
             sync.versions = versions
             await cluster.until(lambda: acknowledger.last == sync.versions)
-        written = await cluster.client.get(LEASES, lease_name("n1"), NAMESPACE)
-        await asyncio.sleep(0.2)
-        assert await cluster.client.get(LEASES, lease_name("n1"), NAMESPACE) == written, "nothing new, no word"
-        ack = read_lease(msgspec.convert(written, Lease))
-        assert ack is not None
+
+        async def said() -> Acknowledgement:
+            found = read_lease(msgspec.convert(await cluster.client.get(LEASES, lease_name("n1"), NAMESPACE), Lease))
+            assert found is not None
+            return found
+
+        ack = await said()
         assert (ack.slices, ack.until) == ("6", 9)
+        async with asyncio.timeout(5):
+            while (again := await said()) == ack:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert msgspec.structs.replace(again, at=ack.at) == ack, "nothing new, but it is still so"
     finally:
         running.cancel()
         with suppress(asyncio.CancelledError):

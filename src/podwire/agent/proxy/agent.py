@@ -30,6 +30,7 @@ from podwire.agent.services import SERVICE_SELECTOR, SLICE_SELECTOR, ServiceSync
 from podwire.client.api import ApiClient
 from podwire.client.informer import Change, Informer
 from podwire.kernel.port import Kernel, KernelError
+from podwire.model.acknowledgement import Speaker
 from podwire.model.addr import IPNetwork
 from podwire.model.errors import InvalidInput
 from podwire.model.ids import ObjectKey
@@ -58,7 +59,7 @@ NODE_PATIENCE_SECONDS = 30.0
 class ProxyEnvironment:
     """What a proxy works with; all of it stays the caller's to close. `make_rules` and `others`: see `ServiceSync`.
 
-    service_cidrs: where the API server has no ServiceCIDR objects."""
+    service_cidrs: where the API server has no ServiceCIDR objects. `boot`: the machine's boot id."""
 
     node: str
     config: ProxyConfig
@@ -68,6 +69,7 @@ class ProxyEnvironment:
     others: OtherModes | None = None
     service_cidrs: tuple[IPNetwork, ...] = ()
     cpus: int = 1
+    boot: str = ""
     tolerated_seconds: float = TOLERATED_SECONDS
     node_patience_seconds: float = NODE_PATIENCE_SECONDS
     clock: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
@@ -97,7 +99,7 @@ class ProxyAgent:
         self._requests = ClientMetrics()
         client.subscribe(self._requests.asked)
         self._ports = HealthCheckPorts(self._sync, env.kernel, lambda: self.health().healthy)
-        self._acknowledger = Acknowledger(client, env.node, self._sync, env.clock, rng)
+        self._acknowledger = Acknowledger(client, Speaker(env.node, env.boot), self._sync, env.clock, rng)
         self._node = Node(metadata=ObjectMeta(name=env.node))
         """As it was last seen whole; until then as much of it as there is."""
         self._node_was_whole = False
