@@ -193,6 +193,8 @@ def facts_of(short: dict[str, Any]) -> NodeFacts:
     changed = {**short, "local_sources": FACTS.cluster_cidrs} if short.get("local_sources") == "cluster" else {**short}
     if "node_ips" in changed:
         changed["node_ips"] = tuple(map(ipaddress.ip_address, changed["node_ips"]))
+    if "pod_cidrs" in changed:
+        changed["pod_cidrs"] = tuple(map(ipaddress.ip_network, changed["pod_cidrs"]))
     if "local_interfaces" in changed:
         changed["local_interfaces"] = tuple(changed["local_interfaces"])
     return replace(FACTS, **changed)

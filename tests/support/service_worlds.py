@@ -22,6 +22,7 @@ from podwire.plan.services import ServicePlanner
 from podwire.trace.oracle import Cluster, Connection
 
 FRIENDS, STRANGERS, NODES = "198.18.1.0/24", "192.0.2.0/24", "198.18.0.0/24"
+UNREADABLE = "198.18.1/24"
 
 IMAGINED = (
     ("10.244.1.5", "n1", "z1"),
@@ -150,7 +151,9 @@ def services(draw: st.DrawFn, number: int, real: bool) -> tuple[dict[str, Any], 
             "externalTrafficPolicy": draw(st.sampled_from(("Local", "Cluster"))),
             "externalIPs": draw(st.sampled_from(([], [], [f"203.0.113.{100 + number}"], [_SHARED], ["198.18.0.11"]))),
             **draw(st.sampled_from(_AFFINITIES)),
-            "loadBalancerSourceRanges": draw(st.sampled_from(([], [], [FRIENDS], [STRANGERS], [STRANGERS, NODES]))),
+            "loadBalancerSourceRanges": draw(
+                st.sampled_from(([], [], [FRIENDS], [STRANGERS], [STRANGERS, NODES], [UNREADABLE]))
+            ),
         },
         "status": {"loadBalancer": {"ingress": draw(st.sampled_from(_BALANCERS))(f"203.0.113.{10 + number}")}},
     }
@@ -197,7 +200,7 @@ def node_facts(draw: st.DrawFn) -> NodeFacts:
     return replace(
         FACTS,
         zone=draw(st.sampled_from(("z1", "z1", "z1", "z3", ""))),
-        local_sources=draw(st.sampled_from(((), (), FACTS.cluster_cidrs))),
+        local_sources=draw(st.sampled_from(((), (), FACTS.cluster_cidrs, FACTS.cluster_cidrs[:1]))),
         masquerade_all=draw(st.integers(0, 4)) == 4,
         local_interfaces=draw(st.sampled_from(((), (), (), ("cni0",), ("veth*", "cni*")))),
         loopback=draw(st.booleans()),

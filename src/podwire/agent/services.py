@@ -6,6 +6,7 @@ import errno
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from random import Random
 
@@ -25,7 +26,7 @@ from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts, ServiceTable
 from podwire.plan.services_maps import place_of
-from podwire.plan.services_table import PROXY_NAME, host_port_table
+from podwire.plan.services_table import PROXY_NAME, cluster_ips_of_others, host_port_table, unreadable
 from podwire.plan.staleflows import UDP, StaleFlows
 
 log = logging.getLogger(__name__)
@@ -345,7 +346,8 @@ class ServiceSync:
         new, self._new_facts = self._new_facts, None
         if new is None or new == facts:
             return facts
-        log.info("services: planned anew, since node %s changed", new.name)
+        changed = ", ".join(field.name for field in fields(new) if getattr(new, field.name) != getattr(facts, field.name))
+        log.info("services: planned anew, since for node %s this changed: %s", new.name, changed.replace("_", " "))
         rules.set_facts(new)
         self._ports = {uid: (pod, host_port_table(pod, new)) for uid, (pod, _) in self._ports.items()}
         self._resync = self._differs = True
@@ -392,7 +394,8 @@ class ServiceSync:
         keys = set(await rules.served())
         if self._others is not None:
             keys.update(await self._others.served_by_others(rules))
-        self._stale.note_all(facts.service_cidrs, ((p.address, p.port) for p in map(place_of, keys) if p.protocol == UDP))
+        served = ((p.address, p.port) for p in map(place_of, keys) if p.protocol == UDP)
+        self._stale.note_all(facts.service_cidrs, served, cluster_ips_of_others(self._services.items().values()))
 
     def _feed(self, rules: ServiceRules, facts: NodeFacts) -> None:
         """Give the back end what changed, and note whose UDP clients may have lost their endpoint."""
@@ -451,6 +454,9 @@ class ServiceSync:
         return families
 
     def _service_changed(self, change: Change[Service]) -> None:
+        unread = unreadable(change.new) if change.new else ()
+        if unread and (change.old is None or unread != unreadable(change.old)):
+            log.warning("Service %s: left out, since it is no address or range: %s", change.key, "; ".join(unread))
         self._touch(change.key)
 
     def _slice_changed(self, change: Change[EndpointSlice]) -> None:

@@ -73,7 +73,7 @@ _FLAGS = (
         "--nodeport-addresses",
         "nodePortAddresses",
         "CIDR[,CIDR]",
-        "Which of the node's addresses serve node ports and their health checks; `primary`: the Node's own. "
+        "Which of the node's addresses serve node ports and their health checks: also `primary`, `localhost`, `all`. "
         "[default: nftables: primary, else all]",
     ),
     _Flag("--masquerade-all", "*.masqueradeAll", _SWITCH, "Whoever uses a ClusterIP is seen with the node's address.", bool),

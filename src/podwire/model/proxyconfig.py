@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from podwire.model.addr import IPAddress, IPNetwork
+from podwire.model.addr import Family, IPAddress, IPNetwork
 from podwire.model.errors import InvalidInput
 from podwire.model.nulls import without_nulls
 from podwire.model.objects import View
@@ -19,6 +19,15 @@ API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
 HEALTHZ_PORT, METRICS_PORT = 10256, 10249
 PRIMARY = "primary"
 """In nodePortAddresses: the node's own addresses as its Node object says them."""
+LOCALHOST, ALL = "localhost", "all"
+"""The same (Kubernetes 1.37): the loopback addresses, and all there are."""
+
+_KEYWORDS: Mapping[str, tuple[IPNetwork, ...]] = {
+    PRIMARY: (),
+    LOCALHOST: (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")),
+    ALL: tuple(family.any for family in Family),
+}
+"""What they are as networks."""
 
 IPVS_SCHEDULERS = ("rr", "wrr", "lc", "wlc", "lblc", "lblcr", "sh", "dh", "sed", "nq", "mh", "fo", "ovf", "twos")
 """The kernel's (net/netfilter/ipvs)."""
@@ -144,15 +153,18 @@ class ProxyConfig(View, frozen=True):
 
     @property
     def primary_node_ports(self) -> bool:
-        """Whether node ports are at the Node's primary addresses: kube-proxy's default in its nftables mode only."""
+        """Whether node ports are at the Node's primary addresses alone: kube-proxy's default in its nftables mode only."""
         return self.node_port_addresses == (PRIMARY,) or (
             not self.node_port_addresses and self.proxy_mode is ProxyMode.NFTABLES
         )
 
     @property
     def node_port_networks(self) -> tuple[IPNetwork, ...]:
-        """Which of the node's addresses serve node ports, but for `primary_node_ports`. None of a family: all of it."""
-        return networks([text for text in self.node_port_addresses if text != PRIMARY], "nodePortAddresses")
+        """Which of the node's addresses serve node ports, beside the primary ones where those are asked for. None of a family:
+        all of it, unless they are."""
+        texts = self.node_port_addresses
+        named = [network for text in texts for network in _KEYWORDS.get(text, ())]
+        return (*named, *networks([text for text in texts if text not in _KEYWORDS], "nodePortAddresses"))
 
     @property
     def masquerade_all(self) -> bool:
@@ -234,8 +246,6 @@ def _check(config: ProxyConfig, source: str) -> None:
         _check_sections(config)
     except InvalidInput as error:
         raise InvalidInput(f"{source}: {error}") from error
-    if PRIMARY in config.node_port_addresses and len(config.node_port_addresses) > 1:
-        raise InvalidInput(f"{source}: nodePortAddresses: {PRIMARY} cannot be given together with others")
     if config.detect_local_mode not in ("", "ClusterCIDR", "NodeCIDR", *_INTERFACE_FIELDS):
         raise InvalidInput(
             f"{source}: detectLocalMode {config.detect_local_mode!r} is none of ClusterCIDR, NodeCIDR, BridgeInterface, "

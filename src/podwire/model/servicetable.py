@@ -41,6 +41,11 @@ class NodeFacts:
             return ()
         return self.local_sources or self.pod_cidrs
 
+    def tells_pods(self, version: int) -> bool:
+        """Whether this node's pods can be told from other clients of IP `version`. Where not, nobody is masqueraded for being
+        none (kube-proxy's `localDetector.IsImplemented`)."""
+        return bool(self.local_interfaces) or any(network.version == version for network in self.local_pods)
+
 
 Backend = bytes
 """One endpoint, packed: its address (4 or 16 bytes), its port (2, network order), two zeros.

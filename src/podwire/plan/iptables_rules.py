@@ -110,7 +110,7 @@ def fixed_chains(family: Family, facts: NodeFacts, mark: str, *, drop_invalid: b
         ),
         (NAT, chain("REWRITTEN")): (f"-m mark --mark {mark}/{mark} -g {chain('MASQUERADE')}", f"-j {chain('HAIRPIN')}"),
         (NAT, chain("MASQUERADE")): (f"-j MARK --set-xmark {mark}/0x0", "-j MASQUERADE --random-fully"),
-        (NAT, chain("MARK-OTHERS")): (*returns, to_mark),
+        (NAT, chain("MARK-OTHERS")): (*returns, to_mark) if facts.tells_pods(family.version) else (),
         (NAT, chain("MARK-LOCAL")): (*returns, f"-m addrtype --src-type LOCAL {to_mark}"),
         (NAT, chain("LEAVING")): _leaving(family, facts, mark),
         (FILTER, chain("INPUT")): (

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from podwire.model.addr import Family, IPAddress, IPNetwork
 from podwire.model.kernelstate import NetState
 from podwire.model.objects import Node
-from podwire.model.proxyconfig import ProxyConfig
+from podwire.model.proxyconfig import LOCALHOST, PRIMARY, ProxyConfig
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.ipvs import DEVICE
@@ -34,8 +34,11 @@ def proxy_facts(config: ProxyConfig, node: Node, state: NetState, service_cidrs:
 
 
 def _loopback(config: ProxyConfig, node: Node, state: NetState) -> bool:
-    """kube-proxy's back ends differ: iptables listens on 127.0.0.1 unless told not to, nftables and ipvs do not."""
-    if config.proxy_mode is not ProxyMode.IPTABLES or not config.iptables.localhost_node_ports:
+    """kube-proxy's back ends differ: iptables listens on 127.0.0.1 unless told not to, nftables and ipvs do not unless told to
+    by name."""
+    if config.proxy_mode is not ProxyMode.IPTABLES:
+        return LOCALHOST in config.node_port_addresses
+    if not config.iptables.localhost_node_ports:
         return False
     chosen = _chosen(config, node, state, Family.IPV4)
     return chosen is None or any(ip.is_loopback for ip in chosen)
@@ -82,12 +85,15 @@ def _node_port_addresses(config: ProxyConfig, node: Node, state: NetState) -> tu
 def _chosen(config: ProxyConfig, node: Node, state: NetState, family: Family) -> tuple[IPAddress, ...] | None:
     """The node's addresses of one family that nodePortAddresses chooses; None: all of them, be it that it says so, that it is
     of the other family only, or that there is no primary one (kube-proxy's NodePortAddresses)."""
-    if config.primary_node_ports:
-        return _of(family, primary_addresses(config, node)) or None
+    by_name = config.primary_node_ports or PRIMARY in config.node_port_addresses
+    primary = _of(family, primary_addresses(config, node)) if by_name else ()
     networks = [network for network in config.node_port_networks if network.version == family.version]
-    if not networks or family.any in networks:
+    if family.any in networks:
         return None
-    return tuple(ip for ip in _of(family, _held(state)) if any(ip in network for network in networks))
+    if not networks:
+        return primary or None
+    chosen = (ip for ip in _of(family, _held(state)) if any(ip in network for network in networks))
+    return tuple(dict.fromkeys((*primary, *chosen)))
 
 
 def _of(family: Family, addresses: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
@@ -99,6 +105,12 @@ def _held(state: NetState) -> tuple[IPAddress, ...]:
     # The addresses of virtual servers are Services', and not the node's own.
     held = (a.interface.ip for a in state.addresses if a.dev != DEVICE)
     return tuple(sorted((ip for ip in held if ip.version == 4 or not ip.is_link_local), key=lambda ip: (ip.version, int(ip))))
+
+
+def untold_families(config: ProxyConfig, node: Node, facts: NodeFacts) -> tuple[Family, ...]:
+    """Those of the node's families in which nothing tells this node's pods from other clients."""
+    own = {ip.version for ip in primary_addresses(config, node)}
+    return tuple(family for family in Family if family.version in own and not facts.tells_pods(family.version))
 
 
 def _local_sources(config: ProxyConfig, node: Node) -> tuple[IPNetwork, ...]:

@@ -323,7 +323,7 @@ def _rewritten(family: Family, facts: NodeFacts) -> tuple[Rule, ...]:
             for cidr in networks_of(family, facts.local_pods)
         ),
         *((Rule((f.saddr(0), known, Immediate(RETURN)), "from a pod of this node"),) if facts.local_interfaces else ()),
-        Rule(to_cluster_ip, "to a ClusterIP, from no pod"),
+        *((Rule(to_cluster_ip, "to a ClusterIP, from no pod"),) if facts.tells_pods(family.version) else ()),
         Rule(
             (*from_this_machine(), *frontend, Lookup(sets.keep_source.name, 0), Masquerade()),
             "externalTrafficPolicy: Local, from the node itself",

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import msgspec
 
+from podwire.model.addr import IPNetwork
 from podwire.model.objects import EndpointHints, EndpointSlice, Pod, Service, ServicePort, ServiceSpec
 from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFacts, Pool, ServiceTable, backend
 
@@ -41,7 +42,18 @@ def pack_address(text: str) -> bytes | None:
         network, _, last = text.rpartition(".")
         return _pack_network(network) + _OCTETS[last]
     except (KeyError, ValueError):
-        return None
+        plain = without_leading_zeros(text)
+        return pack_address(plain) if plain != text else None
+
+
+def without_leading_zeros(text: str) -> str:
+    """010.0.0.1 is 10.0.0.1 to Kubernetes, which has such addresses from before they were refused, and to kube-proxy
+    (ParseIPSloppy); to others it is octal, or no address. The same at an IPv6 address's end, and for networks."""
+    address, slash, length = text.partition("/")
+    head, colon, tail = address.rpartition(":")
+    if "." not in tail:
+        return text
+    return head + colon + ".".join(number.lstrip("0") or number[-1:] for number in tail.split(".")) + slash + length
 
 
 @lru_cache(maxsize=1 << 12)
@@ -286,24 +298,47 @@ def _frontends(
 def _source_ranges(spec: ServiceSpec, facts: NodeFacts, address: bytes) -> tuple[tuple[bytes, bytes], ...] | None:
     """The family's loadBalancerSourceRanges without overlaps; None: not restricted. The node itself, whose address is
     among them, may also use the balancer's address as its source."""
-    texts = spec.load_balancer_source_ranges
-    if not texts:
+    if not spec.load_balancer_source_ranges:
         return None
     version = 4 if len(address) == 4 else 6
-    networks = []
-    for text in texts:
-        try:
-            network = ipaddress.ip_network(text.strip(), strict=False)
-        except ValueError:
-            continue
-        if network.version == version:
-            networks.append(network)
+    read = [_network(text) for text in spec.load_balancer_source_ranges]
+    networks = [network for network in read if network is not None and network.version == version]
     if not networks:
-        return None
+        # One that cannot be read may have been meant for this family: then nobody is let in, rather than everybody.
+        return () if None in read else None
     if any(ip in network for ip in facts.node_ips for network in networks):
         networks.append(ipaddress.ip_network(address))
-    merged: Iterator[ipaddress.IPv4Network | ipaddress.IPv6Network] = ipaddress.collapse_addresses(networks)  # type: ignore[type-var]
+    merged: Iterator[IPNetwork] = ipaddress.collapse_addresses(networks)  # type: ignore[type-var]
     return tuple((n.network_address.packed, n.broadcast_address.packed) for n in merged)
+
+
+@lru_cache(maxsize=1 << 10)
+def _network(text: str) -> IPNetwork | None:
+    try:
+        return ipaddress.ip_network(without_leading_zeros(text.strip()), strict=False)
+    except ValueError:
+        return None
+
+
+def unreadable(service: Service) -> tuple[str, ...]:
+    """What of a Service's addresses and ranges is none, in words."""
+    if ignored(service):
+        return ()
+    spec = service.spec
+    addresses = {
+        "clusterIPs": spec.cluster_ips or tuple(filter(None, (spec.cluster_ip,))),
+        "externalIPs": spec.external_ips,
+        "status.loadBalancer": tuple(i.ip for i in service.status.load_balancer.ingress if i.ip),
+    }
+    found = [f"{field}: {text!r}" for field, texts in addresses.items() for text in texts if pack_address(text) is None]
+    ranges = (text for text in spec.load_balancer_source_ranges if _network(text) is None)
+    return (*found, *(f"loadBalancerSourceRanges: {text!r}" for text in ranges))
+
+
+def cluster_ips_of_others(services: Iterable[Service]) -> frozenset[bytes]:
+    """The packed ClusterIPs of those of these Services that another proxy serves."""
+    texts = (text for s in services if ignored(s) for text in s.spec.cluster_ips or (s.spec.cluster_ip,))
+    return frozenset(packed for text in texts if (packed := pack_address(text)) is not None)
 
 
 # --- host ports ---------------------------------------------------------------------------------------------------

@@ -29,14 +29,17 @@ class StaleFlows:
     def __init__(self) -> None:
         self._allowed: dict[Place, frozenset[Backend]] = {}
         self._ranges: tuple[IPNetwork, ...] = ()
+        self._others: frozenset[bytes] = frozenset()
 
     def __bool__(self) -> bool:
         return bool(self._allowed or self._ranges)
 
-    def note_all(self, service_cidrs: Iterable[IPNetwork], served: Iterable[Place] = ()) -> None:
+    def note_all(
+        self, service_cidrs: Iterable[IPNetwork], served: Iterable[Place] = (), others: frozenset[bytes] = frozenset()
+    ) -> None:
         """Every Service there is has been noted. Connections to other addresses of these ranges, and to what else the kernel
-        has `served`, were made to Services that went while nobody looked."""
-        self._ranges = tuple(service_cidrs)
+        has `served`, were made to Services that went while nobody looked; but `others` are addresses that another proxy has."""
+        self._ranges, self._others = tuple(service_cidrs), others
         for place in served:
             self._allowed.setdefault(place, frozenset())
 
@@ -69,12 +72,13 @@ class StaleFlows:
         taken = StaleFlows()
         taken._allowed, self._allowed = self._allowed, {}
         taken._ranges, self._ranges = self._ranges, ()
+        taken._others = self._others
         return taken
 
     def restore(self, taken: "StaleFlows") -> None:
         """Put back what could not be done; what has been noted since is newer."""
         self._allowed = taken._allowed | self._allowed
-        self._ranges = self._ranges or taken._ranges
+        self._ranges, self._others = self._ranges or taken._ranges, self._others or taken._others
 
     def matches(self, flow: Flow) -> bool:
         """Whether the connection was made to one of the frontends and is answered by none of its endpoints."""
@@ -82,7 +86,8 @@ class StaleFlows:
             return False
         allowed = self._allowed.get((flow.original.dst.packed, flow.original.dport))
         if allowed is None:
-            return any(flow.original.dst in network for network in self._ranges)
+            of_a_range = any(flow.original.dst in network for network in self._ranges)
+            return of_a_range and flow.original.dst.packed not in self._others
         return backend(flow.reply.src.packed, flow.reply.sport) not in allowed
 
 

@@ -8,6 +8,7 @@ silent, kube-proxy's behaviour (docs/reference/services.md says where).
 
 import enum
 import ipaddress
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -116,8 +117,8 @@ class _ClusterIP(_Claim):
     def answer(self) -> Promise:
         local_only = self.service.spec.internal_traffic_policy == "Local"
         pool = _local(self.listed, self.node) if local_only else _anywhere(self.listed, self.node)
-        from_pod = _of_a_pod_here(self.node, self.connection)
-        everyone = self.node.masquerade_all or not from_pod
+        known_outsider = self.node.tells_pods(self.connection.dst.version) and not _of_a_pod_here(self.node, self.connection)
+        everyone = self.node.masquerade_all or known_outsider
         return self._to(pool, set(pool) if everyone else set(), f"ClusterIP of {self.owner}")
 
     def _to(self, pool: Sequence[Target], seen: set[Target], why: str) -> Promise:
@@ -157,8 +158,11 @@ class _External(_ClusterIP):
         return self._to(_local(self.listed, self.node), set(), f"{why}, policy Local")
 
     def _let_in(self) -> bool:
-        networks = [n for n in map(_network, self.ranges) if n is not None and n.version == self.connection.dst.version]
-        if not networks or _within(self.connection.src, networks):
+        read = [_network(text) for text in self.ranges]
+        networks = [n for n in read if n is not None and n.version == self.connection.dst.version]
+        if not networks:
+            return None not in read
+        if _within(self.connection.src, networks):
             return True
         # A node that holds the balancer's address may use it as its source: it counts as the node itself.
         return self.connection.src == self.connection.dst and any(_within(ip, networks) for ip in self.node.node_ips)
@@ -338,13 +342,18 @@ def _within(ip: IPAddress, networks: Iterable[IPNetwork]) -> bool:
 
 def _address(text: str) -> IPAddress | None:
     try:
-        return ipaddress.ip_address(text)
+        return ipaddress.ip_address(_decimal(text))
     except ValueError:
         return None
 
 
 def _network(text: str) -> IPNetwork | None:
     try:
-        return ipaddress.ip_network(text.strip(), strict=False)
+        return ipaddress.ip_network(_decimal(text.strip()), strict=False)
     except ValueError:
         return None
+
+
+def _decimal(text: str) -> str:
+    """010 is ten, as Kubernetes reads addresses (to others it is octal, or none); in IPv6 it makes no difference."""
+    return re.sub(r"(?<![0-9a-fA-F])0+(?=[0-9a-fA-F])", "", text)

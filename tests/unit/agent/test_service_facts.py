@@ -1,13 +1,15 @@
 """The node changes while its Services are programmed: its zone, whether 127.0.0.1 is served, which back end serves."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import ipaddress
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 from service_cases import FACTS, pod_of
 
@@ -15,9 +17,10 @@ from podwire.agent.health import Health
 from podwire.agent.localnet import LOCALNET, OFF, OURS
 from podwire.agent.proxymodes.nft import NftRules
 from podwire.agent.services import ServiceSync
-from podwire.client.informer import Informer
+from podwire.client.informer import Change, Informer
 from podwire.model.addr import Family
 from podwire.model.errors import Unsupported
+from podwire.model.flow import DST_NAT, Flow, FlowTuple
 from podwire.model.ids import HOST, ObjectKey
 from podwire.model.nft import TableRef
 from podwire.model.objects import EndpointSlice, Pod, Service
@@ -233,3 +236,49 @@ async def test_the_back_end_that_is_in_use_is_not_made_anew(cluster: MemoryClust
         await cluster.until(lambda: sync.idle)
         assert (sync.mode, health.commits, sync.others_removed) == (ProxyMode.NFTABLES, commits, True)
         assert await backends(kernel) == {"10.244.1.2"}
+
+
+async def test_at_the_start_connections_to_another_proxys_services_stay(cluster: MemoryCluster) -> None:
+    theirs = {"name": "theirs", "namespace": "default", "labels": {"service.kubernetes.io/service-proxy-name": "other"}}
+    spec = {"clusterIP": "10.96.0.11", "ports": [{"port": 53, "protocol": "UDP"}]}
+    await cluster.client.create(SERVICES, {"apiVersion": "v1", "kind": "Service", "metadata": theirs, "spec": spec})
+    kernel = FakeKernel()
+    client, endpoint, *cluster_ips = map(ipaddress.ip_address, ("10.244.1.9", "10.244.1.2", "10.96.0.11", "10.96.0.12"))
+    used, unused = (
+        Flow(FlowTuple(client, ip, 17, 4000, 53), FlowTuple(endpoint, client, 17, 53, 4000), status=DST_NAT)
+        for ip in cluster_ips
+    )
+    kernel.host.flows += [used, unused]
+    async with proxy(cluster, kernel, Health()) as sync:
+        await cluster.until(lambda: sync.idle)
+        assert kernel.host.flows == [used]
+
+
+async def test_what_is_planned_anew_is_said_with_its_reason(cluster: MemoryCluster, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    async with proxy(cluster, FakeKernel(), Health()) as sync:
+        sync.set_facts(replace(FACTS, service_cidrs=()))
+        await cluster.until(lambda: sync.idle)
+    assert "planned anew, since for node n1 this changed: service cidrs" in caplog.text
+
+
+class Dictated(Informer[Service]):
+    """Tells whoever subscribed last what a test wants: API servers of today refuse what cannot be read."""
+
+    tell: Callable[[Change[Service]], None]
+
+    def subscribe(self, callback: Callable[[Change[Service]], None]) -> Callable[[], None]:
+        self.tell = callback
+        return lambda: None
+
+
+async def test_what_of_a_service_cannot_be_read_is_said_once(cluster: MemoryCluster, caplog: pytest.LogCaptureFixture) -> None:
+    services = Dictated(cluster.client, SERVICES, Service)
+    ServiceSync(FakeKernel(), services, Informer(cluster.client, ENDPOINTSLICES, EndpointSlice), Health(), Random(1))
+    odd = msgspec.convert({"metadata": {"name": "odd", "namespace": "d"}, "spec": {"externalIPs": ["10.0.0"]}}, Service)
+    key = ObjectKey("d", "odd")
+    for change in (Change(key, None, odd), Change(key, odd, odd), Change(key, odd, None)):
+        services.tell(change)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Service d/odd: left out, since it is no address or range: externalIPs: '10.0.0'"
+    ]

@@ -197,7 +197,7 @@ def test_unknown_fields_are_said() -> None:
         ("mode: userspace", "'userspace' is not served; there are: nftables"),
         ("clusterCIDR: 10.0.0.0/99", "clusterCIDR"),
         ("nodePortAddresses: [everything]", "nodePortAddresses"),
-        ("nodePortAddresses: [primary, 192.0.2.0/24]", "nodePortAddresses: primary cannot be given together with others"),
+        ("nodePortAddresses: [primary, Localhost]", "nodePortAddresses: 'Localhost'"),
         ("a: 1\n---\na: 2", "has 2 YAML documents"),
         ("healthzBindAddress: here", "healthzBindAddress: 'here' is no address and port"),
         ("metricsBindAddress: '::1:10249x'", "is no address and port"),

@@ -12,7 +12,7 @@ from podwire.model.objects import Node
 from podwire.model.proxyconfig import parse_proxy_config
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.ipvs import DEVICE
-from podwire.plan.proxyfacts import EVERYWHERE, depends_on_interfaces, listening_places, proxy_facts
+from podwire.plan.proxyfacts import EVERYWHERE, depends_on_interfaces, listening_places, proxy_facts, untold_families
 
 PRIMARY, SECOND, V6 = "198.18.0.11", "192.0.2.7", "2001:db8:1::b"
 ALL = [PRIMARY, "10.244.1.1", SECOND, V6]
@@ -74,6 +74,12 @@ def test_the_node_and_its_zone() -> None:
         ("nodePortAddresses: ['2001:db8:1::b/128']", ALL),
         ("nodePortAddresses: [0.0.0.0/0, 192.0.2.0/24]", ALL),
         ("nodePortAddresses: ['::/0']", ALL),
+        ("nodePortAddresses: [all]", ALL),
+        ("nodePortAddresses: [localhost, all]", ALL),
+        ("nodePortAddresses: [localhost]", []),
+        ("nodePortAddresses: [primary, localhost]", [PRIMARY, V6]),
+        ("nodePortAddresses: [192.0.2.0/24, primary]", [PRIMARY, SECOND, V6]),
+        ("nodePortAddresses: [primary, 198.18.0.0/15]", [PRIMARY, V6]),
     ],
 )
 def test_which_addresses_serve_node_ports(text: str, expected: list[str]) -> None:
@@ -110,6 +116,8 @@ def addressed(*addresses: tuple[str, str]) -> Node:
         ("nodePortAddresses: [192.0.2.0/24, 198.18.0.0/15, 'fd00::/8']", [SECOND, PRIMARY], []),
         ("nodePortAddresses: [127.0.0.0/8, 10.96.0.0/12, '::1/128', 'fe80::/10']", ["127.0.0.1"], ["::1"]),
         ("nodePortAddresses: [192.0.2.0/24]", [SECOND], ["::"]),
+        ("nodePortAddresses: [localhost]", ["127.0.0.1"], ["::1"]),
+        ("nodePortAddresses: [localhost, primary]", [PRIMARY, "127.0.0.1"], [V6, "::1"]),
         ("nodePortAddresses: ['2001:db8::/32', 0.0.0.0/0, 192.0.2.0/24]", ["0.0.0.0"], [V6]),
     ],
 )
@@ -121,7 +129,14 @@ def test_where_health_check_ports_listen(text: str, ipv4: list[str], ipv6: list[
 
 
 @pytest.mark.parametrize(
-    "text", ["mode: iptables", "mode: ipvs", "nodePortAddresses: [0.0.0.0/0]", "nodePortAddresses: ['::/0']"]
+    "text",
+    [
+        "mode: iptables",
+        "mode: ipvs",
+        "nodePortAddresses: [all]",
+        "nodePortAddresses: [0.0.0.0/0]",
+        "nodePortAddresses: ['::/0']",
+    ],
 )
 def test_health_check_ports_listen_everywhere_where_nothing_is_chosen(text: str) -> None:
     assert listening_places(parse_proxy_config(text, "f")[0], node(), STATE) is EVERYWHERE
@@ -158,6 +173,12 @@ def test_interfaces_are_followed_where_they_count(text: str, of: Node, follows: 
         ("{mode: iptables, nodePortAddresses: [0.0.0.0/0]}", True),
         ("{mode: iptables, nodePortAddresses: ['2001:db8::/32']}", True),
         ("{mode: nftables, nodePortAddresses: [127.0.0.0/8]}", False),
+        ("{mode: iptables, nodePortAddresses: [localhost]}", True),
+        ("{mode: iptables, nodePortAddresses: [primary, localhost]}", True),
+        ("{mode: iptables, iptables: {localhostNodePorts: false}, nodePortAddresses: [localhost]}", False),
+        ("nodePortAddresses: [primary, localhost]", True),
+        ("nodePortAddresses: [all]", False),
+        ("{mode: ipvs, nodePortAddresses: [all, localhost]}", True),
     ],
 )
 def test_who_listens_on_127_0_0_1(text: str, loopback: bool) -> None:
@@ -183,6 +204,22 @@ def test_who_counts_as_a_pod_of_the_node(text: str, sources: list[str] | None, i
     found = facts(text)
     assert found.local_interfaces == interfaces
     assert [str(network) for network in found.local_pods] == (sources or [])
+
+
+@pytest.mark.parametrize(
+    ("text", "of", "untold"),
+    [
+        ("", node(), ""),
+        ("clusterCIDR: 10.244.0.0/16", node(), "IPv6"),
+        ("clusterCIDR: 10.244.0.0/16", addressed(("InternalIP", PRIMARY)), ""),
+        ("", addressed(("InternalIP", PRIMARY), ("InternalIP", V6)), "IPv4 IPv6"),
+        ("{detectLocalMode: BridgeInterface, detectLocal: {bridgeInterface: cni0}}", addressed(("InternalIP", PRIMARY)), ""),
+    ],
+)
+def test_families_in_which_nothing_tells_pods_from_others(text: str, of: Node, untold: str) -> None:
+    config = parse_proxy_config(text, "f")[0]
+    found = untold_families(config, of, proxy_facts(config, of, STATE, SERVICE_CIDRS))
+    assert " ".join(family.value for family in found) == untold
 
 
 def test_a_node_of_before_dual_stack() -> None:

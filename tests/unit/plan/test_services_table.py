@@ -4,11 +4,18 @@ import ipaddress
 from typing import Any
 
 import msgspec
+import pytest
 from service_cases import FACTS, pod_of
 
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.servicetable import FrontendKind, backend, backend_address, backend_port
-from podwire.plan.services_table import host_port_table, pack_address, service_table
+from podwire.plan.services_table import (
+    cluster_ips_of_others,
+    host_port_table,
+    pack_address,
+    service_table,
+    unreadable,
+)
 
 
 def service(**spec: Any) -> Service:
@@ -133,7 +140,43 @@ def test_ports_of_containers_that_are_no_host_ports_are_left_out() -> None:
 def test_addresses_and_backends_are_packed() -> None:
     assert pack_address("10.244.1.2") == bytes((10, 244, 1, 2))
     assert pack_address("::1") == bytes(15) + b"\1"
-    for wrong in ("", "10.0.0", "10.0.0.256", "10.0.0.01", " 10.0.0.1", "10.0.0.1.", "::g", "a.b.c.d", "1.2.3.4.5"):
+    for wrong in ("", "10.0.0", "10.0.0.256", " 10.0.0.1", "10.0.0.1.", "::g", "a.b.c.d", "1.2.3.4.5"):
         assert pack_address(wrong) is None, wrong
     packed = backend(bytes((10, 244, 1, 2)), 8080)
     assert (backend_address(packed), backend_port(packed)) == (bytes((10, 244, 1, 2)), 8080)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("010.000.00.08", "10.0.0.8"),
+        ("::ffff:010.0.0.1", "::ffff:10.0.0.1"),
+        ("0010.0.0.255", "10.0.0.255"),
+        ("fd00::0010", "fd00::10"),
+    ],
+)
+def test_leading_zeros_make_no_octal_number(text: str, plain: str) -> None:
+    assert pack_address(text) == ipaddress.ip_address(plain).packed
+
+
+@pytest.mark.parametrize("text", ["", "None", "0256.0.0.1", "10.0.0", "10..0.1", "10.0.0.", "10.0.0.0x1", "0.0.0.-1"])
+def test_what_is_no_address_is_none_with_leading_zeros_either(text: str) -> None:
+    assert pack_address(text) is None
+
+
+def test_what_cannot_be_read_of_a_service_is_named() -> None:
+    odd = service(
+        clusterIP="10.96.0.10",
+        externalIPs=["nonsense", "010.0.0.1"],
+        loadBalancerSourceRanges=["010.0.0.0/8", "10.0.0/8", " 10.0.0.0/8"],
+    )
+    assert unreadable(odd) == ("externalIPs: 'nonsense'", "loadBalancerSourceRanges: '10.0.0/8'")
+    assert unreadable(service(clusterIP="None")) == unreadable(service()) == ()
+
+
+def test_another_proxys_cluster_ips_are_told_apart() -> None:
+    labels = {"service.kubernetes.io/service-proxy-name": "other"}
+    theirs = service(clusterIP="10.96.0.11", clusterIPs=["10.96.0.11", "fd00:10:96::b"])
+    theirs = msgspec.structs.replace(theirs, metadata=msgspec.structs.replace(theirs.metadata, labels=labels))
+    found = cluster_ips_of_others([service(clusterIP="10.96.0.10"), theirs, service(clusterIP="None")])
+    assert found == {ipaddress.ip_address(ip).packed for ip in ("10.96.0.11", "fd00:10:96::b")}

@@ -85,6 +85,7 @@ TRAITS: dict[str, Trait] = {
     "hints for zones decide": hinted({}, {"zone": ""}),
     "hints for nodes decide": hinted({"zone": ""}, {"zone": "", "name": "nobody"}),
     "source ranges": served(lambda s, f: f.source_ranges and f.inside.backends),
+    "source ranges that nobody can read": served(lambda s, f: f.source_ranges == ()),
     "affinity with a choice": served(lambda s, f: f.affinity_s and len(f.inside.backends) > 1),
     "affinity with a choice, policy Local": served(lambda s, f: f.affinity_s and f.outside and len(f.outside.backends) > 1),
     "two families": served(lambda s, f: len(s.spec.ip_families) > 1 and f.inside.backends),
@@ -102,6 +103,7 @@ TRAITS: dict[str, Trait] = {
     "host ports of UDP": host_ports(lambda f: f.protocol == PROTOCOLS["UDP"]),
     "host ports of 127.0.0.1": host_ports(lambda f: f.address == LOOPBACK.packed),
     "devices tell who is local": lambda c: bool(c.node.local_interfaces),
+    "nobody tells who is local": lambda c: not all(c.node.tells_pods(version) for version in (4, 6)),
     "everyone is masqueraded": lambda c: c.node.masquerade_all,
 }
 

@@ -186,3 +186,14 @@ def test_at_the_start_connections_to_services_that_are_gone_go() -> None:
     elsewhere = StaleFlows()
     elsewhere.note_all([ipaddress.ip_network("10.112.0.0/16")])
     assert not elsewhere.matches(flow(ONE))
+
+
+def test_at_the_start_connections_to_another_proxys_services_stay() -> None:
+    stale = StaleFlows()
+    stale.note_all([ipaddress.ip_network("10.96.0.0/12")], others=frozenset((DNS.packed,)))
+    assert not stale.matches(flow(ONE))
+    assert stale.matches(flow(ONE, at=ipaddress.ip_address("10.96.0.11")))
+    taken = stale.take()
+    stale.restore(taken)
+    assert not taken.matches(flow(ONE))
+    assert not stale.matches(flow(ONE))

@@ -40,7 +40,14 @@ from podwire.model.ops import SetSysctl
 from podwire.model.proxyconfig import ProxyConfig, conntrack_switches
 from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES
 from podwire.model.servicetable import NodeFacts
-from podwire.plan.proxyfacts import depends_on_interfaces, listening_places, own_addresses, primary_addresses, proxy_facts
+from podwire.plan.proxyfacts import (
+    depends_on_interfaces,
+    listening_places,
+    own_addresses,
+    primary_addresses,
+    proxy_facts,
+    untold_families,
+)
 
 log = logging.getLogger(__name__)
 
@@ -244,8 +251,12 @@ class ProxyAgent:
         config, state = self._env.config, await self._env.kernel.observe()
         self._ports.set_places(listening_places(config, self._node, state))
         facts = proxy_facts(config, self._node, state, self._ranges.networks)
-        if not facts.local_sources and not facts.local_interfaces:
-            log.warning("pods of this node are not known by their addresses: every client of a ClusterIP is masqueraded")
+        if untold := untold_families(config, self._node, facts):
+            log.warning(
+                "%s: nothing tells this node's pods from other clients (see --cluster-cidr, --detect-local-mode): users of a "
+                "ClusterIP are seen with their own addresses, so answers to those that are no pods may not find the way back",
+                ", ".join(family.value for family in untold),
+            )
         return facts
 
     async def _follow_node(self, facts: NodeFacts) -> None:

@@ -50,6 +50,7 @@ class IptablesRules:
         self._fd, self._wanted = netns_fd, flavour
         self._planner = IptablesPlanner(facts, masquerade_bit=masquerade_bit, drop_invalid=drop_invalid)
         self._client: IptablesClient | None = None
+        self._opening = asyncio.Lock()
         self._fingerprint = b""
         self._compared_seconds = 0.0
         self._written: dict[tuple[Family, str], int] = {}
@@ -132,11 +133,12 @@ class IptablesRules:
         return sum(text.chains for text in texts)
 
     async def _opened(self) -> IptablesClient:
-        if self._client is None:
-            programs = await off_loop(lambda: choose_programs(self._fd, self._wanted))
-            log.info("Services go through iptables, %s flavour", programs.flavour)
-            self._client = IptablesClient(self._fd, programs)
-        return self._client
+        async with self._opening:  # it is watched from the start
+            if self._client is None:
+                programs = await off_loop(lambda: choose_programs(self._fd, self._wanted))
+                log.info("Services go through iptables, %s flavour", programs.flavour)
+                self._client = IptablesClient(self._fd, programs)
+            return self._client
 
 
 def observe(client: IptablesClient) -> dict[Family, Chains]:
