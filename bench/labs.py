@@ -73,5 +73,8 @@ def lab(name: str, *options: str) -> Iterator[Lab]:
             labs: list[dict[str, Any]] = json.loads(podwire(environment, "lab", "ls", "-o", "json"))
             entry = next(item for item in labs if item["name"] == name)
             yield Lab(name, entry["pid"], entry["kubeconfig"], environment)
-        finally:
             podwire(environment, "lab", "down", "--name", name)
+        except BaseException:
+            with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):  # there may be none; the first error says why
+                podwire(environment, "lab", "down", "--name", name)
+            raise
