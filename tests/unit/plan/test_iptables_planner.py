@@ -222,6 +222,15 @@ def client_lists(planner: IptablesPlanner) -> dict[tuple[str, str], set[str]]:
     return found
 
 
+def test_clients_are_remembered_for_as_long_as_the_service_says() -> None:
+    planner = IptablesPlanner(FACTS)
+    for_600_s: dict[str, Any] = {"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 600}}}
+    planner.set_service(key("web"), *web((1, 2), **for_600_s))
+    lines = [line for rules in planner.desired()[Family.IPV4].rules.values() for line in rules if "--rcheck" in line]
+    assert len(lines) == 2
+    assert all(" --seconds 600 " in line for line in lines)
+
+
 def test_all_frontends_of_a_port_share_the_list_of_an_endpoints_clients() -> None:
     planner = IptablesPlanner(FACTS)
     spec: dict[str, Any] = {"sessionAffinity": "ClientIP", "type": "NodePort", "externalTrafficPolicy": "Local"}

@@ -80,6 +80,11 @@ def test_nobody_to_serve_it_is_the_rules_business() -> None:
 OUTSIDE_HERE: dict[str, Any] = {"type": "NodePort", "externalTrafficPolicy": "Local", "sessionAffinity": "ClientIP"}
 
 
+def test_clients_are_remembered_for_as_long_as_the_service_says() -> None:
+    for_600_s: dict[str, Any] = {"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 600}}}
+    assert {server.persistence_s for server in planned(1, 2, **for_600_s).servers().values()} == {600}
+
+
 def test_whom_ipvs_serves_the_maps_do_not_remember() -> None:
     planner = planned(1, 2, 3, **OUTSIDE_HERE)
     assert planner.servers()[VirtualKey(NODE, 6, 30080)].persistence_s == 10800

@@ -24,6 +24,7 @@ from podwire.model.nft import (
     Sweep,
     TableRef,
 )
+from podwire.model.nftexpr import Dynset
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.servicetable import NodeFacts
 from podwire.plan.elementbooks import arrange
@@ -203,10 +204,12 @@ def test_a_deleted_service_leaves_nothing() -> None:
 
 def test_affinity_notes_where_clients_go_and_forgets_what_is_gone() -> None:
     planner = ServicePlanner(FACTS)
-    spec: dict[str, Any] = {"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 60}}}
+    spec: dict[str, Any] = {"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 600}}}
     planner.set_service(key("web"), *web(3, **spec))
     state = taken(planner).tables[IPV4]
-    assert set(state.sets["sticky"].elements.values()) == {pack_number(60)}
+    assert set(state.sets["sticky"].elements.values()) == {pack_number(600)}
+    noted = [e for rule in state.chains["remember-for"].rules for e in rule.expressions if isinstance(e, Dynset)]
+    assert [(e.set, e.timeout_s) for e in noted] == [("affinity", 600)]
     assert [rule.comment for rule in state.chains["remember-for"].rules] == ["where this client goes", "the number has served"]
     assert state.chains["pick"].rules[0].comment == "where this client went before"
 
