@@ -89,7 +89,9 @@ async def test_nftables(site: Site) -> None:
         said = await said_by(process)
     assert said.count("rules were not as left") >= len(NFTABLES)
     for what in ("element in table podwire", "rule in table podwire", "table podwire"):
-        assert what in said
+        assert what in said, "what was heard"
+    for what in ("set ip podwire endpoints (default/web)", "chain ip podwire inside", "table ip podwire"):
+        assert what in said, "what was found"
 
 
 async def test_iptables(site: Site) -> None:
@@ -102,3 +104,4 @@ async def test_iptables(site: Site) -> None:
         assert 'comment "mine"' in run(site, "nft", "list", "ruleset")
         said = await said_by(process)
     assert said.count("rules were not as left") >= len(IPTABLES)
+    assert "chain iptables nat PODWIRE-INSIDE" in said

@@ -263,3 +263,19 @@ async def test_a_rule_that_is_replaced_by_one_of_its_size_is_found_too(site: Sit
             while site.health.repairs == 0:  # noqa: ASYNC110 - nothing tells
                 await asyncio.sleep(0.05)
         assert "10.244.9.9" not in client.save(Family.IPV4)
+
+
+async def test_a_chain_that_is_renamed_leads_on_and_gets_its_name_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules lead to places in the table, not to names; number and size of the rules are the same."""
+    monkeypatch.setattr("podwire.agent.proxymodes.iptables.AUDIT_SECONDS", 1.0)
+    async with site.proxy(ProxyMode.IPTABLES):
+        client = IptablesClient(site.rig.fds["node"], find_programs(Flavour.LEGACY))  # type: ignore[arg-type]  # see pytestmark
+        size = client.fingerprint()
+        stranger_iptables(site.rig.fds["node"], "-t", "nat", "-E", "PODWIRE-INSIDE", "PODWIRE-ELSE")
+        assert client.fingerprint() == size
+        assert await site.rig.who("world", NODE, 30080) <= {"p2", "p3"}
+        async with asyncio.timeout(5):
+            while site.health.repairs == 0:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.05)
+        assert "PODWIRE-ELSE" not in client.save(Family.IPV4)
+        assert await site.rig.who("world", NODE, 30080) <= {"p2", "p3"}

@@ -13,7 +13,7 @@ from random import Random
 from podwire.agent.health import Health
 from podwire.agent.localnet import LocalhostSwitch
 from podwire.agent.proxymodes.nft import NftRules
-from podwire.agent.proxymodes.port import MakeRules, OtherModes, ReadsBack, ServiceRules
+from podwire.agent.proxymodes.port import MakeRules, NamesDifferences, OtherModes, ReadsBack, ServiceRules
 from podwire.agent.rounds import OnRound, Round, Served, Versions
 from podwire.client.backoff import Backoff
 from podwire.client.informer import Change, Informer
@@ -243,11 +243,11 @@ class ServiceSync:
             return
         keys = tuple(self._unread)
         try:
-            held = await rules.holds(keys) if isinstance(rules, ReadsBack) else None
+            held = (await rules.holds(keys) if isinstance(rules, ReadsBack) else None) if keys else True
             if held is None:
                 commands = await rules.compare()
                 held = not commands
-                self._put_back |= self._repaired(commands)
+                self._put_back |= self._repaired(rules, commands)
         except KernelError:
             self._readers += readers
             raise
@@ -365,7 +365,7 @@ class ServiceSync:
             expected, self._resync, self._differs = self._differs, False, False
             commands = await rules.compare()
             if not expected:
-                repaired |= self._repaired(commands)
+                repaired |= self._repaired(rules, commands)
         else:
             commands = await rules.program()
         if commands:
@@ -418,7 +418,7 @@ class ServiceSync:
             self._stale.note(before, after)
         self._dirty_ports = {}
 
-    def _repaired(self, commands: int) -> bool:
+    def _repaired(self, rules: ServiceRules, commands: int) -> bool:
         """Take note that comparing took so many commands. Whether that was a repair."""
         heard, self._heard = self._heard, {}
         if not commands or not self._health.services_ready:
@@ -426,7 +426,8 @@ class ServiceSync:
         self._health.repairs += 1
         self._health.repaired["rules"] += 1
         why = f" ({', '.join(heard)})" if heard else ""
-        log.warning("services: rules were not as left%s; %d commands put them back", why, commands)
+        named = ": " + ", ".join(rules.differences) if isinstance(rules, NamesDifferences) else ""
+        log.warning("services: rules were not as left%s; %d commands put them back%s", why, commands, named)
         return True
 
     async def _forget_stale(self, rules: ServiceRules) -> Mapping[Family, int]:

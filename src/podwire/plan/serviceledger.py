@@ -104,6 +104,10 @@ class ServiceLedger(Generic[S]):
         """What is programmed under a frontend's key, whoever has precedence there."""
         return self._maps_of(key).frontend(key) if key in self._holders else None
 
+    def owner_at(self, key: bytes) -> str:
+        """Whose frontend is programmed under a key, in words; empty for nobody's."""
+        return self._holders.get(key, "")
+
     # --- owners and their frontends -------------------------------------------------------------------------------
 
     def _set_table(self, owner: str, new: ServiceTable) -> None:

@@ -191,6 +191,7 @@ async def test_what_others_remove_is_put_back_and_counted(cluster: MemoryCluster
         await cluster.until(lambda: elements(kernel, "endpoints") == 2)
         assert 'podwire_proxy_repaired_total{kind="rules"} 1' in await agent.metrics_text()
         assert "rules were not as left (element in table podwire)" in caplog.text
+        assert caplog.text.count("put them back: table ip podwire\n") == 1
 
 
 async def test_a_slice_that_is_given_to_another_service_serves_the_first_no_more(cluster: MemoryCluster) -> None:

@@ -12,6 +12,7 @@ from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import Frontend, NodeFacts, ServiceTable
+from podwire.plan.differences import chain_differences
 from podwire.plan.iptables import Chains, IptablesPlanner, Restore, invalid_dropped, parse_save, restore, served
 from podwire.plan.iptables_rules import FILTER, MASQUERADE_BIT, NAT
 
@@ -53,6 +54,7 @@ class IptablesRules:
         self._opening = asyncio.Lock()
         self._fingerprint = b""
         self._compared_seconds = 0.0
+        self.differences: Sequence[str] = ()
         self._written: dict[tuple[Family, str], int] = {}
 
     @property
@@ -84,7 +86,9 @@ class IptablesRules:
         # From before reading: what is changed meanwhile is noticed.
         self._fingerprint = await off_loop(client.fingerprint)
         observed = await off_loop(lambda: observe(client))
-        commands = await self._restore(self._planner.resync(observed))
+        texts = self._planner.resync(observed)
+        self.differences = chain_differences(texts)
+        commands = await self._restore(texts)
         self._compared_seconds = loop.time() - began
         return commands
 

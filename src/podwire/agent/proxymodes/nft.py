@@ -13,6 +13,7 @@ from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.ops import CommitNft
 from podwire.model.proxymode import ProxyMode
 from podwire.model.servicetable import Frontend, NodeFacts, ServiceTable
+from podwire.plan.differences import nft_differences
 from podwire.plan.readback import questions
 from podwire.plan.services import TABLE, ServicePlanner
 from podwire.plan.services_rules import sets_of
@@ -31,6 +32,7 @@ class NftRules:
     def __init__(self, kernel: Kernel, facts: NodeFacts) -> None:
         self._kernel = kernel
         self._planner = ServicePlanner(facts)
+        self.differences: Sequence[str] = ()
 
     def set_facts(self, facts: NodeFacts) -> None:
         self._planner.set_facts(facts)
@@ -51,7 +53,9 @@ class NftRules:
         return await commit(self._kernel, self._planner.take_batch())
 
     async def compare(self) -> int:
-        return await commit(self._kernel, self._planner.resync(await self._kernel.observe_nft(TABLE)))
+        batch = self._planner.resync(await self._kernel.observe_nft(TABLE))
+        self.differences = nft_differences(batch, self._planner.owner_at)
+        return await commit(self._kernel, batch)
 
     async def served(self) -> Collection[bytes]:
         return (await self.connections(endpoints=False)).frontends.keys()

@@ -105,6 +105,16 @@ class CountsRules(Protocol):
         ...
 
 
+@runtime_checkable
+class NamesDifferences(Protocol):
+    """A back end that can tell what a comparison found."""
+
+    @property
+    def differences(self) -> Sequence[str]:
+        """What the last comparison had to change: a few sets or chains, and whose."""
+        ...
+
+
 class OtherModes(Protocol):
     """What back ends other than the one in use have in the kernel, left by earlier lives of this program."""
 
