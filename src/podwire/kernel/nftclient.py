@@ -32,6 +32,7 @@ from podwire.wire.nftables import HeldChains, Unit
 
 _DUMP_ATTEMPTS = 20
 _DELETE_ATTEMPTS = 20
+_SWEEPS = 3
 _LOOKUPS, _LOOKUP_BYTES = 64, 1 << 14
 """Requests in one datagram: their answers have to fit the receive buffer."""
 _SO_SNDBUFFORCE = 32
@@ -164,7 +165,9 @@ class NftClient:
         self._delete(command, unwanted)
 
     def _delete(self, command: Afterwards, find: Callable[[], Iterable[bytes]]) -> None:
-        """Delete what `find` finds in a set that packets change."""
+        """Delete what `find` finds in a set that packets change, until it finds nothing: a packet that the rules before the
+        transaction had in hand may come back to it. `_SWEEPS` times at most, for what comes for ever is not such a one."""
+        sweeps = 0
         for _ in range(_DELETE_ATTEMPTS):
             gone = tuple((key, None) for key in find())
             if not gone:
@@ -173,7 +176,9 @@ class NftClient:
             try:
                 for group in self._groups(units):
                     self._transact(group)
-                return
+                sweeps += 1
+                if sweeps == _SWEEPS:
+                    return
             except KernelError as error:
                 if error.errno != errno.ENOENT:  # ENOENT: one expired since it was read
                     raise

@@ -70,11 +70,12 @@ class IpvsPlanner(ServiceLedger["IpvsMaps"]):
         leavings = [command for maps in self._maps.values() for command in maps.take_leavings()]
         return IpvsChanges(servers, Batch((*commands, *leavings)))
 
-    def resync(self, observed: Ruleset) -> Batch:
-        """From the nftables that the kernel holds to what is desired now. Everything then counts as taken."""
+    def resync(self, observed: Ruleset, *, leavings: bool = False) -> Batch:
+        """From the nftables that the kernel holds to what is desired now. Everything then counts as taken. `leavings`: as in
+        `ServicePlanner.resync`."""
         for maps in self._maps.values():
             maps.take_servers()
-        return resynced(self._maps.values(), observed)
+        return resynced(self._maps.values(), observed, leavings=leavings)
 
     def servers(self) -> dict[VirtualKey, VirtualServer]:
         """All virtual servers that the kernel shall hold."""

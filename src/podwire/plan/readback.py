@@ -5,6 +5,8 @@ It does not ask the planner what it wrote: what the maps must say follows from t
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from operator import eq
 from typing import NamedTuple
 
 from podwire.model.addr import Family
@@ -12,7 +14,7 @@ from podwire.model.nft import Data, NftSet, TableRef
 from podwire.model.servicetable import Frontend, Pool
 from podwire.plan.services_affinity import Numbers
 from podwire.plan.services_maps import frontend_key
-from podwire.plan.services_rules import pack_number, pool_number, sets_of, table_ref
+from podwire.plan.services_rules import Sets, pack_number, pool_number, sets_of, table_ref
 
 
 class Question(NamedTuple):
@@ -35,10 +37,7 @@ def questions(frontends: Iterable[Frontend], memories: Callable[[Frontend], Numb
             yield _element(table, sets.outside, key)
             yield from _pool(table, sets.local_pools, sets.local_endpoints, key, frontend.outside)
         if frontend.affinity_s:
-            for of, number in zip((sets.memories, sets.other_memories), memories(frontend), strict=True):
-                if number is not None:
-                    yield _element(table, of, key, number)
-                    yield _element(table, sets.sticky, number, pack_number(frontend.affinity_s))
+            yield from _remembered(table, sets, key, frontend, memories(frontend))
 
 
 def _pool(table: TableRef, numbers: NftSet, endpoints: NftSet, key: bytes, pool: Pool) -> Iterator[Question]:
@@ -51,6 +50,22 @@ def _pool(table: TableRef, numbers: NftSet, endpoints: NftSet, key: bytes, pool:
 
 def _element(table: TableRef, of: NftSet, key: bytes, data: Data = None) -> Question:
     return Question(table, of, (key,), lambda found: key in found and found[key] == data)
+
+
+def _remembered(table: TableRef, sets: Sets, key: bytes, frontend: Frontend, numbers: Numbers) -> Iterator[Question]:
+    """Where the port's other pool is none of this frontend's, another one of the port has it."""
+    other = frontend.outside if frontend.outside is not None and not frontend.inside_local else Pool()
+    for of, number, pool in (
+        (sets.memories, numbers.mine, frontend.inside),
+        (sets.other_memories, numbers.other, other),
+    ):
+        if number is None:
+            continue
+        yield _element(table, of, key, number)
+        yield _element(table, sets.sticky, number, pack_number(frontend.affinity_s))
+        if pool.backends:
+            keys = tuple(number + backend for backend in pool.backends)
+            yield Question(table, sets.members, keys, partial(eq, dict.fromkeys(keys)))
 
 
 def _same(found: Mapping[bytes, Data], keys: Sequence[bytes], backends: Sequence[bytes]) -> bool:

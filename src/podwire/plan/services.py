@@ -27,9 +27,10 @@ class ServicePlanner(ServiceLedger[FamilyMaps]):
         leavings = (command for maps in self._maps.values() for command in maps.take_leavings())
         return Batch((*ordered, *leavings))
 
-    def resync(self, observed: Ruleset) -> Batch:
-        """The smallest transaction from what the kernel holds to what is desired now, which then counts as taken."""
-        return resynced(self._maps.values(), observed)
+    def resync(self, observed: Ruleset, *, leavings: bool = False) -> Batch:
+        """The smallest transaction from what the kernel holds to what is desired now, which then counts as taken. `leavings`:
+        what packets left may be of anyone, for it is not known whether the last batch was carried out to its end."""
+        return resynced(self._maps.values(), observed, leavings=leavings)
 
     def memories(self, frontend: Frontend) -> Numbers:
         """By which numbers the clients of a frontend that is programmed are remembered."""

@@ -136,8 +136,8 @@ class AffinityBook:
                     elements[name, key] = numbers[local]
         for local, number in numbers.items():
             elements[self._sets.sticky.name, number] = pack_number(next(iter(frontends.values())).affinity_s)
-            for backend in pools.get(not local, frozenset()) - pools[local]:
-                elements[self._sets.strangers.name, number + backend] = None
+            for backend in pools[local]:
+                elements[self._sets.members.name, number + backend] = None
         return _Settled(elements, {numbers[local]: backends for local, backends in pools.items()})
 
     def _number(self, memory: Memory) -> bytes:

@@ -323,14 +323,14 @@ class FamilyMaps:
         return {**self._books, **self._pool_books}
 
 
-def resynced(families: Collection[FamilyMaps], observed: Ruleset) -> Batch:
+def resynced(families: Collection[FamilyMaps], observed: Ruleset, *, leavings: bool) -> Batch:
     """The smallest transaction from what the kernel holds to what is desired now, which then counts as taken. Where there is
-    any, all that packets left there is checked, too."""
+    any, or `leavings` is set, all that packets left there is checked, too."""
     for maps in families:
         maps.adopt_order(observed)
         maps.take_changes()
     batch = diff_ruleset(Ruleset({maps.table: maps.state() for maps in families}), observed)
-    if not batch or all(maps.table not in observed.tables for maps in families):
+    if not (batch or leavings) or all(maps.table not in observed.tables for maps in families):
         return batch
     return Batch((*batch.commands, *(command for maps in families for command in maps.take_leavings(everything=True))))
 

@@ -12,12 +12,12 @@ Named in order of a packet's way:
     postrouting ─► rewritten? remember (count, affinity), rewritten (masquerade) ; leaving-pods (masquerade out of the cluster)
     input      ─► rewritten? remember (count, affinity)
     remember   ─► has the Service's port a memory? its number on the packet, remember-for ; the other memory's, if it has two
-    remember-for ─► `sticky` says N seconds? so long in `affinity`, unless the backend is one of the memory's `strangers`
+    remember-for ─► `sticky` says N seconds, and the backend is one of the memory's `members`? so long in `affinity`
 
 A memory is a number that stands for a port of a Service (services_affinity.py). It has just been looked up itself when it is
 needed as part of a key of `affinity`: nftables can do that in one step, but the program `nft` cannot print it. So the packet
-carries the number, as its priority, as long as the rules need it. Packets have none of their own where these rules are, but the
-first packets of processes that asked for one: to a port with affinity, they go on with priority 0.
+carries the number, as its priority, as long as the rules need it. The first packets of connections to a port with affinity go
+on with priority 0, whatever they had by their type of service, or of the processes or rules that they came from.
 """
 
 import ipaddress
@@ -149,7 +149,7 @@ class Sets:
     `services` and `outside` hold the frontends and count their connections; `pools` and `local_pools` say out of how many
     indices to draw one of its `endpoints` or `local_endpoints`; `connections` counts those that one of these got.
     `memories`: by which number a frontend's clients are remembered in `affinity`; `other_memories`: and by which other, where
-    its port has two pools; `sticky`: for how many seconds, by number; `strangers`: backends that are in the other pool only."""
+    its port has two pools; `sticky`: for how many seconds, by number; `members`: with which backends, those of one pool."""
 
     services: NftSet
     outside: NftSet
@@ -159,7 +159,7 @@ class Sets:
     local_pools: NftSet
     connections: NftSet
     affinity: NftSet
-    strangers: NftSet
+    members: NftSet
     sticky: NftSet
     memories: NftSet
     other_memories: NftSet
@@ -174,7 +174,7 @@ class Sets:
     def all(self) -> tuple[NftSet, ...]:
         return (
             self.endpoints, self.local_endpoints, self.pools, self.local_pools, self.connections, self.affinity,
-            self.strangers, self.sticky, self.memories, self.other_memories, self.masquerade, self.keep_source, self.hairpin,
+            self.members, self.sticky, self.memories, self.other_memories, self.masquerade, self.keep_source, self.hairpin,
             self.cluster_ips, self.local_clients, self.source_ranges, self.restricted, self.services, self.outside,
         )  # fmt: skip
 
@@ -196,7 +196,7 @@ def sets_of(family: Family) -> Sets:
         affinity=NftSet(
             "affinity", (ip, *memory), data=backend, timeout_s=_AFFINITY_DEFAULT_S, size=_AFFINITY_SIZE, dynamic=True
         ),
-        strangers=NftSet("strangers", (*memory, *backend)),
+        members=NftSet("members", (*memory, *backend)),
         sticky=NftSet("sticky", memory, data=number),
         memories=NftSet("memories", frontend, data=memory),
         other_memories=NftSet("other-memories", frontend, data=memory),
@@ -436,6 +436,7 @@ def _remember(family: Family, seconds: int) -> Rule:
     f, sets = Fields(family), sets_of(family)
     behind, backend = 1 + f.addr + 1, f.addr + 1
     sticky = (Meta(_NUMBER, 0), Lookup(sets.sticky.name, 0, dreg=behind), Cmp(CmpOp.EQ, behind, pack_number(seconds)))
-    stranger = (Meta(_NUMBER, 0), *f.backend(1), Lookup(sets.strangers.name, 0, inverted=True))
+    # What was on its way to a backend that left, or goes to one of the port's other pool, is not one of them.
+    member = (Meta(_NUMBER, 0), *f.backend(1), Lookup(sets.members.name, 0))
     note = Dynset(DynsetOp.UPDATE, sets.affinity.name, 0, backend, timeout_s=seconds)
-    return Rule((*sticky, *stranger, f.saddr(0), Meta(_NUMBER, f.addr), *f.backend(backend), note), "where this client goes")
+    return Rule((*sticky, *member, f.saddr(0), Meta(_NUMBER, f.addr), *f.backend(backend), note), "where this client goes")

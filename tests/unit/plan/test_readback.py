@@ -21,6 +21,7 @@ LEADING = (
     "memories",
     "other-memories",
     "sticky",
+    "members",
 )
 SERVED = st.sampled_from(Family).flatmap(clusters)
 

@@ -24,6 +24,7 @@ from podwire.model.objects import EndpointSlice, Service
 from podwire.plan.services import TABLE, ServicePlanner
 
 IPV4 = TableRef(Family.IPV4, TABLE)
+BACKEND_1, BACKEND_2, BACKEND_3 = (bytes((10, 244, n, 2)) + b"\x1f\x90\0\0" for n in (1, 2, 3))
 ALIKE = ("s87884", "s174275")
 """Names of Services in `shop` whose numbers would be the same."""
 
@@ -57,6 +58,10 @@ def numbers(ruleset: Ruleset, name: str = "memories") -> list[bytes]:
     return [data for _, data in found if isinstance(data, bytes)]
 
 
+def members(ruleset: Ruleset) -> set[bytes]:
+    return set(ruleset.tables[IPV4].sets["members"].elements)
+
+
 def prunes(batch: Batch) -> list[Prune]:
     return [c for c in batch.commands if isinstance(c, Prune) and c.set.name == "affinity" and c.table == IPV4]
 
@@ -77,14 +82,15 @@ def test_a_port_has_one_number_at_all_of_its_addresses_and_another_for_policy_lo
     assert len(mine) == len(other) == 1
     assert mine != other
     assert len(numbers(ruleset)) == len(numbers(ruleset, "other-memories")) == 4
-    (stranger,) = ruleset.tables[IPV4].sets["strangers"].elements
-    assert stranger == next(iter(other)) + bytes((10, 244, 2, 2)) + b"\x1f\x90\0\0", "not of this node"
+    everyone, here = {BACKEND_1, BACKEND_2}, {BACKEND_1}
+    expected = {number + backend for (number,), pool in ((mine, everyone), (other, here)) for backend in pool}
+    assert members(ruleset) == expected, "whom each may hold"
 
 
 def test_where_policy_local_has_nobody_there_is_one_memory() -> None:
     ruleset = planner_of(sticky(endpoints=(2, 3), **LOCAL)).desired()
     assert not numbers(ruleset, "other-memories")
-    assert not ruleset.tables[IPV4].sets["strangers"].elements
+    assert members(ruleset) == {numbers(ruleset)[0] + backend for backend in (BACKEND_2, BACKEND_3)}
 
 
 def test_the_number_does_not_depend_on_what_else_there_is_nor_on_when() -> None:
@@ -126,10 +132,38 @@ def test_after_a_restart_those_who_are_known_stay_known() -> None:
     batch = planner_of(sticky(endpoints=(2, 3))).resync(before)
     assert numbers(before.apply(batch)) == [web]
     (prune,) = prunes(batch)
-    client, left, stays = bytes(4), bytes((10, 244, 1, 2)) + b"\x1f\x90\0\0", bytes((10, 244, 2, 2)) + b"\x1f\x90\0\0"
+    client, left, stays = bytes(4), BACKEND_1, BACKEND_2
     assert prune.unwanted(client + web, left, prune.part_length)
     assert not prune.unwanted(client + web, stays, prune.part_length)
     assert prune.unwanted(client + gone, stays, prune.part_length)
+
+
+def test_what_is_remembered_of_whom_left_is_looked_for_where_it_may_have_stayed() -> None:
+    """The rules are right, but who made them so may have ended before it took away what packets had left."""
+    planner = planner_of(sticky())
+    kernel = Ruleset().apply(planner.take_batch())
+    planner.set_service(*_fed(sticky(endpoints=(2,))))
+    kernel = kernel.apply(planner.take_batch())
+    for after in (planner, planner_of(sticky(endpoints=(2,)))):
+        assert not after.resync(kernel), "a comparison that finds nothing looks at no memory"
+        batch = after.resync(kernel, leavings=True)
+        assert all(isinstance(command, Prune) for command in batch.commands)
+        (prune,) = prunes(batch)
+        (web,) = numbers(kernel)
+        assert prune.unwanted(bytes(4) + web, BACKEND_1, prune.part_length)
+        assert not prune.unwanted(bytes(4) + web, BACKEND_2, prune.part_length)
+
+
+def test_a_table_that_knew_strangers_is_changed_in_place() -> None:
+    planner = planner_of(sticky(**LOCAL))
+    ours = Ruleset().apply(planner.take_batch())
+    table = ours.tables[IPV4]
+    strangers = replace(table.sets["members"].set, name="strangers")
+    sets = {name: state for name, state in table.sets.items() if name != "members"}
+    older = Ruleset({**ours.tables, IPV4: replace(table, sets={**sets, "strangers": SetState(strangers)})})
+    batch = planner.resync(older)
+    assert not [c for c in batch.commands if isinstance(c, DelTable)]
+    assert older.apply(batch) == ours
 
 
 def test_a_number_that_others_gave_to_an_address_is_taken_back_and_its_memory_not_trusted() -> None:
@@ -203,6 +237,6 @@ def test_a_change_costs_what_it_is_whatever_else_there_is(others: int) -> None:
     touched = [
         (c.set.name, len(c.elements)) for c in batch.commands if isinstance(c, AddElements | ReplaceElements | DelElements)
     ]
-    # The backend at each of two addresses, how many they have, and that it is none of policy Local's.
-    assert sorted(touched) == [("endpoints", 2), ("pools", 2), ("strangers", 1)]
+    # The backend at each of two addresses, how many they have, and that it may be remembered.
+    assert sorted(touched) == [("endpoints", 2), ("members", 1), ("pools", 2)]
     assert kernel.apply(batch) == planner.desired()

@@ -59,7 +59,7 @@ def test_a_planner_that_is_told_lies(back_end: str, lie: dict[str, Any]) -> None
 
 SETS = (
     "services", "outside", "pools", "local-pools", "endpoints", "local-endpoints", "sticky", "memories", "other-memories",
-    "strangers", "masquerade", "keep-source", "cluster-ips", "hairpin", "restricted", "source-ranges",
+    "members", "masquerade", "keep-source", "cluster-ips", "hairpin", "restricted", "source-ranges",
 )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def test_rules_lost(name: str) -> None:
 
 # --- ipvs ---------------------------------------------------------------------------------------------------------------
 
-FOR_IPVS = ("local-endpoints", "other-memories", "strangers")
+FOR_IPVS = ("local-endpoints", "other-memories")
 """Clients outside of a policy of Local are IPVS' to serve and to remember."""
 Servers = Mapping[VirtualKey, VirtualServer]
 

@@ -52,6 +52,8 @@ class IpvsRules:
         self._held: dict[VirtualKey, VirtualServer] = {}
         """What IPVS holds of ours, real servers that are drained included."""
         self._bound: set[bytes] = set()
+        self._settled = False
+        """As of `NftRules`."""
         self._lock = asyncio.Lock()
 
     def set_facts(self, facts: NodeFacts) -> None:
@@ -74,11 +76,13 @@ class IpvsRules:
             changes = self._planner.take()
             if not changes:
                 return 0
+            settled, self._settled = self._settled, False
             wanted = {key: server for key, server in changes.servers.items() if server is not None}
             held = {key: self._held[key] for key in changes.servers if key in self._held}
             ops = await self._execute(plan.introduce(wanted, held))
             bound = await self._bind()
             commands = await commit(self._kernel, changes.batch)
+            self._settled = settled
             held = {key: self._held[key] for key in changes.servers if key in self._held}
             ops += await self._execute(plan.retire(wanted, held))
             return len(ops) + commands + bound + await self._unbind()
@@ -91,7 +95,9 @@ class IpvsRules:
             wanted = self._planner.servers()
             ops = await self._execute(plan.introduce(wanted, self._held))
             bound = await self._bind()
-            commands = await commit(self._kernel, self._planner.resync(observed))
+            leavings, self._settled = not self._settled, False
+            commands = await commit(self._kernel, self._planner.resync(observed, leavings=leavings))
+            self._settled = True
             ops += await self._execute(plan.retire(wanted, self._held, state.connections))
             return made + len(ops) + commands + bound + await self._unbind()
 

@@ -8,7 +8,7 @@ from podwire.agent.proxymodes.port import Connections
 from podwire.kernel.port import Kernel, KernelError
 from podwire.model.addr import Family
 from podwire.model.ids import ObjectKey
-from podwire.model.nft import Batch, DelTable, TableRef, packed_length
+from podwire.model.nft import Afterwards, Batch, DelTable, TableRef, packed_length
 from podwire.model.objects import EndpointSlice, Pod, Service
 from podwire.model.ops import CommitNft
 from podwire.model.proxymode import ProxyMode
@@ -33,6 +33,8 @@ class NftRules:
         self._kernel = kernel
         self._planner = ServicePlanner(facts)
         self.differences: Sequence[str] = ()
+        self._settled = False
+        """Whether what packets left behind is known to be of what is programmed: the last batch was carried out to its end."""
 
     def set_facts(self, facts: NodeFacts) -> None:
         self._planner.set_facts(facts)
@@ -50,12 +52,19 @@ class NftRules:
         return self._planner.served_at(key)
 
     async def program(self) -> int:
-        return await commit(self._kernel, self._planner.take_batch())
+        settled, self._settled = self._settled, False
+        commands = await commit(self._kernel, self._planner.take_batch())
+        self._settled = settled
+        return commands
 
     async def compare(self) -> int:
-        batch = self._planner.resync(await self._kernel.observe_nft(TABLE))
+        observed = await self._kernel.observe_nft(TABLE)
+        leavings, self._settled = not self._settled, False
+        batch = self._planner.resync(observed, leavings=leavings)
         self.differences = nft_differences(batch, self._planner.owner_at)
-        return await commit(self._kernel, batch)
+        commands = await commit(self._kernel, batch)
+        self._settled = True
+        return commands
 
     async def served(self) -> Collection[bytes]:
         return (await self.connections(endpoints=False)).frontends.keys()
@@ -103,11 +112,12 @@ async def count_connections(kernel: Kernel, name: str, *, endpoints: bool) -> Co
 
 
 async def commit(kernel: Kernel, batch: Batch) -> int:
-    """Returns the number of commands. Raises KernelError, in nftables' words, where the kernel refuses."""
+    """Returns the number of commands, those not counted that take away what packets left. Raises KernelError, in nftables'
+    words, where the kernel refuses."""
     if not batch:
         return 0
     applied = await kernel.apply((CommitNft(batch),))
     if applied.failures:
         failure = applied.failures[0]
         raise KernelError(f"nftables refused the transaction: {failure.message}", failure.errno)
-    return len(batch.commands)
+    return sum(not isinstance(command, Afterwards) for command in batch.commands)
