@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
+from service_cases import FACTS, service_of, slice_of
 from service_worlds import some_clusters
 from simulated import BACK_ENDS, Simulated, SimulatedIptables, SimulatedIpvs, SimulatedNft, broken_promises, serving
 
@@ -21,8 +22,12 @@ pytestmark = pytest.mark.timeout(120)
 
 @lru_cache(maxsize=1)
 def enough() -> tuple[Cluster, ...]:
-    """One of them finds out."""
-    return tuple(some_clusters(Family.IPV4, 120))
+    """One of them finds out. The first has what is rare by chance: endpoints that are all elsewhere, and a policy of Local."""
+    ports = [{"port": 80, "targetPort": 8080, "nodePort": 30080}]
+    web = {"name": "web", "type": "NodePort", "clusterIP": "10.96.0.10", "externalTrafficPolicy": "Local", "ports": ports}
+    elsewhere = slice_of({"service": web, "endpoints": [{"ip": "10.244.2.2", "node": "n2"}]}, Family.IPV4)
+    first = Cluster(FACTS, ((service_of(web, Family.IPV4), (elsewhere,)),))
+    return (first, *some_clusters(Family.IPV4, 120))
 
 
 Wrong = Callable[[Cluster], Simulated | None]
