@@ -96,6 +96,16 @@ async def test_what_a_configuration_of_elsewhere_lacks_here_is_said(site: Site, 
     assert (status, "Error: --hostname-override 'my_host' is no name that a Node can have" in said) == (1, True), said
 
 
+async def test_a_configuration_that_changes_ends_it_to_be_started_anew(site: Site, tmp_path: Path) -> None:
+    config = tmp_path / "config.conf"
+    config.write_text("clusterCIDR: 10.244.0.0/16")
+    async with site.proxy("--config", str(config)) as process:
+        config.write_text("clusterCIDR: 10.245.0.0/16")
+        status, said = await site.outcome(process)
+        assert (status, f"Error: {config} has changed: this ends, to be started anew" in said) == (1, True), said
+        assert await site.answers(), "the rules stay"
+
+
 async def test_switches_that_cannot_be_set_are_said(site: Site) -> None:
     """A namespace of its own may not set the machine's size of the connection table."""
     status, said = await site.outcome(site.command("--init-only", "--conntrack-min=1000"))

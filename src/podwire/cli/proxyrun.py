@@ -25,6 +25,7 @@ from podwire.agent.proxy.status import health_app, metrics_app
 from podwire.agent.proxymodes.kubeproxy import remove_kube_proxy
 from podwire.agent.proxymodes.modes import ModeOptions, ProxyModes
 from podwire.agent.registration import read_machine
+from podwire.cli.configwatch import until_changed
 from podwire.client.api import ApiClient
 from podwire.client.errors import NotFound
 from podwire.client.kubeconfig import client_from_kubeconfig, in_cluster_client
@@ -99,7 +100,14 @@ async def _clean_up_kube_proxy() -> None:
 
 
 def load(options: Invocation) -> ProxyConfig:
-    """The configuration with the flags on top. Raises InvalidInput."""
+    """The configuration with the flags on top; of what is not known in it, the log tells. Raises InvalidInput."""
+    config, warnings = _read(options)
+    for warning in warnings:
+        log.warning("%s", warning)
+    return config
+
+
+def _read(options: Invocation) -> tuple[ProxyConfig, list[str]]:
     text, source = b"", "flags"
     if options.config_file is not None:
         source = str(options.config_file)
@@ -107,10 +115,7 @@ def load(options: Invocation) -> ProxyConfig:
             text = options.config_file.read_bytes()
         except OSError as error:
             raise InvalidInput(f"{source}: cannot be read ({error.strerror}); give a KubeProxyConfiguration") from error
-    config, warnings = parse_proxy_config(text, source, options.overrides)
-    for warning in warnings:
-        log.warning("%s", warning)
-    return config
+    return parse_proxy_config(text, source, options.overrides)
 
 
 def _write(config: ProxyConfig, path: Path) -> None:
@@ -150,7 +155,7 @@ async def _until_signal(options: Invocation, config: ProxyConfig) -> None:
 
 
 async def serve(options: Invocation, config: ProxyConfig) -> None:
-    """Run the proxy until cancelled."""
+    """Run the proxy until cancelled. Raises ConfigChanged."""
     netns = current_netns()
     kernel = LinuxKernel(netns)
     modes = ProxyModes(kernel, netns, _mode_options(config))
@@ -182,6 +187,8 @@ async def serve(options: Invocation, config: ProxyConfig) -> None:
             async with asyncio.TaskGroup() as group:
                 for address, app in _apps(config, agent):
                     group.create_task(_keep_serving(address, app, hard=config.bind_address_hard_fail))
+                if options.config_file is not None:
+                    group.create_task(until_changed(options.config_file, lambda: _read(options)[0], config))
                 await agent.run()
     finally:
         await kernel.close()

@@ -5,6 +5,7 @@ import contextlib
 import ipaddress
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -316,6 +317,17 @@ async def test_health_and_metrics_over_http(cluster: MemoryCluster) -> None:
             assert f'rest_client_requests_total{{code="200",host="{cluster.url.removeprefix("http://")}",method="GET"}}' in text
             assert "process_cpu_seconds_total " in text
             assert 'endpoint="10.244.1.2:8080"} 0' in await (await numbers.get("/metrics/endpoints")).text()
+
+
+async def test_failures_are_counted_from_before_the_first_success(cluster: MemoryCluster) -> None:
+    """A counter that appears with its first failure never rises."""
+    kernel, config = FakeKernel(), parse_proxy_config("mode: iptables", "test")[0]
+    async with ApiClient(cluster.url) as client:
+        make = partial(NftRules, kernel)
+        agent = ProxyAgent(ProxyEnvironment(node="n1", config=config, kernel=kernel, client=client, make_rules=make))
+        text = await agent.metrics_text()
+    for what in ("restore", "partial_restore"):
+        assert f'kubeproxy_sync_proxy_rules_iptables_{what}_failures_total{{ip_family="IPv4"}} 0\n' in text
 
 
 def metrics_now(agent: ProxyAgent) -> Any:

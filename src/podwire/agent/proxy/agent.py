@@ -98,7 +98,9 @@ class ProxyAgent:
         )
         self._rules: ServiceRules | None = None
         self.metrics = ProxyMetrics(
-            wall=lambda: env.clock().timestamp(), loop_time=time.monotonic, mode=lambda: self._sync.mode
+            wall=lambda: env.clock().timestamp(),
+            loop_time=time.monotonic,
+            mode=lambda: self._sync.mode or env.config.proxy_mode,
         )
         self._sync.subscribe(self.metrics.round)
         self._services.subscribe(self.metrics.service_heard)
@@ -124,7 +126,7 @@ class ProxyAgent:
     @property
     def mode(self) -> str:
         """The mode in use, or the one that is about to be."""
-        return str(self._sync.mode or self._env.config.proxy_mode)
+        return str(self.metrics.mode())
 
     @property
     def health_check_ports(self) -> dict[int, ObjectKey]:

@@ -29,11 +29,12 @@ _RECONCILE_BOUNDS = exponential(0.001, 2, 15)
 class ProxyMetrics:
     """Give every `Round` to `round`, and every change that is heard of to `service_heard` and `slice_heard` before.
 
-    `started` and `wall` are seconds since the epoch; changes before the start are not counted as programmed late."""
+    `started` and `wall` are seconds since the epoch; changes before the start are not counted as programmed late. `mode`: the
+    one in use, or about to be."""
 
     wall: Callable[[], float]
     loop_time: Callable[[], float]
-    mode: Callable[[], ProxyMode | None]
+    mode: Callable[[], ProxyMode]
     started: float = field(init=False)
     tables: dict[ObjectKey, ServiceTable] = field(default_factory=dict)
     last_success: float = 0.0
@@ -194,9 +195,8 @@ class ProxyMetrics:
 
     def _ours(self, repaired: Mapping[str, int], degraded: Mapping[str, str], acknowledged: Versions | None) -> Iterator[str]:
         name, total = "podwire_proxy", self._totals
-        mode = self.mode()
         served = sum(bool(table.frontends) for table in self.tables.values())
-        yield family(f"{name}_info", "gauge", "The back end in use.", [({"mode": str(mode)}, 1)] if mode else [])
+        yield family(f"{name}_info", "gauge", "The back end in use, or about to be.", [({"mode": str(self.mode())}, 1)])
         yield family(f"{name}_services", "gauge", "Services that are served.", [({}, served)])
         yield family(f"{name}_commands_total", "counter", "Commands given to the kernel.", [({}, total["commands"])])
         yield family(f"{name}_repairs_total", "counter", "Times that rules were put back.", [({}, total["repairs"])])
