@@ -2,9 +2,10 @@
 
 import asyncio
 import ipaddress
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -182,6 +183,45 @@ class Elsewhere(Refused):
         return 0
 
     program = compare
+
+
+class Whole(Elsewhere):
+    """One that is compared as a whole, or not at all. `compared`: how often."""
+
+    compared = 0
+
+    async def holds(self, keys: Sequence[ObjectKey]) -> bool | None:
+        return None
+
+    async def compare(self) -> int:
+        self.compared += 1
+        return 0
+
+
+def _knows_more(sync: ServiceSync, since: str) -> bool:
+    return sync.idle and sync.versions.services != since
+
+
+async def test_what_did_not_change_is_not_read_back_again(cluster: MemoryCluster) -> None:
+    kernel = FakeKernel()
+    async with proxy(cluster, kernel, Health()) as sync:
+        await sync.read_back()
+        made: list[Whole] = []
+
+        def make(facts: NodeFacts) -> Whole:
+            made.append(Whole(kernel, facts))
+            return made[-1]
+
+        await sync.switch(make)
+        before = made[0].compared
+        for changes in (0, 0, 1, 1):
+            if changes:
+                seen = sync.versions.services
+                await cluster.client.patch(SERVICES, "web", {"metadata": {"labels": {"n": str(made[0].compared)}}}, "default")
+                await cluster.until(partial(_knows_more, sync, seen))
+            await sync.read_back()
+            assert made[0].compared == before + changes
+            before = made[0].compared
 
 
 async def test_a_back_end_that_is_refused_leaves_the_one_in_use(cluster: MemoryCluster) -> None:
