@@ -28,7 +28,7 @@ Elements = AddElements | ReplaceElements | DelElements
 
 def nft_differences(batch: Batch, owner: Callable[[bytes], str]) -> list[str]:
     """`owner`: whose frontend's key (`services_maps.frontend_key`) it is; empty for nobody's."""
-    anew = {command.table for command in batch.commands if isinstance(command, AddTable)}
+    anew = dict.fromkeys(command.table for command in batch.commands if isinstance(command, AddTable))
     found: dict[str, dict[str, None]] = {f"table {table}": {} for table in anew}
     for command in batch.commands:
         if command.table in anew:
