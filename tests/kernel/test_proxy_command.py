@@ -127,6 +127,7 @@ async def test_a_policy_that_no_rule_of_nftables_outweighs_is_said(site: Site) -
         assert await site.metric("kubeproxy_iptables_ct_state_invalid_dropped_packets_total") == 0
         _, said = await site.end(process)
         assert "drops what is forwarded" not in said
+        assert said.count("Services go through iptables") == 1, said
 
 
 async def test_a_datagrams_client_follows_its_service(site: Site) -> None:
