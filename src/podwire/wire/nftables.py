@@ -36,7 +36,6 @@ from podwire.model.nft import (
 )  # fmt: skip
 from podwire.model.nftexpr import Counter, Verdict
 from podwire.wire.netlink import (
-    HEADER,
     NLA_F_NESTED,
     NLA_TYPE_MASK,
     NLM_F_APPEND,
@@ -472,8 +471,3 @@ def _decode_element(item: bytes) -> tuple[bytes, Data, tuple[int, int]]:
 def message_kind(msg: Message) -> int:
     """NEWCHAIN, NEWRULE, …; −1 if the message is not nftables'."""
     return msg.type & 0xFF if msg.type >> 8 == SUBSYSTEM else -1
-
-
-def header_size() -> int:
-    """Bytes that BEGIN and END add to a transaction."""
-    return 2 * (HEADER.size + _BODY)
