@@ -42,7 +42,7 @@ def failures(rig: PacketRig, case: Case) -> list[str]:
 
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_every_case(rig: PacketRig, back_end: str) -> None:
     wrong = []
     for case in load_cases(special=True):
@@ -150,7 +150,7 @@ class Clients:
 
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_clients_stay_as_the_stories_tell(rig: PacketRig, back_end: str) -> None:
     """The case files' stories of affinity. The kernel draws as it likes, so where a new client goes is looked at, not told."""
     wrong = []

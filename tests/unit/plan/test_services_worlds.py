@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from service_worlds import LOOPBACK, clusters
 
@@ -108,6 +109,7 @@ TRAITS: dict[str, Trait] = {
 }
 
 
+@pytest.mark.timeout(120)
 def test_everything_worth_trying_is_tried() -> None:
     seen: Counter[str] = Counter()
 
