@@ -21,6 +21,7 @@ from podwire.model.nftexpr import (
     CmpOp,
     Immediate,
     Lookup,
+    Masquerade,
     Payload,
     PayloadBase,
     goto,
@@ -183,11 +184,19 @@ class IpvsMaps(FamilyMaps):
         address = Fields(self.family).daddr(0)
         refuse = Rule((address, Lookup(self._ipvs_sets.bound.name, 0), Immediate(goto(REFUSE))), "no such port on this address")
         _, *others = rules["postrouting"]
+        if not self._facts.tells_pods(self.family.version):
+            rules["rewritten"] = (*rules["rewritten"], self._from_the_device())
         return rules | {
             "inside": (*rules["inside"], refuse),
             "output": (_reset(), *rules["output"]),
             "postrouting": (self._led(), *others),
         }
+
+    def _from_the_device(self) -> Rule:
+        """A process of the node that connects to an address of the device has that one as its source, too, unless it chooses
+        another. Nobody else knows the way back there (kube-proxy's ipvs mode: "src,dst" of KUBE-CLUSTER-IP)."""
+        bound = Lookup(self._ipvs_sets.bound.name, 0)
+        return Rule((Fields(self.family).saddr(0), bound, Masquerade()), "from the node itself, by an address of the device")
 
     def _led(self) -> Rule:
         """To conntrack, what IPVS leads elsewhere is not "dnat", so each first packet is asked for its original destination.

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given, settings
 from service_cases import FACTS, key, load_cases, pod_of, service_of, slice_of
 from service_worlds import canonical
@@ -75,6 +76,17 @@ def test_nobody_to_serve_it_is_the_rules_business() -> None:
     assert planner.servers() == {}
     assert planner.bound() == frozenset()
     assert LEFT_TO_IPVS not in numbers(planner, "pools").values()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_where_nothing_tells_pods_the_nodes_own_processes_leave_with_the_nodes_address_still(known: bool) -> None:
+    """To a ClusterIP on the device they would go out with that ClusterIP."""
+    planner = IpvsPlanner(FACTS if known else replace(FACTS, pod_cidrs=()))
+    planner.set_service(key("web"), *web((1, 2)))
+    table = Ruleset().apply(planner.take().batch).tables[TableRef(Family.IPV4, TABLE)]
+    comments = [rule.comment for rule in table.chains["rewritten"].rules]
+    assert ("to a ClusterIP, from no pod" in comments) is known
+    assert ("from the node itself, by an address of the device" in comments) is not known
 
 
 OUTSIDE_HERE: dict[str, Any] = {"type": "NodePort", "externalTrafficPolicy": "Local", "sessionAffinity": "ClientIP"}
