@@ -107,6 +107,9 @@ def refused_where_bound(bound: Collection[bytes]) -> Promised:
         found = promise(cluster, connection)
         if found.outcome is Outcome.UNTOUCHED and connection.dst.packed in bound:
             return Promise(Outcome.REFUSED, why="an address of the node's own")
+        if found.outcome is Outcome.SERVED and connection.made_here and connection.dst.packed in bound:
+            # Its source would be the address that it connects to.
+            found = replace(found, masqueraded=found.targets)
         by_rules = found.why.endswith(("from the node itself", "from a pod of this node"))
         if not found.memory or by_rules:
             return found

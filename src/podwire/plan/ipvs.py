@@ -30,7 +30,7 @@ from podwire.model.nftexpr import (
 from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFacts, Pool
 from podwire.plan.elementbooks import CountedBook
 from podwire.plan.nftdiff import order_changes
-from podwire.plan.nftexprs import Fields, is_protocol
+from podwire.plan.nftexprs import Fields, from_this_machine, is_protocol
 from podwire.plan.serviceledger import ServiceLedger
 from podwire.plan.services_maps import FamilyMaps, place_of, resynced
 from podwire.plan.services_rules import LEFT, PICK, PICK_LOCAL, REFUSE, Number, Sets, pack_number, sets_of
@@ -195,8 +195,8 @@ class IpvsMaps(FamilyMaps):
     def _from_the_device(self) -> Rule:
         """A process of the node that connects to an address of the device has that one as its source, too, unless it chooses
         another. Nobody else knows the way back there (kube-proxy's ipvs mode: "src,dst" of KUBE-CLUSTER-IP)."""
-        bound = Lookup(self._ipvs_sets.bound.name, 0)
-        return Rule((Fields(self.family).saddr(0), bound, Masquerade()), "from the node itself, by an address of the device")
+        bound = (Fields(self.family).original_daddr(0), Lookup(self._ipvs_sets.bound.name, 0))
+        return Rule((*from_this_machine(), *bound, Masquerade()), "from the node itself, by an address of the device")
 
     def _led(self) -> Rule:
         """To conntrack, what IPVS leads elsewhere is not "dnat", so each first packet is asked for its original destination.
