@@ -3,7 +3,7 @@
 import asyncio
 import ipaddress
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from service_cases import to_ipv6
@@ -54,14 +54,19 @@ _TIMES = 2
 """How often a client comes back by each address, where it shall stay with its endpoint."""
 
 
-async def kept(rig: ServiceRig, cluster: Cluster, where: str, asked: Sequence[Connection]) -> list[str]:
+Promised = Callable[[Cluster, Connection], Promise]
+
+
+async def kept(
+    rig: ServiceRig, cluster: Cluster, where: str, asked: Sequence[Connection], promised_by: Promised = promise
+) -> list[str]:
     """What is wrong with the ends of connections that share a memory: their client makes one after the other."""
     wrong: list[str] = []
     visited: list[Target] = []
-    choice = any(made.memory and len(made.targets) > 1 for made in (promise(cluster, connection) for connection in asked))
+    choice = any(made.memory and len(made.targets) > 1 for made in (promised_by(cluster, connection) for connection in asked))
     times = 1 + _TIMES if choice else 1
     for connection in [connection for _ in range(times) for connection in asked]:
-        promised = promise(cluster, connection)
+        promised = promised_by(cluster, connection)
         expected = replace(promised, targets=promised.to_one_who_knows(visited))
         if text := await _broken(rig, expected, where, connection, visited):
             wrong.append(f"{text}\n  after    {visited}")
@@ -93,7 +98,9 @@ async def _broken(rig: ServiceRig, promised: Promise, where: str, connection: Co
     return ""
 
 
-async def broken_promises(rig: ServiceRig, rules: ServiceRules, worlds: list[Cluster]) -> tuple[list[str], Counter[Outcome]]:
+async def broken_promises(
+    rig: ServiceRig, rules: ServiceRules, worlds: list[Cluster], promised_by: Promised = promise
+) -> tuple[list[str], Counter[Outcome]]:
     """The connections, of all that are worth trying in one cluster after the other, that end otherwise than promised; and how
     many were tried by what is promised."""
     tried: Counter[Outcome] = Counter()
@@ -114,7 +121,7 @@ async def broken_promises(rig: ServiceRig, rules: ServiceRules, worlds: list[Clu
         await rig.kernel.forget_flows(lambda flow: True)
         asked: dict[tuple[object, ...], list[Connection]] = {}
         for connection in connections(cluster, SOURCES, INTERFACES):
-            promised = promise(cluster, connection)
+            promised = promised_by(cluster, connection)
             if promised.outcome is not Outcome.UNTOUCHED and (connection.made_here or not connection.dst.is_loopback):
                 tried[promised.outcome] += 1
                 where = "node" if connection.made_here else PLACES[connection.src]
@@ -124,6 +131,6 @@ async def broken_promises(rig: ServiceRig, rules: ServiceRules, worlds: list[Clu
                     else (connection.dst, connection.protocol, connection.port)
                 )
                 asked.setdefault((where, connection.src, *place), []).append(connection)
-        found = await asyncio.gather(*(kept(rig, cluster, str(key[0]), mates) for key, mates in asked.items()))
+        found = await asyncio.gather(*(kept(rig, cluster, str(key[0]), mates, promised_by) for key, mates in asked.items()))
         wrong += [text for texts in found for text in texts]
     return wrong, tried
