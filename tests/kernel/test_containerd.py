@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from cririg import TCP, UDP, Containerd, Sandbox, containerd_on, need_containerd
-from enginesite import Site, endpoints, engine_site, left_on, said, shown, web_service
+from enginesite import Site, engine_site, left_on, said, shown, web_service
 from hostrig import until
 
-from podwire.model.resources import ENDPOINTSLICES, PODS
+from podwire.model.resources import PODS
 
 pytestmark = [
     pytest.mark.kernel,
@@ -92,8 +92,7 @@ async def test_pods_of_the_engine_are_in_the_api_and_a_service_selects_them(site
         ["web-host-2", "1/1", "Running"],
         ["web-host-3", "1/1", "Running"],
     ]
-    address = await web_service(site.client)
-    await until(site.client, ENDPOINTSLICES, lambda found: endpoints(found) == 2)
+    address = await web_service(site)
     for host in site.nodes:
         assert {await said(host, address, 80) for _ in range(20)} == {"one", "two"}
 

@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from enginesite import Site, endpoints, engine_site, left_on, said, shown, web_service
+from enginesite import Site, engine_site, left_on, said, shown, web_service
 from hostrig import until
 from podmanrig import IMAGE, Podman, need_podman, podman_on
 
-from podwire.model.resources import ENDPOINTSLICES, PODS
+from podwire.model.resources import PODS
 
 pytestmark = [
     pytest.mark.kernel,
@@ -64,8 +64,7 @@ async def test_containers_are_pods_and_a_service_selects_them(site: Site[Podman]
     by_name = {pod["metadata"]["name"]: pod for pod in pods}
     assert [ip["ip"] for ip in by_name["web-host-3"]["status"]["podIPs"]] == await site.engines[1].addresses("web")
     assert all(pod["metadata"]["labels"] == {"app": "web"} for pod in pods)
-    address = await web_service(site.client)
-    await until(site.client, ENDPOINTSLICES, lambda found: endpoints(found) == 2)
+    address = await web_service(site)
     for host in site.nodes:
         assert {await said(host, address, 80) for _ in range(20)} == {"one", "two"}
 

@@ -13,7 +13,7 @@ from podwire.client.api import ApiClient
 from podwire.kernel.linux import LinuxKernel
 from podwire.model.kernelstate import Veth
 from podwire.model.meta import Json
-from podwire.model.resources import NODES, SERVICES
+from podwire.model.resources import ENDPOINTSLICES, NODES, SERVICES
 
 Engine = TypeVar("Engine")
 
@@ -61,14 +61,16 @@ def shown(pods: list[Json], *names: str) -> bool:
     return sorted(pod["metadata"]["name"] for pod in pods) == sorted(names) and all(map(ready, pods))
 
 
-async def web_service(client: ApiClient) -> str:
-    """Make the Service `web` of what has the label app=web; its cluster IP."""
+async def web_service(site: Site[Engine]) -> str:
+    """Make the Service `web` of what has the label app=web; its cluster IP, once every node has both endpoints."""
     spec = {"selector": {"app": "web"}, "ports": [{"port": 80}]}
-    service = await client.create(SERVICES, {"metadata": {"name": "web", "namespace": "default"}, "spec": spec})
+    service = await site.client.create(SERVICES, {"metadata": {"name": "web", "namespace": "default"}, "spec": spec})
+    await until(site.client, ENDPOINTSLICES, lambda found: _endpoints(found) == 2)
+    await site.server.podwire("wait", "--kubeconfig", str(site.kubeconfig), "--programmed", "svc/web")
     return str(service["spec"]["clusterIP"])
 
 
-def endpoints(slices: list[Json]) -> int:
+def _endpoints(slices: list[Json]) -> int:
     """How many the Service `web` has."""
     web_slices = [s for s in slices if s["metadata"]["labels"].get("kubernetes.io/service-name") == "web"]
     return sum(len(s.get("endpoints") or ()) for s in web_slices)
