@@ -11,7 +11,7 @@ from aiohttp import web
 
 from podwire.agent.rounds import Round, Rounds
 from podwire.kernel.port import Kernel
-from podwire.model.addr import Family, IPAddress
+from podwire.model.addr import Family, IPAddress, packed_family
 from podwire.model.ids import ObjectKey
 from podwire.model.servicetable import ServiceTable
 from podwire.plan.proxyfacts import EVERYWHERE, ListeningPlaces
@@ -173,4 +173,4 @@ class HealthCheckPorts:
 
 
 def _families(table: ServiceTable) -> frozenset[Family]:
-    return frozenset(Family.IPV4 if len(packed) == 4 else Family.IPV6 for packed in table.cluster_ips)
+    return frozenset(map(packed_family, table.cluster_ips))

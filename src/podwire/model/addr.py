@@ -33,6 +33,11 @@ def family_of(value: IPAddress | IPNetwork | IPInterface) -> Family:
     return Family.IPV4 if value.version == 4 else Family.IPV6
 
 
+def packed_family(packed: bytes) -> Family:
+    """Of an address in 4 or 16 bytes."""
+    return Family.IPV4 if len(packed) == 4 else Family.IPV6
+
+
 def parse_families(text: str) -> tuple[Family, ...]:
     """`ipv4`, `ipv6` or `dual` (IPv4 first) → families. Raises ValueError for anything else."""
     choices = {"ipv4": (Family.IPV4,), "ipv6": (Family.IPV6,), "dual": (Family.IPV4, Family.IPV6)}

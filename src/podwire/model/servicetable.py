@@ -103,6 +103,11 @@ class Frontend(msgspec.Struct, frozen=True, gc=False):
     port_name: str = ""
     inside_local: bool = False
 
+    @property
+    def backends(self) -> tuple[Backend, ...]:
+        """Of both pools; one that is in both comes twice."""
+        return (*self.inside.backends, *self.outside.backends) if self.outside is not None else self.inside.backends
+
 
 class ServiceTable(msgspec.Struct, frozen=True, gc=False):
     """All frontends of one Service (or of one Pod's host ports).

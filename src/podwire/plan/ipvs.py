@@ -29,11 +29,10 @@ from podwire.model.nftexpr import (
 )
 from podwire.model.servicetable import Backend, Frontend, FrontendKind, NodeFacts, Pool
 from podwire.plan.elementbooks import CountedBook
-from podwire.plan.nftdiff import order_changes
 from podwire.plan.nftexprs import Fields, from_this_machine, is_protocol
 from podwire.plan.serviceledger import ServiceLedger
-from podwire.plan.services_maps import FamilyMaps, place_of, resynced
-from podwire.plan.services_rules import LEFT, PICK, PICK_LOCAL, REFUSE, Number, Sets, pack_number, sets_of
+from podwire.plan.services_maps import FamilyMaps, place_of, resynced, taken
+from podwire.plan.services_rules import LEFT, PICK, PICK_LOCAL, REFUSE, Number, Sets, pack_number, sent_to_a_frontend, sets_of
 from podwire.plan.services_table import LOOPBACK
 
 TABLE = "podwire-ipvs"
@@ -66,10 +65,7 @@ class IpvsPlanner(ServiceLedger["IpvsMaps"]):
     def take(self) -> IpvsChanges:
         """From what was last taken to what is desired now; falsy if that is the same."""
         servers = {key: server for maps in self._maps.values() for key, server in maps.take_servers().items()}
-        phases = [order_changes(maps.table, *maps.take_changes()) for maps in self._maps.values()]
-        commands = [command for phase in zip(*phases, strict=True) for part in phase for command in part]
-        leavings = [command for maps in self._maps.values() for command in maps.take_leavings()]
-        return IpvsChanges(servers, Batch((*commands, *leavings)))
+        return IpvsChanges(servers, taken(self._maps.values()))
 
     def resync(self, observed: Ruleset, *, leavings: bool = False) -> Batch:
         """From the nftables that the kernel holds to what is desired now. Everything then counts as taken. `leavings`: as in
@@ -201,10 +197,7 @@ class IpvsMaps(FamilyMaps):
     def _led(self) -> Rule:
         """To conntrack, what IPVS leads elsewhere is not "dnat", so each first packet is asked for its original destination.
         What was sent to no frontend is left alone: a connection of the node to its own address is none of a pod to itself."""
-        fields = Fields(self.family)
-        behind = fields.frontend_registers
-        ours = (Lookup(self._ipvs_sets.pools.name, 0, dreg=behind), Cmp(CmpOp.NEQ, behind, pack_number(0)))
-        return Rule((*fields.original_frontend(), *ours, Immediate(jump("rewritten"))), "to a Service")
+        return Rule((*sent_to_a_frontend(self.family), Immediate(jump("rewritten"))), "to a Service")
 
 
 def _reset() -> Rule:

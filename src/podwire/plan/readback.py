@@ -9,7 +9,7 @@ from functools import partial
 from operator import eq
 from typing import NamedTuple
 
-from podwire.model.addr import Family
+from podwire.model.addr import packed_family
 from podwire.model.nft import Data, NftSet, TableRef
 from podwire.model.servicetable import Frontend, Pool
 from podwire.plan.services_affinity import Numbers
@@ -29,7 +29,7 @@ class Question(NamedTuple):
 def questions(frontends: Iterable[Frontend], memories: Callable[[Frontend], Numbers]) -> Iterator[Question]:
     """`memories`: the numbers that the planner gave to a frontend's memories."""
     for frontend in frontends:
-        family = Family.IPV4 if len(frontend.address) == 4 else Family.IPV6
+        family = packed_family(frontend.address)
         table, sets, key = table_ref(family), sets_of(family), frontend_key(frontend)
         yield _element(table, sets.services, key)
         yield from _pool(table, sets.pools, sets.endpoints, key, frontend.inside)

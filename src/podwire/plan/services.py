@@ -2,10 +2,9 @@
 
 from podwire.model.nft import Batch, Ruleset
 from podwire.model.servicetable import Frontend, NodeFacts
-from podwire.plan.nftdiff import order_changes
 from podwire.plan.serviceledger import ServiceLedger
 from podwire.plan.services_affinity import Numbers
-from podwire.plan.services_maps import FamilyMaps, frontend_key, resynced
+from podwire.plan.services_maps import FamilyMaps, frontend_key, resynced, taken
 from podwire.plan.services_rules import TABLE
 
 __all__ = ["TABLE", "NodeFacts", "ServicePlanner"]
@@ -22,10 +21,7 @@ class ServicePlanner(ServiceLedger[FamilyMaps]):
 
     def take_batch(self) -> Batch:
         """The smallest transaction from what was last taken to what is desired now; empty (falsy) if there is none."""
-        phases = [order_changes(maps.table, *maps.take_changes()) for maps in self._maps.values()]
-        ordered = [command for phase in zip(*phases, strict=True) for commands in phase for command in commands]
-        leavings = (command for maps in self._maps.values() for command in maps.take_leavings())
-        return Batch((*ordered, *leavings))
+        return taken(self._maps.values())
 
     def resync(self, observed: Ruleset, *, leavings: bool = False) -> Batch:
         """The smallest transaction from what the kernel holds to what is desired now, which then counts as taken. `leavings`:

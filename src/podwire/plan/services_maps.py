@@ -24,7 +24,7 @@ from podwire.model.nft import (
 )
 from podwire.model.servicetable import Frontend, FrontendKind, NodeFacts
 from podwire.plan.elementbooks import CountedBook, ElementBook, PoolBook
-from podwire.plan.nftdiff import ElementChanges, RuleChanges, diff_ruleset
+from podwire.plan.nftdiff import ElementChanges, RuleChanges, diff_ruleset, order_changes
 from podwire.plan.services_affinity import AffinityBook, Numbers
 from podwire.plan.services_rules import (
     NUMBERED,
@@ -129,12 +129,6 @@ def _numbers_of(frontend: Frontend) -> Iterator[Number]:
         yield _number(REMEMBER_FOR, frontend.affinity_s)
 
 
-def _backends(frontend: Frontend) -> tuple[bytes, ...]:
-    """Of both pools."""
-    inside, outside = frontend.inside, frontend.outside
-    return (*inside.backends, *outside.backends) if outside is not None else inside.backends
-
-
 @lru_cache(maxsize=4096)
 def _number(chain: str, value: int) -> Number:
     return Number(chain, value)
@@ -195,13 +189,13 @@ class FamilyMaps:
             self._flags(key, old, frontend)
         self._frontends[key] = frontend
         if self._departed:
-            for data in _backends(frontend):
+            for data in frontend.backends:
                 self._departed.pop(key + data, None)
 
     def _leave(self, key: bytes, old: Frontend, new: Frontend) -> None:
         """What the frontend has no more as it is now."""
         self._release(old)
-        self._depart(key, set(_backends(old)).difference(_backends(new)))
+        self._depart(key, set(old.backends).difference(new.backends))
 
     def _depart(self, key: bytes, backends: Iterable[bytes]) -> None:
         for data in backends:
@@ -247,7 +241,7 @@ class FamilyMaps:
             self._books["source-ranges"].drop(key + first + key + last)
         if old.affinity_s:
             self._affinity.serve(key, None)
-        self._depart(key, _backends(old))
+        self._depart(key, old.backends)
         self._release(old)
         del self._frontends[key]
 
@@ -303,7 +297,7 @@ class FamilyMaps:
         if everything or len(departed) >= _DEPARTED_MOST:
             self._departed = {}
         if everything:
-            served = {key: _backends(frontend) for key, frontend in self._frontends.items()}
+            served = {key: frontend.backends for key, frontend in self._frontends.items()}
             remembered = self._affinity.all() | prune
             return [Prune(table, affinity, offset, remembered, others=True), Prune(table, connections, 0, served, others=True)]
         leavings: list[Afterwards] = [Prune(table, affinity, offset, prune)] if prune else []
@@ -321,6 +315,13 @@ class FamilyMaps:
 
     def _all_books(self) -> dict[str, ElementBook | PoolBook]:
         return {**self._books, **self._pool_books}
+
+
+def taken(families: Collection[FamilyMaps]) -> Batch:
+    """The smallest transaction from what was last taken to what is desired now."""
+    phases = [order_changes(maps.table, *maps.take_changes()) for maps in families]
+    ordered = [command for phase in zip(*phases, strict=True) for commands in phase for command in commands]
+    return Batch((*ordered, *(command for maps in families for command in maps.take_leavings())))
 
 
 def resynced(families: Collection[FamilyMaps], observed: Ruleset, *, leavings: bool) -> Batch:

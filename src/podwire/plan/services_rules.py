@@ -420,10 +420,16 @@ def _known(family: Family, memories: NftSet) -> Rule:
 def _count(family: Family) -> Rule:
     """Of ours alone: others' rules rewrite, too, and what IPVS leads is counted by IPVS."""
     f, sets = Fields(family), sets_of(family)
-    backend = f.frontend_registers
-    ours = (Lookup(sets.pools.name, 0, dreg=backend), Cmp(CmpOp.NEQ, backend, pack_number(0)))
-    load = (*destination_rewritten(), *f.original_frontend(), *ours, *f.backend(backend))
+    load = (*destination_rewritten(), *sent_to_a_frontend(family), *f.backend(f.frontend_registers))
     return Rule((*load, Dynset(DynsetOp.ADD, sets.connections.name, 0)), "connections of each endpoint")
+
+
+def sent_to_a_frontend(family: Family) -> Expressions:
+    """Whether that is where the connection was made to, and somebody serves it. Leaves the frontend in the first registers."""
+    f, sets = Fields(family), sets_of(family)
+    behind = f.frontend_registers
+    served = (Lookup(sets.pools.name, 0, dreg=behind), Cmp(CmpOp.NEQ, behind, pack_number(0)))
+    return (*f.original_frontend(), *served)
 
 
 def _remembered(family: Family, memories: NftSet) -> Rule:

@@ -200,8 +200,7 @@ def service_table(service: Service | None, slices: Sequence[EndpointSlice], fact
             places += _outside_places(service, facts, length)
         for port in spec.ports:
             pools = _pools(port, of_family, facts, inside_local or outside_local)
-            inside = pools.local if inside_local else pools.cluster
-            for frontend in _frontends(service, port, places, inside, pools, outside_local):
+            for frontend in _frontends(spec, port, places, pools, inside_local, outside_local):
                 frontends.setdefault((frontend.address, frontend.protocol, frontend.port), frontend)
     ready: set[bytes] = set()
     others: list[bytes] = []
@@ -262,19 +261,18 @@ def _packed_of(texts: Sequence[str], length: int) -> list[bytes]:
 
 
 def _frontends(
-    service: Service, port: ServicePort, places: list[_Place], inside: Pool, pools: _Pools, outside_local: bool
+    spec: ServiceSpec, port: ServicePort, places: list[_Place], pools: _Pools, inside_local: bool, outside_local: bool
 ) -> Iterator[Frontend]:
     protocol = PROTOCOLS.get(port.protocol)
     if protocol is None:
         return
-    spec = service.spec
     affinity = spec.session_affinity_config.client_ip.timeout_seconds if spec.session_affinity == "ClientIP" else 0
     for place in places:
         address, kind = place.address, place.kind
         if kind is FrontendKind.CLUSTER_IP:
-            local = spec.internal_traffic_policy == "Local"
+            inside = pools.local if inside_local else pools.cluster
             yield Frontend(
-                address, protocol, port.port, kind, inside, affinity_s=affinity, port_name=port.name, inside_local=local
+                address, protocol, port.port, kind, inside, affinity_s=affinity, port_name=port.name, inside_local=inside_local
             )
             continue
         number = port.node_port if kind is FrontendKind.NODE_PORT else port.port
@@ -287,10 +285,10 @@ def _frontends(
                 number,
                 kind,
                 pools.cluster,
-                outside,
-                masquerade,
-                affinity,
-                place.source_ranges,
+                outside=outside,
+                masquerade=masquerade,
+                affinity_s=affinity,
+                source_ranges=place.source_ranges,
                 port_name=port.name,
             )
 

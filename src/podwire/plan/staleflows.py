@@ -114,6 +114,4 @@ def _udp(table: ServiceTable) -> Mapping[Place, Frontend]:
 
 def _backends(frontend: Frontend | None) -> frozenset[Backend] | None:
     """None for no frontend: the first endpoints of a Service are news, and so is that it is gone."""
-    if frontend is None:
-        return None
-    return frozenset(frontend.inside.backends + (frontend.outside.backends if frontend.outside else ()))
+    return None if frontend is None else frozenset(frontend.backends)

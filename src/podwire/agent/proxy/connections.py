@@ -40,8 +40,7 @@ def endpoint_connections(counted: Connections, tables: Mapping[ObjectKey, Servic
     """Connections by Service, frontend and endpoint."""
     samples = []
     for service, frontend, key in _frontends(tables):
-        outside = frontend.outside.backends if frontend.outside else ()
-        for packed in dict.fromkeys((*frontend.inside.backends, *outside)):
+        for packed in dict.fromkeys(frontend.backends):
             endpoint = f"{_address(backend_address(packed))}:{backend_port(packed)}"
             samples.append(({**_labels(service, frontend), "endpoint": endpoint}, counted.endpoints.get((key, packed), 0)))
     return family("podwire_endpoint_connections_total", "counter", "New connections to an endpoint.", samples)

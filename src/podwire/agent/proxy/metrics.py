@@ -11,7 +11,7 @@ from podwire.agent.exposition import Histogram, Samples, exponential, family
 from podwire.agent.proxymodes.port import RuleCount
 from podwire.agent.rounds import Round, Versions
 from podwire.client.informer import Change
-from podwire.model.addr import Family
+from podwire.model.addr import Family, packed_family
 from podwire.model.ids import ObjectKey
 from podwire.model.objects import EndpointSlice, Service
 from podwire.model.proxymode import ProxyMode
@@ -126,7 +126,7 @@ class ProxyMetrics:
         found: Counter[tuple[str, Family]] = Counter()
         for table in self.tables.values():
             for frontend in table.frontends:
-                of = Family.IPV4 if len(frontend.address) == 4 else Family.IPV6
+                of = packed_family(frontend.address)
                 inside, outside = frontend.inside, frontend.outside
                 found["internal", of] += not inside.backends and inside.drop
                 found["external", of] += outside is not None and not outside.backends and outside.drop
