@@ -98,6 +98,11 @@ def _forgetful(cluster: Cluster, walk: Walk, promised: Promised) -> Iterator[str
             visited.setdefault(wanted.memory, []).append(reached[chosen])
 
 
+def by_the_device(connection: Connection, found: Promise) -> Promise:
+    """To an address of the ipvs mode's device: a process of the node would have that one as its source, and gets the node's."""
+    return replace(found, masqueraded=found.targets) if connection.made_here else found
+
+
 def refused_where_bound(bound: Collection[bytes]) -> Promised:
     """What is promised in the ipvs mode, where that is another thing. Of an address that the node holds for some of its ports
     (`bound`), the others are closed, and do not go on along the routes. IPVS remembers clients by virtual server; the rules
@@ -107,9 +112,8 @@ def refused_where_bound(bound: Collection[bytes]) -> Promised:
         found = promise(cluster, connection)
         if found.outcome is Outcome.UNTOUCHED and connection.dst.packed in bound:
             return Promise(Outcome.REFUSED, why="an address of the node's own")
-        if found.outcome is Outcome.SERVED and connection.made_here and connection.dst.packed in bound:
-            # Its source would be the address that it connects to.
-            found = replace(found, masqueraded=found.targets)
+        if connection.dst.packed in bound:
+            found = by_the_device(connection, found)
         by_rules = found.why.endswith(("from the node itself", "from a pod of this node"))
         if not found.memory or by_rules:
             return found

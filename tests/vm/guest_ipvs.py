@@ -5,7 +5,6 @@ import ipaddress
 import socket
 from collections.abc import AsyncIterator
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from promiserig import broken_promises, prepare
 from proxysite import WEB as WEB_IP
 from proxysite import proxy_site, until
 from service_cases import FACTS, load_cases
-from service_proof import disagreements, refused_where_bound
+from service_proof import by_the_device, disagreements, refused_where_bound
 from service_worlds import change_to, some_clusters
 from servicerig import ServiceRig, service_rig
 
@@ -98,12 +97,11 @@ async def test_a_nodes_process_is_refused_at_once_in_nftables_too(packets: Packe
     assert tried >= 4
 
 
-def _by_the_device(cluster: Cluster, connection: Connection) -> Promise:
-    """What is promised, but for this mode's own way: a process of the node that connects to an address of the device would have
-    that one as its source, and gets the node's."""
+def _promised(cluster: Cluster, connection: Connection) -> Promise:
+    """What is promised, but for this mode's own way out; all that is no address of the node anyway is the device's."""
     found = promise(cluster, connection)
     nodes_own = connection.dst.is_loopback or connection.dst in cluster.node.node_ips
-    return replace(found, masqueraded=found.targets) if connection.made_here and not nodes_own else found
+    return found if nodes_own else by_the_device(connection, found)
 
 
 @pytest.mark.parametrize("family", Family, ids=lambda f: f.value)
@@ -113,7 +111,7 @@ async def test_real_packets_meet_what_is_promised(servers: ServiceRig, family: F
     servers.patience_s = 2.0
     rules = IpvsRules(servers.kernel, servers.fds["node"], FACTS)
     await rules.compare()
-    wrong, tried = await broken_promises(servers, rules, some_clusters(family, CLUSTERS, real=True), _by_the_device)
+    wrong, tried = await broken_promises(servers, rules, some_clusters(family, CLUSTERS, real=True), _promised)
     assert not wrong, "\n".join(wrong)
     assert min(tried[kind] for kind in (Outcome.SERVED, Outcome.REFUSED, Outcome.DROPPED)) > 10, tried
 

@@ -5,7 +5,6 @@ Where the kernel draws a number, or asks for an address' type or a list of `rece
 rule of ours decides passes: what else is in the kernel's own chains is not known.
 """
 
-import enum
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 
@@ -37,7 +36,7 @@ from podwire.trace.iptablesrule import (
     ToPort,
     parse_rule,
 )
-from podwire.trace.journey import Fate, Learned, Machine, Packet, Result, Step, both, join
+from podwire.trace.journey import Fate, Learned, Machine, Packet, Result, Step, Stop, both, join, left_at
 
 _SENT = ((NAT, Hook.OUTPUT), (FILTER, Hook.OUTPUT), (NAT, Hook.POSTROUTING))
 _CAME = ((NAT, Hook.PREROUTING),)
@@ -72,15 +71,6 @@ def _pass(chains: Chains, way: Iterable[tuple[str, Hook]], machine: Machine, bef
     return before
 
 
-class _Stop(enum.Enum):
-    """How a chain, or a rule, ended."""
-
-    NEXT_RULE = "the rule did not match, or gave no verdict"
-    RETURN = "back to the calling chain"
-    ACCEPT = "this table lets it pass"
-    FINAL = "dropped or refused"
-
-
 class _Run:
     """One packet in one table at one hook."""
 
@@ -92,16 +82,16 @@ class _Run:
         self.learned: Learned = {}
         self._within: list[str] = []
 
-    def lines(self, chain: str, lines: tuple[str, ...]) -> _Stop:
+    def lines(self, chain: str, lines: tuple[str, ...]) -> Stop:
         """Walk a chain. NEXT_RULE: it ended without a verdict."""
         for line in lines:
             rule = parse_rule(line)
             if all(self._matches(match) for match in rule.matches):
                 self.steps.append(Step(self._table, chain, rule.comment))
                 stop = self._carry_out(rule.target)
-                if stop is not _Stop.NEXT_RULE:
+                if stop is not Stop.NEXT_RULE:
                     return stop
-        return _Stop.NEXT_RULE
+        return Stop.NEXT_RULE
 
     # --- matches ------------------------------------------------------------------------------------------------------
 
@@ -130,30 +120,30 @@ class _Run:
                 return machine.chance(times)
             case Noted(name):
                 place = _list(name)
-                return packet.src.packed in {**machine.learned.get(place, {}), **self.learned.get(place, {})}
+                return packet.src.packed in left_at(place, machine.learned, self.learned)
             case Note(name):
                 self.learned.setdefault(_list(name), {})[packet.src.packed] = b""
                 return True
 
     # --- targets ------------------------------------------------------------------------------------------------------
 
-    def _carry_out(self, target: Target) -> _Stop:
+    def _carry_out(self, target: Target) -> Stop:
         match target:
             case Ending.ACCEPT:
-                return _Stop.ACCEPT
+                return Stop.ACCEPT
             case Ending.RETURN:
-                return _Stop.RETURN
+                return Stop.RETURN
             case Enter():
                 return self._enter(target)
             case SetMark(value, mask):
                 self.packet = replace(self.packet, mark=(self.packet.mark & ~mask) ^ value)
-                return _Stop.NEXT_RULE
+                return Stop.NEXT_RULE
             case LeadTo() | Rewrite():
                 return self._translate(target)
             case Ending.DROP | Refuse():
                 return self._end(target)
 
-    def _enter(self, target: Enter) -> _Stop:
+    def _enter(self, target: Enter) -> Stop:
         lines = self._chains.rules.get((self._table, target.chain))
         if lines is None:
             raise ValueError(f"a rule leads to {target.chain}, which is not in table {self._table}")
@@ -162,12 +152,9 @@ class _Run:
         self._within.append(target.chain)
         stop = self.lines(target.chain, lines)
         self._within.pop()
-        if stop in (_Stop.ACCEPT, _Stop.FINAL):
-            return stop
-        # At the end of a chain that was jumped to, the caller's next rule follows; after goto, the caller's caller's.
-        return _Stop.RETURN if target.goto else _Stop.NEXT_RULE
+        return stop.for_caller(goto=target.goto)
 
-    def _translate(self, target: LeadTo | Rewrite) -> _Stop:
+    def _translate(self, target: LeadTo | Rewrite) -> Stop:
         hooks = (Hook.PREROUTING, Hook.OUTPUT) if isinstance(target, LeadTo) else (Hook.POSTROUTING,)
         if self._table != NAT or self._hook not in hooks:
             raise ValueError(f"table {self._table} cannot do that at {self._hook.name}: {target}")
@@ -176,16 +163,16 @@ class _Run:
             self.rewritten = True
         else:
             self.masquerade = True
-        return _Stop.ACCEPT
+        return Stop.ACCEPT
 
-    def _end(self, target: Ending | Refuse) -> _Stop:
+    def _end(self, target: Ending | Refuse) -> Stop:
         if self._table != FILTER:
             raise ValueError(f"table {self._table} is not for filtering: {target}")
         if target is Ending.DROP:
             self.fate = Fate.DROP
         else:
             self.fate = Fate.RESET if target is Refuse.RESET else Fate.UNREACHABLE
-        return _Stop.FINAL
+        return Stop.FINAL
 
 
 def _list(name: str) -> tuple[str, str]:

@@ -50,6 +50,22 @@ class Machine:
     chance: Callable[[int], bool] = field(default=lambda n: False)
 
 
+class Stop(enum.Enum):
+    """How a rule, or a chain, ended."""
+
+    NEXT_RULE = "the rule did not match, or gave no verdict"
+    RETURN = "back to the calling chain"
+    ACCEPT = "this chain of the hook lets it pass"
+    FINAL = "dropped or refused"
+
+    def for_caller(self, *, goto: bool) -> "Stop":
+        """How the rule ended that led to the chain. At the end of a chain that was jumped to, the caller's next rule follows;
+        after goto, the caller's caller's."""
+        if self in (Stop.ACCEPT, Stop.FINAL):
+            return self
+        return Stop.RETURN if goto else Stop.NEXT_RULE
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A rule that matched to its end, and where it stands. `rule`: its comment, or all of it where it has none."""
@@ -75,9 +91,18 @@ class Result:
     learned: Learned = field(default_factory=dict)
 
 
-def both(older: Mapping[Hashable, Mapping[bytes, Data]], newer: Mapping[Hashable, Mapping[bytes, Data]]) -> Learned:
+Memories = Mapping[Hashable, Mapping[bytes, Data]]
+"""As `Learned`, to be read."""
+
+
+def both(older: Memories, newer: Memories) -> Learned:
     """What was learned earlier and what came to it."""
-    return {place: {**older.get(place, {}), **newer.get(place, {})} for place in {**older, **newer}}
+    return {place: left_at(place, older, newer) for place in {**older, **newer}}
+
+
+def left_at(place: Hashable, older: Memories, newer: Memories) -> dict[bytes, Data]:
+    """The same of one place."""
+    return {**older.get(place, {}), **newer.get(place, {})}
 
 
 def join(before: Result, after: Result) -> Result:

@@ -5,7 +5,6 @@ table, the answer comes from `Machine`. Used by tests ("this packet goes to one 
 kernel, and by whoever wants to say why a packet does not arrive.
 """
 
-import enum
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -44,7 +43,7 @@ from podwire.model.nftexpr import (
     Verdict,
     VerdictCode,
 )
-from podwire.trace.journey import Fate, Learned, Machine, Packet, Result, Step, both, join
+from podwire.trace.journey import Fate, Learned, Machine, Packet, Result, Step, Stop, both, join, left_at
 
 _MAX_JUMPS = 16
 """NFT_JUMP_STACK_SIZE: the kernel refuses rules that can jump deeper."""
@@ -85,9 +84,9 @@ def run_hook(
             continue
         run.table_ref, run.table = ref, table
         stop = run.chain(base)
-        if stop in (_Stop.NEXT_RULE, _Stop.RETURN) and base.chain.base is not None and base.chain.base.drops:
-            run.fate, stop = Fate.DROP, _Stop.FINAL
-        if stop is _Stop.FINAL:
+        if stop in (Stop.NEXT_RULE, Stop.RETURN) and base.chain.base is not None and base.chain.base.drops:
+            run.fate, stop = Fate.DROP, Stop.FINAL
+        if stop is Stop.FINAL:
             break
     return Result(run.fate, run.packet, run.masquerade, run.rewritten, tuple(run.steps), run.learned)
 
@@ -104,15 +103,6 @@ def _base_chains(ruleset: Ruleset, hook: Hook, family: Family) -> Iterator[tuple
         yield ref, table, state
 
 
-class _Stop(enum.Enum):
-    """How a chain, or a rule, ended."""
-
-    NEXT_RULE = "the rule did not match, or gave no verdict"
-    RETURN = "back to the calling chain"
-    ACCEPT = "this base chain lets it pass"
-    FINAL = "dropped or refused"
-
-
 class _Run:
     """One packet at one hook."""
 
@@ -125,51 +115,48 @@ class _Run:
         self._registers = bytearray(4 * REGISTERS)
         self._depth = 0
 
-    def chain(self, state: ChainState) -> _Stop:
+    def chain(self, state: ChainState) -> Stop:
         """Walk a chain. NEXT_RULE: it ended without a verdict."""
         for rule in state.rules:
             stop = self._rule(state.chain.name, rule)
-            if stop is not _Stop.NEXT_RULE:
+            if stop is not Stop.NEXT_RULE:
                 return stop
-        return _Stop.NEXT_RULE
+        return Stop.NEXT_RULE
 
-    def _rule(self, chain: str, rule: Rule) -> _Stop:
+    def _rule(self, chain: str, rule: Rule) -> Stop:
         for expression in rule.expressions:
             answer = self._evaluate(expression)
             if answer is False:
-                return _Stop.NEXT_RULE
+                return Stop.NEXT_RULE
             if answer is not True:
                 self.steps.append(Step(str(self.table_ref), chain, rule.comment or str(rule)))
                 return self._verdict(answer) if isinstance(answer, Verdict) else answer
         self.steps.append(Step(str(self.table_ref), chain, rule.comment or str(rule)))
-        return _Stop.NEXT_RULE
+        return Stop.NEXT_RULE
 
-    def _verdict(self, verdict: Verdict) -> _Stop:
+    def _verdict(self, verdict: Verdict) -> Stop:
         match verdict.code:
             case VerdictCode.ACCEPT:
-                return _Stop.ACCEPT
+                return Stop.ACCEPT
             case VerdictCode.DROP:
                 self.fate = Fate.DROP
-                return _Stop.FINAL
+                return Stop.FINAL
             case VerdictCode.RETURN:
-                return _Stop.RETURN
+                return Stop.RETURN
             case VerdictCode.CONTINUE:
-                return _Stop.NEXT_RULE
+                return Stop.NEXT_RULE
             case VerdictCode.JUMP | VerdictCode.GOTO:
                 return self._enter(verdict)
 
-    def _enter(self, verdict: Verdict) -> _Stop:
+    def _enter(self, verdict: Verdict) -> Stop:
         self._depth += 1
         if self._depth > _MAX_JUMPS:
             raise ValueError(f"rules jump deeper than {_MAX_JUMPS} chains, to {verdict.chain}")
         stop = self.chain(self.table.chains[verdict.chain])
         self._depth -= 1
-        if stop in (_Stop.ACCEPT, _Stop.FINAL):
-            return stop
-        # At the end of a chain that was jumped to, the caller's next rule follows; after goto, the caller's caller's.
-        return _Stop.NEXT_RULE if verdict.code is VerdictCode.JUMP else _Stop.RETURN
+        return stop.for_caller(goto=verdict.code is VerdictCode.GOTO)
 
-    def _evaluate(self, e: Expression) -> bool | Verdict | _Stop:
+    def _evaluate(self, e: Expression) -> bool | Verdict | Stop:
         """True: go on; False: the rule does not match; else its verdict, or how it ended."""
         match e:
             case Payload() | Meta() | Ct() | Numgen() | FibSaddrType():
@@ -206,20 +193,20 @@ class _Run:
                 raise ValueError(f"no rule can set meta {key.name.lower()}")
         return True
 
-    def _act(self, e: Dnat | Masquerade | Reject) -> _Stop:
+    def _act(self, e: Dnat | Masquerade | Reject) -> Stop:
         match e:
             case Dnat(_, address, port):
                 length = self.packet.family.bits // 8
                 dst = type(self.packet.dst)(self._read(address, length))
                 self.packet = replace(self.packet, dst=dst, dport=int.from_bytes(self._read(port, 2), "big"))
                 self.rewritten = self.nat_done = True
-                return _Stop.ACCEPT
+                return Stop.ACCEPT
             case Masquerade():
                 self.masquerade = self.nat_done = True
-                return _Stop.ACCEPT
+                return Stop.ACCEPT
             case Reject(tcp_reset, _):
                 self.fate = Fate.RESET if tcp_reset else Fate.UNREACHABLE
-                return _Stop.FINAL
+                return Stop.FINAL
 
     # --- registers ------------------------------------------------------------------------------------------------
 
@@ -295,7 +282,7 @@ class _Run:
         elements: Mapping[bytes, Data] = state.elements
         if state.set.dynamic:
             place = (self.table_ref, state.set.name)
-            elements = {**self.machine.learned.get(place, {}), **self.learned.get(place, {})}
+            elements = left_at(place, self.machine.learned, self.learned)
         return key in elements, elements.get(key)
 
     def _dynset(self, e: Dynset) -> bool:
@@ -303,7 +290,7 @@ class _Run:
         key = self._read(e.sreg_key, of.key_length)
         data = self._read(e.sreg_data, sum(f.padded for f in of.data)) if e.sreg_data is not None else None
         place = (self.table_ref, of.name)
-        known = {**self.machine.learned.get(place, {}), **self.learned.get(place, {})}
+        known = left_at(place, self.machine.learned, self.learned)
         if e.op is not DynsetOp.DELETE and key not in known:
             self.learned.setdefault(place, {})[key] = data
         return True

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TypeVar
 
-from podwire.agent.proxymodes.nft import commit, count_connections, remove_tables
+from podwire.agent.proxymodes.nft import Leavings, commit, count_connections, remove_tables
 from podwire.agent.proxymodes.port import Connections
 from podwire.kernel.ipvs import IpvsClient, IpvsState
 from podwire.kernel.netns import off_loop_to_the_end
@@ -52,8 +52,7 @@ class IpvsRules:
         self._held: dict[VirtualKey, VirtualServer] = {}
         """What IPVS holds of ours, real servers that are drained included."""
         self._bound: set[bytes] = set()
-        self._settled = False
-        """As of `NftRules`."""
+        self._leavings = Leavings()
         self._lock = asyncio.Lock()
 
     def set_facts(self, facts: NodeFacts) -> None:
@@ -76,13 +75,12 @@ class IpvsRules:
             changes = self._planner.take()
             if not changes:
                 return 0
-            settled, self._settled = self._settled, False
             wanted = {key: server for key, server in changes.servers.items() if server is not None}
             held = {key: self._held[key] for key in changes.servers if key in self._held}
-            ops = await self._execute(plan.introduce(wanted, held))
-            bound = await self._bind()
-            commands = await commit(self._kernel, changes.batch)
-            self._settled = settled
+            with self._leavings.carrying_out():
+                ops = await self._execute(plan.introduce(wanted, held))
+                bound = await self._bind()
+                commands = await commit(self._kernel, changes.batch)
             held = {key: self._held[key] for key in changes.servers if key in self._held}
             ops += await self._execute(plan.retire(wanted, held))
             return len(ops) + commands + bound + await self._unbind()
@@ -95,9 +93,8 @@ class IpvsRules:
             wanted = self._planner.servers()
             ops = await self._execute(plan.introduce(wanted, self._held))
             bound = await self._bind()
-            leavings, self._settled = not self._settled, False
-            commands = await commit(self._kernel, self._planner.resync(observed, leavings=leavings))
-            self._settled = True
+            with self._leavings.carrying_out(all_of_it=True) as known:
+                commands = await commit(self._kernel, self._planner.resync(observed, leavings=not known))
             ops += await self._execute(plan.retire(wanted, self._held, state.connections))
             return made + len(ops) + commands + bound + await self._unbind()
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from podwire.agent.proxymodes.port import Connections
 from podwire.kernel.port import Kernel, KernelError
@@ -33,8 +34,7 @@ class NftRules:
         self._kernel = kernel
         self._planner = ServicePlanner(facts)
         self.differences: Sequence[str] = ()
-        self._settled = False
-        """Whether what packets left behind is known to be of what is programmed: the last batch was carried out to its end."""
+        self._leavings = Leavings()
 
     def set_facts(self, facts: NodeFacts) -> None:
         self._planner.set_facts(facts)
@@ -52,19 +52,15 @@ class NftRules:
         return self._planner.served_at(key)
 
     async def program(self) -> int:
-        settled, self._settled = self._settled, False
-        commands = await commit(self._kernel, self._planner.take_batch())
-        self._settled = settled
-        return commands
+        with self._leavings.carrying_out():
+            return await commit(self._kernel, self._planner.take_batch())
 
     async def compare(self) -> int:
         observed = await self._kernel.observe_nft(TABLE)
-        leavings, self._settled = not self._settled, False
-        batch = self._planner.resync(observed, leavings=leavings)
-        self.differences = nft_differences(batch, self._planner.owner_at)
-        commands = await commit(self._kernel, batch)
-        self._settled = True
-        return commands
+        with self._leavings.carrying_out(all_of_it=True) as known:
+            batch = self._planner.resync(observed, leavings=not known)
+            self.differences = nft_differences(batch, self._planner.owner_at)
+            return await commit(self._kernel, batch)
 
     async def served(self) -> Collection[bytes]:
         return (await self.connections(endpoints=False)).frontends.keys()
@@ -87,6 +83,22 @@ class NftRules:
 
     async def connections(self, *, endpoints: bool) -> Connections:
         return await count_connections(self._kernel, TABLE, endpoints=endpoints)
+
+
+class Leavings:
+    """Whether what packets left behind is known to be of what is programmed: not before it was looked at once, nor after a
+    batch that was not carried out to its end."""
+
+    def __init__(self) -> None:
+        self._known = False
+
+    @contextmanager
+    def carrying_out(self, *, all_of_it: bool = False) -> Iterator[bool]:
+        """Around the planning and committing of a batch; whether it was known before. `all_of_it`: the batch looks at all that
+        is not known."""
+        known, self._known = self._known, False
+        yield known
+        self._known = known or all_of_it
 
 
 async def remove_tables(kernel: Kernel, name: str) -> bool:
